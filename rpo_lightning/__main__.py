@@ -1,0 +1,6 @@
+"""``python -m rpo_lightning``."""
+
+from rpo_lightning.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Group-relative advantages (eq. 7 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+AdvantageScale = Literal["group", "batch", "none"]
+_EPSILON = 1e-6
+
+
+def group_advantages(rewards: Sequence[Sequence[float]], scale: AdvantageScale = "group") -> list[Tensor]:
+    """Rewards minus their group's mean, scaled.
+
+    Args:
+        rewards: Rewards of each group; groups may differ in size but have at least two members.
+        scale: Divide by the standard deviation of the ``group`` (GRPO), of the whole ``batch``'s
+            rewards, or not at all (``none``, Dr. GRPO). Standard deviations are the sample's (n - 1),
+            plus 1e-6, so that a group without variance gets zeros.
+
+    Returns:
+        For each group its advantages, [G], float32.
+    """
+    groups = [torch.tensor(r, dtype=torch.float64) for r in rewards]
+    centred = [r - r.mean() for r in groups]
+    if scale == "group":
+        centred = [c / (r.std() + _EPSILON) for c, r in zip(centred, groups, strict=True)]
+    elif scale == "batch":
+        deviation = torch.cat(groups).std() + _EPSILON
+        centred = [c / deviation for c in centred]
+    return [c.float() for c in centred]

@@ -1,0 +1,82 @@
+"""Sample completions as a table, in every place that shows tables."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+from rpo_lightning.callbacks.run_folder import run_folder
+from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.records import Group
+
+COMPLETIONS_FILE = "completions.jsonl"
+COLUMNS = ("step", "uid", "prompt", "answer", "prefix", "suffix", "reward", "correct", "finished")
+
+
+class CompletionsCallback(Callback):
+    """Logs some completions of a training batch, kept prefix and generated suffix apart.
+
+    Rows are appended to ``completions.jsonl`` in the run's folder, and shown as a table in
+    TensorBoard (text) and Weights & Biases where such a logger is set.
+
+    Args:
+        every_n_batches: Log every so many training batches.
+        groups: Groups logged each time.
+        members: Members logged of each group: the best, the worst, and so on in turn.
+    """
+
+    def __init__(self, every_n_batches: int = 10, groups: int = 2, members: int = 2) -> None:
+        if min(every_n_batches, groups, members) < 1:
+            raise ConfigurationError("CompletionsCallback needs every_n_batches, groups and members of at least 1")
+        self.every_n_batches = every_n_batches
+        self.groups = groups
+        self.members = members
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log a table."""
+        module: Any = pl_module
+        if not trainer.is_global_zero or (module.iteration - 1) % self.every_n_batches:
+            return
+        rows = [row for g in module.groups[: self.groups] for row in self._rows(g, module.tokenizer)]
+        path = run_folder(trainer) / COMPLETIONS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("completions", _markdown(rows), module.global_step)
+            elif isinstance(logger, WandbLogger):
+                logger.log_table("completions", list(COLUMNS), [[row[c] for c in COLUMNS] for row in rows])
+
+    def _rows(self, group: Group, tokenizer: Any) -> list[dict[str, Any]]:
+        order = sorted(range(len(group.rewards)), key=lambda i: group.rewards[i])
+        alternating = [order[-1 - i // 2] if i % 2 == 0 else order[i // 2] for i in range(len(order))]
+        prefix = tokenizer.decode(list(group.request.prefix_ids), skip_special_tokens=True)
+        return [
+            {
+                "step": group.step,
+                "uid": group.request.prompt.uid,
+                "prompt": group.request.prompt.text,
+                "answer": group.request.prompt.answer,
+                "prefix": prefix,
+                "suffix": tokenizer.decode(list(group.completions[i].token_ids), skip_special_tokens=True),
+                "reward": group.rewards[i],
+                "correct": group.samples[i].is_correct,
+                "finished": group.completions[i].finished,
+            }
+            for i in alternating[: self.members]
+        ]
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    def cell(value: Any) -> str:
+        return str(value).replace("|", "\\|").replace("\n", "<br>")
+
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(cell(row[c]) for c in COLUMNS) + " |" for row in rows]
+    return "\n".join(lines)

@@ -1,0 +1,205 @@
+"""The experience cache as a callback: add it and GRPO or DAPO becomes RPO.
+
+It owns the cache (its state lies in every checkpoint), hands the data module the prefixes to pair
+prompts with, fills the cache from the starting policy before training (paper) or lets first visits
+fill it, and takes every sampled group back into it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from rpo_lightning.cache import ExperienceCache
+from rpo_lightning.callbacks.run_folder import run_folder
+from rpo_lightning.cuts import CutStrategy, FractionOfShortestCut, FullBudget, SuffixBudget
+from rpo_lightning.engines.base import Sampling
+from rpo_lightning.errors import CacheError, ConfigurationError
+from rpo_lightning.prefixes import CachedPrefixes, full_path_request
+from rpo_lightning.records import Prompt
+from rpo_lightning.refresh import EpsilonGreedyRefresh, RefreshRule
+from rpo_lightning.seeds import SeedPurpose, derive_seed
+
+log = logging.getLogger(__name__)
+
+CACHE_FILE = "cache.parquet"
+
+
+class ExperienceCacheCallback(Callback):
+    """Maintains the experience cache and serves prefixes from it.
+
+    Args:
+        cut: How much of a cached response is kept; ``FractionOfShortestCut(0.5)`` (the paper's ℓ/2)
+            if not given.
+        refresh: Which member of a group is cached; ``EpsilonGreedyRefresh(0.5)`` if not given.
+        budget: How long a suffix may get; ``FullBudget()`` (up to the response limit) if not given.
+        initialisation: ``eager`` samples a response to every question before training (paper);
+            ``lazy`` lets a question's first visit take the full path, train, and fill its entry.
+        initial_samples: Responses sampled per question by eager initialisation; the best is cached.
+        initial_sampling: How they are drawn; as in training if not given.
+        initial_batch_size: Questions of one batch of the initialisation pass.
+        on_failure: After a group without a correct member, ``keep`` cutting its entry (paper) or
+            ``restart`` the question without a prefix.
+        keep_unfinished: Whether responses that ran out of budget may be cached.
+        path: A cache file to start from; with eager initialisation only what it lacks is sampled.
+
+    Attributes:
+        initialisation_tokens: Tokens decoded by the initialisation pass.
+    """
+
+    def __init__(
+        self,
+        cut: CutStrategy | None = None,
+        refresh: RefreshRule | None = None,
+        budget: SuffixBudget | None = None,
+        initialisation: Literal["eager", "lazy"] = "eager",
+        initial_samples: int = 1,
+        initial_sampling: Sampling | None = None,
+        initial_batch_size: int = 64,
+        on_failure: Literal["keep", "restart"] = "keep",
+        keep_unfinished: bool = False,
+        path: str | None = None,
+    ) -> None:
+        if initial_samples < 1 or initial_batch_size < 1:
+            raise ConfigurationError(
+                f"cache.initial_samples and cache.initial_batch_size must be at least 1, got {initial_samples} "
+                f"and {initial_batch_size}"
+            )
+        self.cut = cut or FractionOfShortestCut()
+        self.refresh = refresh or EpsilonGreedyRefresh()
+        self.budget = budget or FullBudget()
+        self.initialisation = initialisation
+        self.initial_samples = initial_samples
+        self.initial_sampling = initial_sampling
+        self.initial_batch_size = initial_batch_size
+        self.on_failure = on_failure
+        self.keep_unfinished = keep_unfinished
+        self.path = path
+        self.initialisation_tokens = 0
+        self._prefixes: CachedPrefixes | None = None
+        self._is_restored = False
+
+    @property
+    def cache(self) -> ExperienceCache:
+        """The cache; there is one from ``setup`` on.
+
+        Raises:
+            ConfigurationError: The callback has not been set up by a trainer yet.
+        """
+        return self._served.cache
+
+    @property
+    def _served(self) -> CachedPrefixes:
+        if self._prefixes is None:
+            raise ConfigurationError("the experience cache is there only once a trainer has set the callback up")
+        return self._prefixes
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the cache and hand it to the data module."""
+        if stage != "fit":
+            return
+        data: Any = getattr(trainer, "datamodule", None)
+        if not hasattr(data, "prefixes"):
+            raise ConfigurationError(
+                "ExperienceCacheCallback needs an RPODataModule to serve its prefixes: pass it to trainer.fit as datamodule="
+            )
+        module: Any = pl_module
+        if self._prefixes is None:
+            self._prefixes = CachedPrefixes(
+                cache=ExperienceCache(tokenizer_fingerprint(module.tokenizer)),
+                cut=self.cut,
+                budget=self.budget,
+                refresh=self.refresh,
+                response_limit=module.max_response_tokens,
+                on_failure=self.on_failure,
+                keep_unfinished=self.keep_unfinished,
+            )
+            if self.path is not None:
+                self.cache.load(self.path)
+                require_same_questions(self.cache, data.prompts["train"], self.path)
+        data.prefixes = self._prefixes
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fill the cache from the starting policy, unless it came from a checkpoint."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if self._is_restored:
+            require_same_questions(self.cache, data.prompts["train"], "the checkpoint's cache")
+        elif self.initialisation == "eager":
+            missing = [p for p in data.prompts["train"] if p.uid not in self.cache]
+            if missing:
+                self._initialise(pl_module, missing)
+                path = run_folder(trainer) / CACHE_FILE
+                self.cache.save(path)
+                log.info(f"cache initialised with {self.initialisation_tokens} decoded tokens, saved to {path}")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the groups of this batch into the cache, those that were not trained on included."""
+        module: Any = pl_module
+        for group in module.groups:
+            self._served.record(group)
+        statistics = self.cache.statistics(trainer.global_step)
+        pl_module.log_dict({f"cache/{k}": v for k, v in statistics.items()}, batch_size=len(batch))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the cache into the run's folder."""
+        if trainer.is_global_zero:
+            self.cache.save(run_folder(trainer) / CACHE_FILE)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save what has been gathered."""
+        if trainer.is_global_zero and self._prefixes is not None and len(self.cache):
+            self.cache.save(run_folder(trainer) / CACHE_FILE)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cache, for the checkpoint."""
+        return {"cache": self.cache.state_dict(), "initialisation_tokens": self.initialisation_tokens}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the cache; ``setup`` has been called before."""
+        self.cache.load_state_dict(state_dict["cache"])
+        self.initialisation_tokens = state_dict["initialisation_tokens"]
+        self._is_restored = True
+
+    def _initialise(self, module: Any, prompts: list[Prompt]) -> None:
+        """Sample the starting policy (eq. 1). Nothing says that what it answers is right."""
+        sampling = self.initial_sampling or module.sampling
+        with tqdm(total=len(prompts), desc="filling the cache", unit="question", disable=None) as progress:
+            for start in range(0, len(prompts), self.initial_batch_size):
+                batch = prompts[start : start + self.initial_batch_size]
+                requests = [full_path_request(p, module.max_response_tokens) for p in batch]
+                seed = derive_seed(SeedPurpose.INITIALISATION, start)
+                for group in module.roll_out(requests, self.initial_samples, sampling, seed):
+                    self._served.initialise(group)
+                    self.initialisation_tokens += sum(len(c.token_ids) for c in group.completions)
+                progress.update(len(batch))
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A short hash of the vocabulary: token ids mean the same where it is equal."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
+    return hashlib.blake2b(vocabulary.encode(), digest_size=8).hexdigest()
+
+
+def require_same_questions(cache: ExperienceCache, prompts: list[Prompt], where: str | Path) -> None:
+    """Check that a cache belongs to a data set.
+
+    Raises:
+        CacheError: None of the questions is in it.
+    """
+    known = sum(p.uid in cache for p in prompts)
+    if len(cache) and not known:
+        raise CacheError(
+            f"{where}: made for another data set, none of its {len(cache)} questions is among the {len(prompts)} "
+            "training questions; build a new cache, or set data.uid_column as it was then"
+        )
+    if known < len(prompts):
+        log.info(f"{where}: knows {known} of {len(prompts)} training questions")

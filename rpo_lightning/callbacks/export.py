@@ -1,0 +1,45 @@
+"""Saves the policy as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from rpo_lightning.callbacks.run_folder import run_folder
+
+log = logging.getLogger(__name__)
+
+POLICY_FOLDER = "policy"
+
+
+class HuggingFaceExportCallback(Callback):
+    """Writes ``<run>/policy`` at the end, and ``<run>/policy-step=N`` on the way if asked.
+
+    Args:
+        every_n_steps: Also export after every so many updates.
+    """
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        self.every_n_steps = every_n_steps
+        self._last_step = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Export on the way; batches that made no update are passed over."""
+        step = trainer.global_step
+        if self.every_n_steps and step > self._last_step and step % self.every_n_steps == 0:
+            self._export(trainer, pl_module, f"{POLICY_FOLDER}-step={step}")
+        self._last_step = step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export the final policy."""
+        self._export(trainer, pl_module, POLICY_FOLDER)
+
+    def _export(self, trainer: Trainer, module: Any, name: str) -> None:
+        if trainer.is_global_zero:
+            folder = run_folder(trainer) / name
+            module.save_pretrained(folder)
+            log.info(f"saved the policy to {folder}")

@@ -1,0 +1,146 @@
+"""What a run achieved and what it cost, in one screen and one file.
+
+Accuracy is that of the validation set, answered without any prefix, before the first update (set
+``trainer.num_sanity_val_steps: -1`` for it) and after the last one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from rpo_lightning.callbacks.experience_cache import CACHE_FILE, ExperienceCacheCallback
+from rpo_lightning.callbacks.export import POLICY_FOLDER, HuggingFaceExportCallback
+from rpo_lightning.callbacks.run_folder import run_folder
+
+SUMMARY_FILE = "summary.json"
+
+
+class RunSummaryCallback(Callback):
+    """Counts tokens, remembers accuracies, and writes ``summary.json`` into the run's folder.
+
+    It also has the run end with a validation, whatever ended it.
+    """
+
+    def __init__(self) -> None:
+        self.decoded_tokens = 0
+        self.samples = 0
+        self.seconds = 0.0
+        self.accuracies: list[tuple[int, float]] = []
+        self.full_path_tokens: list[float] = []
+        self._started = 0.0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember an unprefixed accuracy; Lightning keeps a sanity check from the loggers, so log it."""
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        if "val/accuracy" not in metrics or trainer.state.fn != "fit":
+            return
+        self.accuracies.append((trainer.global_step, metrics["val/accuracy"]))
+        self.full_path_tokens.append(metrics["val/response_tokens"])
+        if trainer.sanity_checking:
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count tokens, and ask for a validation after the last batch."""
+        module: Any = pl_module
+        completions = [c for g in module.groups for c in g.completions]
+        self.decoded_tokens += sum(len(c.token_ids) for c in completions)
+        self.samples += len(completions)
+        last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+        if 0 < trainer.max_steps <= trainer.global_step or (last_epoch and trainer.is_last_batch):
+            trainer.should_stop = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write and print the summary."""
+        if not trainer.is_global_zero:
+            return
+        self.seconds += time.perf_counter() - self._started
+        folder = run_folder(trainer)
+        summary = self.summary(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / (SUMMARY_FILE + ".partial")
+        partial.write_text(json.dumps(summary, indent=2) + "\n")
+        partial.replace(folder / SUMMARY_FILE)
+        print(_screen(summary, self._files(trainer, folder)), flush=True)
+
+    def summary(self, trainer: Trainer) -> dict[str, float | int | None]:
+        """The figures of the run so far."""
+        caches = [c for c in trainer.callbacks if isinstance(c, ExperienceCacheCallback)]  # type: ignore[attr-defined]
+        initialisation = sum(c.initialisation_tokens for c in caches)
+        # A "before" is one that was measured before the first update.
+        before = next((accuracy for step, accuracy in self.accuracies if step == 0), None)
+        after = next((a for step, a in reversed(self.accuracies) if step == trainer.global_step), None)
+        return {
+            "accuracy_before": before,
+            "accuracy_after": after,
+            "updates": trainer.global_step,
+            "samples": self.samples,
+            "decoded_tokens_per_sample": self.decoded_tokens / max(self.samples, 1),
+            "full_path_tokens_per_sample": (
+                sum(self.full_path_tokens) / len(self.full_path_tokens) if self.full_path_tokens else None
+            ),
+            "decoded_tokens": self.decoded_tokens,
+            "initialisation_tokens": initialisation,
+            "total_tokens": self.decoded_tokens + initialisation,
+            "seconds": self.seconds,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, so that a resumed run sums up the whole."""
+        return {
+            "decoded_tokens": self.decoded_tokens,
+            "samples": self.samples,
+            "seconds": self.seconds + time.perf_counter() - self._started,
+            "accuracies": self.accuracies,
+            "full_path_tokens": self.full_path_tokens,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the counts."""
+        self.decoded_tokens = state_dict["decoded_tokens"]
+        self.samples = state_dict["samples"]
+        self.seconds = state_dict["seconds"]
+        self.accuracies = [(int(step), float(accuracy)) for step, accuracy in state_dict["accuracies"]]
+        self.full_path_tokens = list(state_dict["full_path_tokens"])
+
+    def _files(self, trainer: Trainer, folder: Path) -> dict[str, Path]:
+        kinds = {type(c) for c in trainer.callbacks}  # type: ignore[attr-defined]
+        files = {}
+        if HuggingFaceExportCallback in kinds:
+            files["policy"] = folder / POLICY_FOLDER
+        if any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
+            files["metrics"] = folder / "metrics.csv"
+        if ExperienceCacheCallback in kinds:
+            files["cache"] = folder / CACHE_FILE
+        return files | {"summary": folder / SUMMARY_FILE}
+
+
+def _screen(summary: dict[str, float | int | None], files: dict[str, Path]) -> str:
+    def number(key: str, form: str) -> str:
+        value = summary[key]
+        return "not measured" if value is None else format(value, form)
+
+    lines = [
+        "",
+        f"held-out accuracy without a prefix   {number('accuracy_before', '.3f')} before, "
+        f"{number('accuracy_after', '.3f')} after {summary['updates']} updates",
+        f"decoded tokens per sample            {number('decoded_tokens_per_sample', '.1f')} "
+        f"(full path: {number('full_path_tokens_per_sample', '.1f')})",
+        f"decoded tokens in all                {summary['total_tokens']:,}, of which "
+        f"{summary['initialisation_tokens']:,} filled the cache",
+        f"seconds                              {number('seconds', '.0f')}",
+    ]
+    lines += [f"{name:<36} {path}" for name, path in files.items()]
+    return "\n".join(lines)

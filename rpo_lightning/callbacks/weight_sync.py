@@ -1,0 +1,52 @@
+"""Keeps the rollout engine's weights equal to the policy's.
+
+The module counts versions of its policy, the engine remembers the version it holds. Before anything
+is generated (training batch, validation, test, prediction, start and resume included) the callback
+compares the two and syncs where they differ: exactly one sync for each change, however many updates a
+rollout is trained on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class WeightSyncCallback(Callback):
+    """Loads the policy into the engine whenever it has changed. ``RPOModule`` brings one itself.
+
+    Attributes:
+        syncs: Number of syncs so far.
+    """
+
+    def __init__(self) -> None:
+        self.syncs = 0
+
+    def sync(self, module: Any) -> None:
+        """Sync if the engine is behind."""
+        if module.engine.weights_version == module.policy_version:
+            return
+        with module.timer("sync"):
+            module.engine.load_weights(module.policy, module.policy_version)
+        self.syncs += 1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the cache is initialised."""
+        self.sync(pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Before a rollout."""
+        self.sync(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before validation, the sanity check included."""
+        self.sync(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before testing."""
+        self.sync(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before prediction."""
+        self.sync(pl_module)

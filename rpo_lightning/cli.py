@@ -1,0 +1,68 @@
+"""The command line: LightningCLI over ``RPOModule`` and ``RPODataModule``.
+
+``cache:`` is the one key that makes a GRPO or DAPO run an RPO run; left out or ``null``, rollouts take
+the full path.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from jsonargparse import set_parsing_settings
+
+from rpo_lightning.callbacks import (
+    CompletionsCallback,
+    ExperienceCacheCallback,
+    HuggingFaceExportCallback,
+    PredictionsCallback,
+    RunSummaryCallback,
+)
+from rpo_lightning.data import RPODataModule
+from rpo_lightning.errors import RPOError
+from rpo_lightning.module import RPOModule
+
+
+class RPOCLI(LightningCLI):
+    """LightningCLI with an optional experience cache and the callbacks every run wants."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``cache`` (optional) and the settings of the callbacks that are always there."""
+        parser.add_argument("--cache", type=ExperienceCacheCallback | None, default=None)
+        parser.add_lightning_class_args(RunSummaryCallback, "summary")
+        parser.add_lightning_class_args(HuggingFaceExportCallback, "export")
+        parser.add_lightning_class_args(CompletionsCallback, "completions")
+        parser.add_lightning_class_args(PredictionsCallback, "predictions")
+        parser.set_defaults({"trainer.log_every_n_steps": 1})
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Put the cache callback first: it records groups before others look at the cache."""
+        trainer = super().instantiate_trainer(**kwargs)
+        cache = self._get(self.config_init, "cache")
+        if cache is not None:
+            trainer.callbacks.insert(0, cache)
+        return trainer
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; errors that users can mend end it with one line and exit code 2."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("rpo_lightning").setLevel(logging.INFO)
+    # Prompts are tokenised once and held in memory: loader workers would have nothing to do.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    try:
+        RPOCLI(
+            RPOModule,
+            RPODataModule,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            args=arguments,
+        )
+    except RPOError as error:
+        print(f"rpo-lightning: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

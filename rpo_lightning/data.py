@@ -1,0 +1,198 @@
+"""The data module: prompts, paired at step time with prefixes from the cache.
+
+The loaders carry nothing but prompts. They are paired with cached prefixes in
+``on_before_batch_transfer``, in the main process and when the step begins, since anything earlier
+(a worker, a prefetched batch) would see an older cache. Without a cache callback every request takes
+the full path, and so does all evaluation.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, DistributedSampler
+
+from rpo_lightning.errors import ConfigurationError, DataError
+from rpo_lightning.prefixes import CachedPrefixes, full_path_request
+from rpo_lightning.prompts import PromptBuilder
+from rpo_lightning.records import Batch, Prompt, RolloutRequest
+from rpo_lightning.seeds import run_seed
+from rpo_lightning.sources import DataSource, Row, as_source
+
+log = logging.getLogger(__name__)
+
+_MAX_MESSAGES = 5
+
+
+class RPODataModule(LightningDataModule):
+    """Serves rollout requests: prompts with the prefix to start from and a suffix budget.
+
+    The tokenizer, the verifier and the response limit are the module's.
+
+    Args:
+        train: Training questions: a ``.jsonl`` or ``.parquet`` file, a Hugging Face data set name, a
+            ``DataSource`` or rows.
+        val: Questions for validation, answered without a prefix.
+        test: Questions for ``test``.
+        predict: Questions for ``predict``.
+        batch_size: Questions of one iteration, on each rank; a group of responses is sampled for each.
+        eval_batch_size: Questions of one evaluation batch.
+        max_prompt_tokens: Longer prompts are dropped and counted.
+        question_column: Column of the question; ``problem``, ``question`` or ``prompt`` if not given.
+        answer_column: Column of the gold answer; ``answer`` or ``solution`` if not given.
+        uid_column: Column of a stable identifier; a content hash if not given.
+        system_prompt: System message of every prompt.
+        use_chat_template: Whether to apply the tokenizer's chat template; by default if it has one.
+        shuffle: Whether to shuffle the training questions anew each epoch.
+    """
+
+    def __init__(
+        self,
+        train: str | DataSource | Sequence[Row] | None = None,
+        val: str | DataSource | Sequence[Row] | None = None,
+        test: str | DataSource | Sequence[Row] | None = None,
+        predict: str | DataSource | Sequence[Row] | None = None,
+        batch_size: int = 16,
+        eval_batch_size: int = 64,
+        max_prompt_tokens: int = 1024,
+        question_column: str | None = None,
+        answer_column: str | None = None,
+        uid_column: str | None = None,
+        system_prompt: str | None = None,
+        use_chat_template: bool | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size),
+                            ("max_prompt_tokens", max_prompt_tokens)):
+            if value < 1:
+                raise ConfigurationError(f"data.{name} must be at least 1, got {value}")
+        self.sources = {"train": train, "val": val, "test": test, "predict": predict}
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.max_prompt_tokens = max_prompt_tokens
+        self.question_column = question_column
+        self.answer_column = answer_column
+        self.uid_column = uid_column
+        self.system_prompt = system_prompt
+        self.use_chat_template = use_chat_template
+        self.shuffle = shuffle
+        self.prefixes: CachedPrefixes | None = None
+        self.prompts: dict[str, list[Prompt]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Read and tokenise the questions of a stage."""
+        for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
+            data = self.sources[split]
+            if data is None or split in self.prompts:
+                continue
+            assert self.trainer is not None
+            module: Any = self.trainer.lightning_module
+            builder = PromptBuilder(
+                tokenizer=module.tokenizer,
+                verifier=module.grader.verifier,
+                max_prompt_tokens=self.max_prompt_tokens,
+                question_column=self.question_column,
+                answer_column=self.answer_column,
+                uid_column=self.uid_column,
+                system_prompt=self.system_prompt,
+                use_chat_template=self.use_chat_template,
+            )
+            source = as_source(data, split={"val": "test", "predict": "test"}.get(split, split))
+            self.prompts[split], report = builder.build(source)
+            for message in report.unverifiable[:_MAX_MESSAGES]:
+                log.warning(message)
+            if report.unverifiable or report.overlong or report.duplicates:
+                log.warning(
+                    f"{source!r}: {report.kept} questions kept; dropped {report.overlong} over {self.max_prompt_tokens} "
+                    f"prompt tokens, {len(report.unverifiable)} with an unusable gold answer, "
+                    f"{report.duplicates} duplicates"
+                )
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches of prompts; the last incomplete one is dropped."""
+        prompts = self._prompts("train")
+        assert self.trainer is not None
+        trainer = self.trainer
+        sampler: DistributedSampler[Prompt] = DistributedSampler(
+            prompts,  # type: ignore[arg-type]
+            num_replicas=trainer.world_size,
+            rank=trainer.global_rank,
+            shuffle=self.shuffle,
+            seed=run_seed(),
+        )
+        if len(sampler) < self.batch_size:
+            raise DataError(
+                f"{len(prompts)} training questions on {trainer.world_size} rank(s) are fewer than "
+                f"data.batch_size={self.batch_size}"
+            )
+        return ResumableLoader(
+            prompts,
+            batches_done=lambda: trainer.fit_loop.epoch_loop.batch_progress.current.processed,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            drop_last=True,
+            collate_fn=Batch,
+        )
+
+    def val_dataloader(self) -> DataLoader[Prompt] | list[Any]:
+        """Batches of validation prompts, or nothing to validate on."""
+        return self._eval_loader("val") if self.sources["val"] is not None else []
+
+    def test_dataloader(self) -> DataLoader[Prompt]:
+        """Batches of test prompts."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Prompt]:
+        """Batches of prompts to answer."""
+        return self._eval_loader("predict")
+
+    def on_before_batch_transfer(self, batch: Batch[Prompt], dataloader_idx: int) -> Batch[RolloutRequest]:
+        """Pair prompts with cached prefixes (training with a cache) or with the full path."""
+        assert self.trainer is not None
+        trainer = self.trainer
+        if trainer.training and self.prefixes is not None:
+            return Batch([self.prefixes.request(prompt) for prompt in batch])
+        module: Any = trainer.lightning_module
+        return Batch([full_path_request(prompt, module.max_response_tokens) for prompt in batch])
+
+    def _eval_loader(self, split: str) -> DataLoader[Prompt]:
+        return DataLoader(self._prompts(split), batch_size=self.eval_batch_size, collate_fn=Batch)  # type: ignore[arg-type]
+
+    def _prompts(self, split: str) -> list[Prompt]:
+        if split not in self.prompts:
+            raise DataError(f"data.{split} is not set: give it a file, a data set name or a data source")
+        return self.prompts[split]
+
+
+class ResumableLoader(DataLoader[Prompt]):
+    """A loader that Lightning can resume in the middle of an epoch.
+
+    The position is the trainer's own progress, read when iteration really begins; by then a resumed
+    trainer has restored it, and at the start of an epoch it is 0.
+
+    Args:
+        prompts: The data set.
+        batches_done: Tells how many batches of the epoch have been trained on.
+        kwargs: See ``DataLoader``.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], batches_done: Callable[[], int] = lambda: 0, **kwargs: Any) -> None:
+        super().__init__(prompts, **kwargs)  # type: ignore[arg-type]
+        self.batches_done = batches_done
+
+    def state_dict(self) -> dict[str, int]:
+        """Position in the epoch; being able to tell it is what makes a loader resumable to Lightning."""
+        return {"batches_done": self.batches_done()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing to restore: the trainer restores its progress itself."""
+
+    def __iter__(self) -> Iterator[Any]:
+        start = self.batches_done()
+        for index, batch in enumerate(super().__iter__()):
+            if index >= start:
+                yield batch

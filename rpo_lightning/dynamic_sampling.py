@@ -1,0 +1,83 @@
+"""DAPO's dynamic sampling: only groups with a gradient make up an update (arXiv 2503.14476, section 3.2).
+
+Groups without variance are dropped, and the following batches of prompts refill the update. Groups
+beyond its size wait for the next one; the module freezes their old log-probs before the policy
+changes, so that the clipped ratio accounts for their age (the published code throws them away).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.records import Completion, Group, Prompt, RolloutRequest, Sample
+
+
+@dataclass(frozen=True)
+class DynamicSampling:
+    """Settings of dynamic sampling.
+
+    Attributes:
+        max_refills: Batches of prompts that may be drawn for one update beyond the first. After that
+            the update is made with what there is.
+    """
+
+    max_refills: int = 8
+
+    def __post_init__(self) -> None:
+        if self.max_refills < 0:
+            raise ConfigurationError(f"model.dynamic_sampling.max_refills must be at least 0, got {self.max_refills}")
+
+
+class GroupBuffer:
+    """Groups that wait for an update.
+
+    Args:
+        settings: See :class:`DynamicSampling`.
+    """
+
+    def __init__(self, settings: DynamicSampling) -> None:
+        self.max_refills = settings.max_refills
+        self.groups: list[Group] = []
+        self.refills = 0
+
+    def add(self, groups: Sequence[Group]) -> None:
+        """Take the groups that carry a gradient."""
+        self.groups.extend(g for g in groups if g.has_variance)
+
+    def is_ready(self, size: int) -> bool:
+        """Whether an update should be made now: enough groups, or no refill left."""
+        return len(self.groups) >= size or self.refills >= self.max_refills
+
+    def refill(self) -> None:
+        """Note that another batch of prompts is drawn for the update."""
+        self.refills += 1
+
+    def take(self, size: int) -> list[Group]:
+        """Hand out the groups of an update; surplus groups stay."""
+        taken, self.groups = self.groups[:size], self.groups[size:]
+        self.refills = 0
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """The waiting groups as primitives."""
+        return {"refills": self.refills, "groups": [asdict(g) for g in self.groups]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the waiting groups."""
+        self.refills = state["refills"]
+        self.groups = [_group(g) for g in state["groups"]]
+
+
+def _group(state: Mapping[str, Any]) -> Group:
+    request = state["request"]
+    return Group(
+        **{
+            **state,
+            "request": RolloutRequest(**{**request, "prompt": Prompt(**request["prompt"])}),
+            "completions": [Completion(**c) for c in state["completions"]],
+            "samples": [Sample(**s) for s in state["samples"]],
+        }
+    )

@@ -1,0 +1,241 @@
+"""Rollouts on plain transformers: the engine that runs everywhere.
+
+It decodes with the policy itself, so there are no weights to copy. Each request's prompt and prefix
+are prefilled once and their keys and values repeated for the G samples; requests of different
+lengths share a batch (padded on the left); a sequence leaves the batch when it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from rpo_lightning.engines.base import GenerationRequest, RolloutEngine, Sampling
+from rpo_lightning.engines.growing_cache import growing_cache, select_sequences
+from rpo_lightning.errors import ConfigurationError, EngineError
+from rpo_lightning.records import Completion
+
+# A finished sequence still costs its share of every step until the batch is rebuilt, and rebuilding
+# copies the cache: rebuild once this share of the sequences has ended.
+_REBUILD_SHARE = 0.2
+
+
+class TransformersEngine(RolloutEngine):
+    """Decode with the policy that is being trained.
+
+    Args:
+        max_sequences: Sequences decoded at once; bounds the key–value cache.
+    """
+
+    def __init__(self, max_sequences: int = 128) -> None:
+        super().__init__()
+        if max_sequences < 1:
+            raise ConfigurationError(f"engine.max_sequences must be at least 1, got {max_sequences}")
+        self.max_sequences = max_sequences
+        self._policy: PreTrainedModel | None = None
+        self._stop_ids: Tensor = torch.tensor([])
+        self._pad_id = 0
+
+    def attach(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Bind to the policy and learn which tokens end a sequence."""
+        self._policy = policy
+        self._stop_ids = torch.tensor(sorted(stop_token_ids(policy, tokenizer)))
+        self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+    def _copy_weights(self, policy: PreTrainedModel) -> None:
+        """Nothing to copy: the engine decodes with the policy itself."""
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        seed: int,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Sample continuations; see :meth:`RolloutEngine.generate`."""
+        if self._policy is None or self._weights_version is None:
+            raise EngineError("the transformers engine was asked to generate before it was attached and synced")
+        generator = torch.Generator(device=self._policy.device).manual_seed(seed)
+        results: list[list[Completion]] = [[] for _ in requests]
+        with _inference(self._policy):
+            for chunk in self._chunks(requests):
+                batch = _DecodingBatch(self._policy, self._stop_ids, self._pad_id, sampling, generator)
+                for index, completions in zip(chunk, batch.run([requests[i] for i in chunk]), strict=True):
+                    results[index].extend(completions)
+                    if on_progress is not None:
+                        on_progress(len(completions))
+        return results
+
+    def _chunks(self, requests: Sequence[GenerationRequest]) -> Iterator[list[int]]:
+        """Group requests of similar budget (a batch lasts as long as its longest suffix)."""
+        order = sorted(range(len(requests)), key=lambda i: (requests[i].max_new_tokens, len(requests[i].token_ids)))
+        chunk: list[int] = []
+        sequences = 0
+        for index in order:
+            if chunk and sequences + requests[index].samples > self.max_sequences:
+                yield chunk
+                chunk, sequences = [], 0
+            chunk.append(index)
+            sequences += requests[index].samples
+        if chunk:
+            yield chunk
+
+
+class _DecodingBatch:
+    """Decodes one batch of requests from prefill to the last finished sequence."""
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        stop_ids: Tensor,
+        pad_id: int,
+        sampling: Sampling,
+        generator: torch.Generator,
+    ) -> None:
+        self.policy = policy
+        self.device = policy.device
+        self.stop_ids = stop_ids.to(self.device)
+        self.pad_id = pad_id
+        self.sampling = sampling
+        self.generator = generator
+
+    def run(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
+        logits_NV, cache, mask_NT = self._prefill(requests)
+        counts = torch.tensor([r.samples for r in requests], device=self.device)
+        owner_N = torch.repeat_interleave(torch.arange(len(requests), device=self.device), counts)
+        select_sequences(cache, owner_N)
+        logits_NV, mask_NT = logits_NV[owner_N], mask_NT[owner_N]
+        budgets_N = torch.tensor([r.max_new_tokens for r in requests], device=self.device)[owner_N]
+        tokens, logprobs, finished = self._decode(logits_NV, cache, mask_NT, budgets_N)
+        completions: list[list[Completion]] = [[] for _ in requests]
+        for row, owner in enumerate(owner_N.tolist()):
+            completions[owner].append(Completion(tuple(tokens[row]), tuple(logprobs[row]), finished[row]))
+        return completions
+
+    def _prefill(self, requests: Sequence[GenerationRequest]) -> tuple[Tensor, DynamicCache, Tensor]:
+        """Compute the keys and values of every prompt once; logits of the last position, [N, V]."""
+        width = max(len(r.token_ids) for r in requests)
+        ids_NT = torch.full((len(requests), width), self.pad_id)
+        mask_NT = torch.zeros((len(requests), width), dtype=torch.long)
+        for row, request in enumerate(requests):
+            ids_NT[row, width - len(request.token_ids) :] = torch.tensor(request.token_ids)
+            mask_NT[row, width - len(request.token_ids) :] = 1
+        ids_NT, mask_NT = ids_NT.to(self.device), mask_NT.to(self.device)
+        cache = growing_cache(self.policy.config)
+        output = self.policy(
+            input_ids=ids_NT,
+            attention_mask=mask_NT,
+            position_ids=(mask_NT.cumsum(-1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1], cache, mask_NT
+
+    def _decode(
+        self, logits_NV: Tensor, cache: DynamicCache, mask_NT: Tensor, budgets_N: Tensor
+    ) -> tuple[list[list[int]], list[list[float]], list[bool]]:
+        """Sample until every sequence has ended or spent its budget."""
+        total = len(budgets_N)
+        limit = int(budgets_N.max())
+        tokens_NT = torch.zeros((total, limit), dtype=torch.long, device=self.device)
+        logprobs_NT = torch.zeros((total, limit), device=self.device)
+        lengths_N = torch.zeros(total, dtype=torch.long, device=self.device)
+        finished_N = torch.zeros(total, dtype=torch.bool, device=self.device)
+        rows = torch.arange(total, device=self.device)  # the sequences still in the batch
+        live = torch.ones(total, dtype=torch.bool, device=self.device)  # which of them go on
+        positions_N = mask_NT.sum(-1)
+        # Room for the whole suffix, so that the mask is sliced instead of concatenated at every step.
+        mask_NT = torch.cat([mask_NT, mask_NT.new_ones(total, limit)], dim=1)
+        width = mask_NT.shape[1] - limit
+        for step in range(limit):
+            token_N, logprob_N = draw(logits_NV, self.sampling, self.generator)
+            tokens_NT[rows, step] = token_N
+            logprobs_NT[rows, step] = logprob_N
+            lengths_N[rows] += live
+            ended = torch.isin(token_N, self.stop_ids) & live
+            finished_N[rows] |= ended
+            live = live & ~ended & (budgets_N[rows] > step + 1)
+            remaining = int(live.sum())
+            if remaining == 0:
+                break
+            if remaining <= (1 - _REBUILD_SHARE) * len(rows):
+                keep = live.nonzero().squeeze(1)
+                select_sequences(cache, keep)
+                rows, live, token_N, mask_NT = rows[keep], live[keep], token_N[keep], mask_NT[keep]
+                positions_N = positions_N[keep]
+            logits_NV = self.policy(
+                input_ids=token_N[:, None],
+                attention_mask=mask_NT[:, : width + step + 1],
+                position_ids=(positions_N + step)[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+        lengths = lengths_N.tolist()
+        tokens = [row[:n] for row, n in zip(tokens_NT.tolist(), lengths, strict=True)]
+        logprobs = [row[:n] for row, n in zip(logprobs_NT.tolist(), lengths, strict=True)]
+        return tokens, logprobs, finished_N.tolist()
+
+
+def draw(logits_NV: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw one token per row.
+
+    Args:
+        logits_NV: Raw logits, [N, V].
+        sampling: Temperature and truncation.
+        generator: Source of randomness.
+
+    Returns:
+        Tokens [N] and their log-probs [N] under the temperature-scaled policy, before ``top_p`` and
+        ``top_k``: the quantity that the trainer computes too.
+    """
+    logits_NV = logits_NV.float()
+    if sampling.temperature == 0:
+        logprobs_NV = logits_NV.log_softmax(-1)
+        token_N = logits_NV.argmax(-1)
+        return token_N, logprobs_NV.gather(1, token_N[:, None]).squeeze(1)
+    logprobs_NV = (logits_NV / sampling.temperature).log_softmax(-1)
+    probs_NV = logprobs_NV.exp()
+    if sampling.top_k or sampling.top_p < 1:
+        probs_NV = _truncate(probs_NV, sampling)
+    token_N = torch.multinomial(probs_NV, 1, generator=generator).squeeze(1)
+    return token_N, logprobs_NV.gather(1, token_N[:, None]).squeeze(1)
+
+
+def _truncate(probs_NV: Tensor, sampling: Sampling) -> Tensor:
+    """Zero what top-k and top-p exclude; the likeliest token always stays."""
+    ordered_NV, index_NV = probs_NV.sort(-1, descending=True)
+    excluded_NV = ordered_NV.cumsum(-1) - ordered_NV >= sampling.top_p
+    if sampling.top_k:
+        excluded_NV[:, sampling.top_k :] = True
+    return torch.zeros_like(probs_NV).scatter(1, index_NV, ordered_NV.masked_fill(excluded_NV, 0.0))
+
+
+def stop_token_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every token that ends a response: the tokenizer's and the generation config's.
+
+    Raises:
+        EngineError: Neither names an end-of-sequence token.
+    """
+    configured = policy.generation_config.eos_token_id if policy.generation_config is not None else None
+    ids = {tokenizer.eos_token_id} | set(configured if isinstance(configured, list) else [configured])
+    ids.discard(None)
+    if not ids:
+        raise EngineError("neither the tokenizer nor generation_config.json names an end-of-sequence token")
+    return ids
+
+
+@contextmanager
+def _inference(policy: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients, and the former mode afterwards."""
+    was_training = policy.training
+    policy.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        policy.train(was_training)

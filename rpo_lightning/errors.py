@@ -1,0 +1,36 @@
+"""The one exception hierarchy of the package.
+
+Everything a user can get wrong raises a subclass of :class:`RPOError` whose message is a single
+line saying what is wrong, where (file, row or key), and what to do. The command line prints that
+line and nothing else.
+"""
+
+from __future__ import annotations
+
+
+class RPOError(Exception):
+    """Base of every error that the package raises on purpose."""
+
+
+class ConfigurationError(RPOError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class DataError(RPOError, ValueError):
+    """A data set that cannot be read: missing file, unknown column, malformed row."""
+
+
+class CacheError(RPOError, ValueError):
+    """An experience cache that does not belong to this tokenizer, data set or version."""
+
+
+class EngineError(RPOError, RuntimeError):
+    """A rollout engine that cannot generate: not attached, stale weights, crashed."""
+
+
+class RewardError(RPOError, RuntimeError):
+    """A reward function that cannot be imported, or that raised or returned nonsense."""
+
+
+class UpdateError(RPOError, RuntimeError):
+    """An update that would have ruined the policy, such as a gradient that is not finite."""

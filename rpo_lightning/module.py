@@ -1,0 +1,366 @@
+"""RPOModule: the policy, and one iteration of reinforcement fine-tuning per training step.
+
+A step is: generate suffixes → score whole responses → update the policy. GRPO or DAPO on the full
+path is the same program with empty prefixes, so nothing here knows whether RPO is on: the data module
+pairs prompts with prefixes, and the cache callback takes ``module.groups`` back into the cache.
+
+Optimisation is manual: the number of micro-batches, the normalisation over the whole batch, several
+updates per rollout and dynamic sampling are not what ``accumulate_grad_batches`` can express. Hence
+``max_grad_norm`` is a setting of the module, and ``trainer.gradient_clip_val`` is refused by Lightning.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rpo_lightning.advantages import AdvantageScale
+from rpo_lightning.engines.base import RolloutEngine, Sampling
+from rpo_lightning.engines.transformers_engine import TransformersEngine
+from rpo_lightning.dynamic_sampling import DynamicSampling, GroupBuffer
+from rpo_lightning.errors import ConfigurationError, UpdateError
+from rpo_lightning.logprobs import LossScope
+from rpo_lightning.objectives import DAPO, Objective
+from rpo_lightning.policies import load_policy, load_tokenizer, save_policy
+from rpo_lightning.records import Batch, Group, RolloutRequest
+from rpo_lightning.rewards import Grader, GradingPool, MathVerifier, Reward, Verifier
+from rpo_lightning.rollouts import generate, rollout_metrics, score
+from rpo_lightning.schedules import LearningRateSchedule
+from rpo_lightning.seeds import SeedPurpose, derive_seed
+from rpo_lightning.timing import PhaseTimer
+from rpo_lightning.update import PolicyLoss, UpdateSettings
+
+
+
+
+class RPOModule(LightningModule):
+    """Holds the policy and its loss.
+
+    Args:
+        policy: A Hugging Face folder or hub name, ``embedded:arithmetic-reasoner``, or a model.
+        rewards: Terms of the reward.
+        tokenizer: The policy's tokenizer, where ``policy`` is a model.
+        verifier: Decides what is right; math equivalence if not given.
+        objective: The loss; :class:`~rpo_lightning.objectives.DAPO` if not given.
+        engine: Generates rollouts; the transformers engine if not given.
+        group_size: Responses per question (G), at least 2.
+        max_response_tokens: Limit of a whole response, kept prefix included.
+        sampling: How training rollouts are drawn.
+        eval_sampling: How evaluation answers are drawn; as in training if not given.
+        eval_samples: Answers per question in evaluation.
+        loss_scope: ``suffix`` (on-policy given the prefix) or ``response`` (eq. 5 of the paper).
+        advantage_scale: What advantages are divided by: ``group``, ``batch`` or ``none``.
+        mask_truncated: Leave unfinished responses out of the loss (DAPO's overlong filtering).
+        dynamic_sampling: Drop groups without variance and refill; off if not given.
+        passes_per_rollout: How often the groups of a rollout are trained on.
+        minibatches_per_pass: Updates that a pass is split into.
+        micro_batch_tokens: Padded tokens of one forward and backward pass.
+        max_grad_norm: Gradient norm limit.
+        optimizer: Makes the optimizer from the parameters; AdamW at 1e-6 if not given.
+        lr_schedule: Learning-rate schedule over the updates.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        grading: The pool of grading processes.
+    """
+
+    def __init__(
+        self,
+        policy: str | PreTrainedModel,
+        rewards: list[Reward],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        verifier: Verifier | None = None,
+        objective: Objective | None = None,
+        engine: RolloutEngine | None = None,
+        group_size: int = 6,
+        max_response_tokens: int = 4096,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        eval_sampling: Sampling | None = None,
+        eval_samples: int = 1,
+        loss_scope: LossScope = "suffix",
+        advantage_scale: AdvantageScale = "group",
+        mask_truncated: bool = False,
+        dynamic_sampling: DynamicSampling | None = None,
+        passes_per_rollout: int = 1,
+        minibatches_per_pass: int = 1,
+        micro_batch_tokens: int = 16384,
+        max_grad_norm: float = 1.0,
+        optimizer: OptimizerCallable | None = None,
+        lr_schedule: LearningRateSchedule = LearningRateSchedule(),  # noqa: B008 (frozen)
+        gradient_checkpointing: bool = False,
+        grading: GradingPool | None = None,
+    ) -> None:
+        super().__init__()
+        _require_at_least(2, group_size=group_size)
+        _require_at_least(
+            1,
+            max_response_tokens=max_response_tokens,
+            eval_samples=eval_samples,
+            passes_per_rollout=passes_per_rollout,
+            minibatches_per_pass=minibatches_per_pass,
+            micro_batch_tokens=micro_batch_tokens,
+        )
+        if sampling.temperature == 0:
+            raise ConfigurationError("model.sampling.temperature=0 samples G times the same response; use a value above 0")
+        if isinstance(policy, str):
+            tokenizer = load_tokenizer(policy)
+        elif tokenizer is None:
+            raise ConfigurationError("model.tokenizer is needed where model.policy is a model rather than a name")
+        self.automatic_optimization = False
+        self.tokenizer = tokenizer
+        self.policy: PreTrainedModel | None = None
+        self.objective = objective or DAPO()
+        self.engine = engine or TransformersEngine()
+        self.grader = Grader(verifier or MathVerifier(), rewards, grading or GradingPool())
+        self.group_size = group_size
+        self.max_response_tokens = max_response_tokens
+        self.sampling = sampling
+        self.eval_sampling = eval_sampling or sampling
+        self.eval_samples = eval_samples
+        self.passes_per_rollout = passes_per_rollout
+        self.minibatches_per_pass = minibatches_per_pass
+        self.max_grad_norm = max_grad_norm
+        self.optimizer_factory = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-6))
+        self.lr_schedule = lr_schedule
+        self.gradient_checkpointing = gradient_checkpointing
+        self.buffer = GroupBuffer(dynamic_sampling) if dynamic_sampling else None
+        self.update_settings = UpdateSettings(
+            loss_scope, advantage_scale, sampling.temperature, micro_batch_tokens, mask_truncated
+        )
+        self.timer = PhaseTimer()
+        self.groups: list[Group] = []
+        self.policy_version = 0
+        self.iteration = 0
+        self._policy_source = policy
+        self._loss: PolicyLoss | None = None
+        self._rng_state: dict[str, Any] | None = None
+
+    # -- set-up ----------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the policy, and the reference model where the objective needs one."""
+        if self.policy is not None:
+            return
+        source = self._policy_source
+        policy = load_policy(source) if isinstance(source, str) else source
+        reference = None
+        if self.objective.beta > 0:
+            # A copy, not a second load: "the starting policy" is what was loaded here.
+            reference = copy.deepcopy(policy).eval().requires_grad_(False)
+        if self.gradient_checkpointing:
+            policy.gradient_checkpointing_enable({"use_reentrant": False})
+        self.policy = policy.train()
+        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        self._loss = PolicyLoss(policy, reference, self.objective, self.update_settings, pad_id)
+        self.engine.attach(policy, self.tokenizer)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The engine needs its weights: the module brings the callback that syncs them."""
+        from rpo_lightning.callbacks.weight_sync import WeightSyncCallback
+
+        return [WeightSyncCallback()]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer and the schedule over the run's updates."""
+        assert self.policy is not None
+        optimizer = self.optimizer_factory(p for p in self.policy.parameters() if p.requires_grad)
+        trainer = self.trainer
+        updates: float = trainer.max_steps if trainer.max_steps != -1 else float("inf")
+        if self.lr_schedule.name != "constant" and updates == float("inf"):
+            updates = trainer.estimated_stepping_batches * self.passes_per_rollout * self.minibatches_per_pass
+        return {"optimizer": optimizer, "lr_scheduler": self.lr_schedule.build(optimizer, updates)}
+
+    def on_fit_start(self) -> None:
+        """Move the reference model, which is no part of the checkpoint, to the policy's device."""
+        if self._loss is not None and self._loss.reference is not None:
+            self._loss.reference.to(self.device)
+
+    def teardown(self, stage: str) -> None:
+        """Stop grading processes and the engine."""
+        self.grader.pool.close()
+        self.engine.shutdown()
+
+    # -- one iteration ---------------------------------------------------------------------------
+
+    def training_step(self, requests: Batch[RolloutRequest], batch_idx: int) -> None:
+        """Roll out, score, and update the policy unless dynamic sampling asks for more groups."""
+        _require_requests(requests)
+        seed = derive_seed(SeedPurpose.TRAINING, self.global_rank, self.iteration)
+        self.groups = self.roll_out(requests, self.group_size, self.sampling, seed)
+        self.iteration += 1
+        metrics = rollout_metrics(self.groups)
+        metrics["reward/grading_killed"] = float(self.grader.pool.killed)
+        batch, surplus = self._collect(self.groups, size=len(requests))
+        if batch:
+            metrics |= self._update(batch, surplus)
+        self.log("reward/mean", metrics.pop("reward/mean"), prog_bar=True, batch_size=len(requests))
+        self.log_dict({**metrics, **self.timer.take()}, batch_size=len(requests))
+
+    def roll_out(
+        self, requests: Iterable[RolloutRequest], samples: int, sampling: Sampling, seed: int
+    ) -> list[Group]:
+        """Generate and score ``samples`` responses to each request."""
+        requests = list(requests)
+        self.engine.require_version(self.policy_version)
+        with self.timer("rollout"):
+            completions = generate(self.engine, requests, samples, sampling, seed)
+        with self.timer("reward"):
+            return score(self.grader, self.tokenizer, requests, completions, step=self.global_step)
+
+    def _collect(self, groups: list[Group], size: int) -> tuple[list[Group], list[Group]]:
+        """Groups to train on now (none: draw more first), and those that wait for the next update."""
+        if self.buffer is None:
+            return groups, []
+        self.buffer.add(groups)
+        self.log("rollout/buffered_groups", float(len(self.buffer.groups)), batch_size=size)
+        ready = self.trainer.strategy.reduce_boolean_decision(self.buffer.is_ready(size), all=True)
+        if not ready:
+            self.buffer.refill()
+            return [], []
+        return self.buffer.take(size), self.buffer.groups
+
+    def _update(self, groups: list[Group], surplus: list[Group]) -> dict[str, float]:
+        """Train on groups; returns the metrics of the last update."""
+        assert self._loss is not None
+        minibatches = _split(groups, self.minibatches_per_pass) * self.passes_per_rollout
+        stale = [*groups, *surplus] if len(minibatches) > 1 else surplus
+        if stale:
+            with self.timer("old_logprobs"):
+                self._loss.freeze_old_logprobs(stale)
+        metrics: dict[str, float] = {}
+        with self.timer("update"):
+            for minibatch in minibatches:
+                metrics = self._step(minibatch)
+        return metrics
+
+    def _step(self, groups: list[Group]) -> dict[str, float]:
+        """One optimizer step."""
+        assert self._loss is not None and self.policy is not None
+        optimizer: Any = self.optimizers()
+        strategy = self.trainer.strategy
+        optimizer.zero_grad()
+        metrics = self._loss.backward(
+            groups,
+            backward=self.manual_backward,
+            sum_over_ranks=lambda x: strategy.reduce(x.to(self.device), reduce_op="sum").cpu(),
+            world_size=self.trainer.world_size,
+        )
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        if not math.isfinite(norm):
+            raise UpdateError(
+                f"update {self.global_step}: the gradient norm is {float(norm)}; the policy was left as it was. "
+                "Lower the learning rate, or resume from an earlier checkpoint"
+            )
+        optimizer.step()
+        self.policy_version += 1
+        scheduler: Any = self.lr_schedulers()
+        metrics |= {"loss/grad_norm": float(norm), "loss/learning_rate": scheduler.get_last_lr()[0]}
+        scheduler.step()
+        return metrics
+
+    # -- evaluation: always without a prefix -----------------------------------------------------
+
+    def validation_step(self, requests: Batch[RolloutRequest], batch_idx: int) -> None:
+        """Answer validation questions from scratch."""
+        self._evaluate("val", requests, batch_idx)
+
+    def test_step(self, requests: Batch[RolloutRequest], batch_idx: int) -> None:
+        """Answer test questions from scratch."""
+        self._evaluate("test", requests, batch_idx)
+
+    def predict_step(self, requests: Batch[RolloutRequest], batch_idx: int) -> list[dict[str, Any]]:
+        """Answer questions; one record an answer, with its verdict."""
+        groups = self._answer(requests, batch_idx)
+        return [
+            {"uid": g.request.prompt.uid, **asdict(sample)} for g in groups for sample in g.samples
+        ]
+
+    def _answer(self, requests: Batch[RolloutRequest], batch_idx: int) -> list[Group]:
+        _require_requests(requests)
+        # The same seed at every evaluation: differences are the policy's.
+        seed = derive_seed(SeedPurpose.EVALUATION, self.global_rank, batch_idx)
+        return self.roll_out(requests, self.eval_samples, self.eval_sampling, seed)
+
+    def _evaluate(self, stage: str, requests: Batch[RolloutRequest], batch_idx: int) -> None:
+        samples = [s for g in self._answer(requests, batch_idx) for s in g.samples]
+        self.timer.take()
+        self.log_dict(
+            {
+                f"{stage}/accuracy": sum(s.is_correct for s in samples) / len(samples),
+                f"{stage}/response_tokens": sum(s.length for s in samples) / len(samples),
+                f"{stage}/truncated_share": sum(not s.finished for s in samples) / len(samples),
+            },
+            batch_size=len(samples),
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            sync_dist=True,
+        )
+
+    # -- saving ----------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str) -> None:
+        """Save the policy as an ordinary Hugging Face folder."""
+        if self.policy is None:
+            raise ConfigurationError("the policy has not been loaded yet, so there is nothing to save")
+        save_policy(self.policy, self.tokenizer, folder)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the state dict does not hold: counters, buffered groups, generator states."""
+        checkpoint["rpo"] = {
+            "iteration": self.iteration,
+            "buffer": self.buffer.state_dict() if self.buffer else None,
+            "rng": {
+                "python": random.getstate(),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            },
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore what :meth:`on_save_checkpoint` added."""
+        state = checkpoint["rpo"]
+        self.iteration = state["iteration"]
+        self._rng_state = state["rng"]
+        if self.buffer is not None and state["buffer"] is not None:
+            self.buffer.load_state_dict(state["buffer"])
+
+    def on_train_start(self) -> None:
+        """Put the generators where the checkpoint left them."""
+        if self._rng_state is not None:
+            version, internal, gauss = self._rng_state["python"]
+            random.setstate((version, tuple(internal), gauss))
+            torch.set_rng_state(self._rng_state["torch"])
+            if self._rng_state["cuda"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(self._rng_state["cuda"])
+            self._rng_state = None
+
+
+def _split(groups: list[Group], parts: int) -> list[list[Group]]:
+    """Split into at most ``parts`` consecutive lists of nearly equal size."""
+    parts = min(parts, len(groups))
+    bounds = [round(i * len(groups) / parts) for i in range(parts + 1)]
+    return [groups[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def _require_at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            reason = " (a group of 1 has no advantage)" if name == "group_size" else ""
+            raise ConfigurationError(f"model.{name} must be at least {least}, got {value}{reason}")
+
+
+def _require_requests(batch: Any) -> None:
+    if not (isinstance(batch, Batch) and len(batch) and isinstance(batch[0], RolloutRequest)):
+        raise ConfigurationError(
+            "RPOModule takes a Batch of RolloutRequest, which RPODataModule makes; give it your rows as "
+            "RPODataModule(train=rows)"
+        )

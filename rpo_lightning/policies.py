@@ -1,0 +1,78 @@
+"""Loading and saving policies: Hugging Face folders, hub names, and the embedded reasoner."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rpo_lightning.errors import ConfigurationError
+
+EMBEDDED_PREFIX = "embedded:"
+_EMBEDDED_FOLDERS = {"arithmetic-reasoner": Path(__file__).parent / "tasks" / "arithmetic_reasoner"}
+
+
+def resolve_policy(name: str) -> str:
+    """Folder of an embedded model (``embedded:arithmetic-reasoner``), or the name itself.
+
+    Raises:
+        ConfigurationError: No such embedded model, or a folder that does not exist.
+    """
+    if name.startswith(EMBEDDED_PREFIX):
+        folder = _EMBEDDED_FOLDERS.get(name.removeprefix(EMBEDDED_PREFIX))
+        if folder is None:
+            known = ", ".join(EMBEDDED_PREFIX + n for n in _EMBEDDED_FOLDERS)
+            raise ConfigurationError(f"model.policy={name}: no such embedded model; there is {known}")
+        return str(folder)
+    # A hub name is "name" or "owner/name"; everything else can only be a folder.
+    is_folder_name = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_folder_name and not Path(name).expanduser().is_dir():
+        raise ConfigurationError(f"model.policy={name}: no such model folder")
+    return str(Path(name).expanduser()) if is_folder_name else name
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a policy.
+
+    Raises:
+        ConfigurationError: There is none at that place.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(resolve_policy(name))
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(
+            f"model.policy={name}: no tokenizer found there (neither a folder nor a reachable hub name)"
+        ) from error
+
+
+def load_policy(name: str) -> PreTrainedModel:
+    """Load a causal language model in torch's default dtype, ready to be trained.
+
+    Raises:
+        ConfigurationError: There is none at that place.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(resolve_policy(name), dtype=torch.get_default_dtype())
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(
+            f"model.policy={name}: no causal language model found there (neither a folder nor a reachable hub name)"
+        ) from error
+    return model.train()
+
+
+def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
+    """Write an ordinary Hugging Face folder, replacing an earlier one only once the new one is whole."""
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    policy.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.replace(folder)
+    return folder

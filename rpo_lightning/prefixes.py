@@ -1,0 +1,141 @@
+"""From cached responses to prefixes and back: RPO's use of the cache, without Lightning.
+
+:class:`CachedPrefixes` is the whole of what RPO adds to GRPO or DAPO: ``request`` turns a prompt into
+a rollout request that starts from a kept prefix, ``record`` takes a scored group back into the cache.
+Random draws are seeded by run, question and visit, so that they depend neither on the order of
+questions nor on the process, and a resumed run draws what the uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import numpy as np
+
+from rpo_lightning.cache import CachedResponse, ExperienceCache, cut_spans, extend_spans
+from rpo_lightning.cuts import CutStrategy, GroupOutcome, SuffixBudget
+from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.records import Group, Prompt, RolloutRequest
+from rpo_lightning.refresh import RefreshRule
+from rpo_lightning.seeds import SeedPurpose, derive_generator
+
+
+class CachedPrefixes:
+    """Serves kept prefixes from an experience cache and refreshes it.
+
+    Args:
+        cache: The cache.
+        cut: How much of a response is kept.
+        budget: How long a suffix may get.
+        refresh: Which member of a group is cached.
+        response_limit: Limit of a whole response in tokens.
+        on_failure: What a group without a correct member means for the question's next visit:
+            ``keep`` cuts the entry again (paper), ``restart`` starts without a prefix.
+        keep_unfinished: Whether responses that ran out of budget may be cached.
+    """
+
+    def __init__(
+        self,
+        cache: ExperienceCache,
+        cut: CutStrategy,
+        budget: SuffixBudget,
+        refresh: RefreshRule,
+        response_limit: int,
+        on_failure: Literal["keep", "restart"] = "keep",
+        keep_unfinished: bool = False,
+    ) -> None:
+        self.cache = cache
+        self.cut = cut
+        self.budget = budget
+        self.refresh = refresh
+        self.response_limit = response_limit
+        self.on_failure = on_failure
+        self.keep_unfinished = keep_unfinished
+
+    def request(self, prompt: Prompt) -> RolloutRequest:
+        """Pair a prompt with a kept prefix and a suffix budget.
+
+        A question without a cached response, or one that is to start over, takes the full path.
+
+        Raises:
+            ConfigurationError: The budget leaves no token to generate.
+        """
+        entry = self.cache.get(prompt.uid)
+        if entry is None or entry.response is None or entry.restart:
+            return full_path_request(prompt, self.response_limit)
+        response = entry.response
+        kept = self.cut.kept_tokens(entry, response, _generator(SeedPurpose.CUT, prompt.uid, entry.visits))
+        kept = min(kept, len(response) - 1, self.response_limit - 1)
+        if kept <= 0:
+            return full_path_request(prompt, self.response_limit)
+        cut = len(response) - kept
+        tokens = min(self.budget.tokens(kept, cut, self.response_limit), self.response_limit - kept)
+        if tokens < 1:
+            raise ConfigurationError(
+                f"{type(self.budget).__name__} gives question {prompt.uid} a suffix budget of {tokens} tokens "
+                f"(kept {kept}, cut {cut}): budgets must be at least 1"
+            )
+        return RolloutRequest(
+            prompt=prompt,
+            prefix_ids=tuple(response.token_ids[:kept].tolist()),
+            max_new_tokens=tokens,
+            cached_length=len(response),
+            prefix_spans=cut_spans(response.spans, kept),
+        )
+
+    def record(self, group: Group) -> None:
+        """Take a scored group into the cache: refresh its entry and tell the cut strategy."""
+        request = group.request
+        entry = self.cache.entry(request.prompt.uid)
+        chosen = self.refresh.choose(
+            group, self._candidates(group), _generator(SeedPurpose.REFRESH, entry.uid, entry.visits)
+        )
+        if chosen is not None:
+            entry.response = cached_response(group, chosen)
+        entry.visits += 1
+        entry.restart = self.on_failure == "restart" and group.correct_count == 0
+        self.cut.observe(
+            entry,
+            GroupOutcome(
+                kept=len(request.prefix_ids),
+                cut=request.cut,
+                rewards=group.rewards,
+                correct=[sample.is_correct for sample in group.samples],
+                lengths=group.lengths,
+            ),
+        )
+
+    def initialise(self, group: Group) -> None:
+        """Fill an entry from a group of the starting policy: its best candidate (eq. 1)."""
+        entry = self.cache.entry(group.request.prompt.uid)
+        candidates = self._candidates(group)
+        if candidates:
+            top = max(group.rewards[i] for i in candidates)
+            rng = _generator(SeedPurpose.INITIAL_CHOICE, entry.uid, entry.visits)
+            entry.response = cached_response(group, int(rng.choice([i for i in candidates if group.rewards[i] == top])))
+
+    def _candidates(self, group: Group) -> list[int]:
+        return [i for i, c in enumerate(group.completions) if c.finished or self.keep_unfinished]
+
+
+def full_path_request(prompt: Prompt, response_limit: int) -> RolloutRequest:
+    """A request for a whole response: what GRPO and DAPO ask without RPO."""
+    return RolloutRequest(prompt=prompt, max_new_tokens=response_limit)
+
+
+def cached_response(group: Group, member: int) -> CachedResponse:
+    """A member of a group in the form that is cached."""
+    completion = group.completions[member]
+    return CachedResponse(
+        token_ids=np.asarray(group.response_ids(member), dtype=np.int32),
+        reward=group.rewards[member],
+        correct=group.samples[member].is_correct,
+        finished=completion.finished,
+        spans=extend_spans(group.request.prefix_spans, len(completion.token_ids), group.step),
+    )
+
+
+def _generator(purpose: SeedPurpose, uid: str, visit: int) -> np.random.Generator:
+    digest = hashlib.blake2b(uid.encode(), digest_size=8).digest()
+    return derive_generator(purpose, int.from_bytes(digest, "big"), visit)

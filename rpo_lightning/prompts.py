@@ -1,0 +1,144 @@
+"""From rows to tokenised prompts: columns, gold answers, chat template, uids."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rpo_lightning.errors import DataError
+from rpo_lightning.records import Prompt
+from rpo_lightning.rewards.base import Verifier
+from rpo_lightning.sources import DataSource
+
+QUESTION_COLUMNS = ("problem", "question", "prompt")
+ANSWER_COLUMNS = ("answer", "solution")
+
+
+@dataclass
+class LoadReport:
+    """What happened while a source was read.
+
+    Attributes:
+        kept: Prompts that are used.
+        overlong: Prompts dropped because they exceed the limit.
+        duplicates: Rows dropped because their uid had been seen.
+        unverifiable: One message for each row dropped because its gold answer cannot be compared with.
+    """
+
+    kept: int = 0
+    overlong: int = 0
+    duplicates: int = 0
+    unverifiable: list[str] = field(default_factory=list)
+
+
+class PromptBuilder:
+    """Builds prompts from rows.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        verifier: Says which gold answers it can compare with.
+        max_prompt_tokens: Longer prompts are dropped.
+        question_column: Column of the question; found by its usual names if not given.
+        answer_column: Column of the gold answer; likewise.
+        uid_column: Column of a stable identifier; a hash of question and answer if not given.
+        system_prompt: Opening system message, for chat models.
+        use_chat_template: Whether to apply the tokenizer's chat template; by default if it has one.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        verifier: Verifier,
+        max_prompt_tokens: int,
+        question_column: str | None = None,
+        answer_column: str | None = None,
+        uid_column: str | None = None,
+        system_prompt: str | None = None,
+        use_chat_template: bool | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.verifier = verifier
+        self.max_prompt_tokens = max_prompt_tokens
+        self.question_column = question_column
+        self.answer_column = answer_column
+        self.uid_column = uid_column
+        self.system_prompt = system_prompt
+        has_template = getattr(tokenizer, "chat_template", None) is not None
+        self.use_chat_template = has_template if use_chat_template is None else use_chat_template
+        if self.use_chat_template and not has_template:
+            raise DataError("data.use_chat_template is true, but the tokenizer has no chat template")
+        if system_prompt and not self.use_chat_template:
+            raise DataError("data.system_prompt needs a chat template, and the tokenizer has none (or it is turned off)")
+
+    def build(self, source: DataSource) -> tuple[list[Prompt], LoadReport]:
+        """Read a source to its end.
+
+        Raises:
+            DataError: Unknown column, a row without question or answer, or nothing left to use.
+        """
+        report = LoadReport()
+        prompts: dict[str, Prompt] = {}
+        for number, row in enumerate(source.rows(), start=1):
+            where = f"{source!r}, row {number}"
+            question = self._value(row, self.question_column, QUESTION_COLUMNS, "question", where)
+            answer = gold_answer(str(self._value(row, self.answer_column, ANSWER_COLUMNS, "answer", where)))
+            problem = self.verifier.gold_problem(answer)
+            if problem is not None:
+                report.unverifiable.append(f"{where}: dropped, the gold answer {answer[:60]!r} cannot be used: {problem}")
+                continue
+            text, token_ids = self._tokenise(question)
+            if len(token_ids) > self.max_prompt_tokens:
+                report.overlong += 1
+                continue
+            uid = self._uid(row, text, answer, where)
+            if uid in prompts:
+                report.duplicates += 1
+                continue
+            prompts[uid] = Prompt(uid=uid, text=text, token_ids=tuple(token_ids), answer=answer)
+        report.kept = len(prompts)
+        if not prompts:
+            raise DataError(
+                f"{source!r}: no usable question in it ({report.overlong} over max_prompt_tokens="
+                f"{self.max_prompt_tokens}, {len(report.unverifiable)} with an unusable gold answer)"
+            )
+        return list(prompts.values()), report
+
+    def _value(self, row: Mapping[str, Any], column: str | None, usual: Iterable[str], what: str, where: str) -> Any:
+        names = [column] if column else list(usual)
+        name = next((n for n in names if n in row), None)
+        if name is None:
+            raise DataError(
+                f"{where}: no column {' or '.join(repr(n) for n in names)} for the {what}; it has "
+                f"{', '.join(sorted(row)) or 'none'}: set data.{what}_column"
+            )
+        if row[name] is None or row[name] == "" or row[name] == []:
+            raise DataError(f"{where}: column {name!r} is empty")
+        return row[name]
+
+    def _tokenise(self, question: Any) -> tuple[str, list[int]]:
+        """Question text (without the template) and token ids of the whole prompt."""
+        messages = question if isinstance(question, list) else [{"role": "user", "content": str(question)}]
+        text = str(messages[-1]["content"])
+        if not self.use_chat_template:
+            return text, list(self.tokenizer(text)["input_ids"])
+        if self.system_prompt:
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text, list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def _uid(self, row: Mapping[str, Any], text: str, answer: str, where: str) -> str:
+        if self.uid_column is None:
+            return hashlib.blake2b(f"{text}\0{answer}".encode(), digest_size=8).hexdigest()
+        if row.get(self.uid_column) is None:
+            raise DataError(f"{where}: no value in the uid column {self.uid_column!r}")
+        return str(row[self.uid_column])
+
+
+def gold_answer(text: str) -> str:
+    """The final answer of a gold solution: what follows GSM8K's ``####``, else the text itself."""
+    _, marker, final = text.rpartition("####")
+    return final.strip().replace(",", "") if marker else text.strip()

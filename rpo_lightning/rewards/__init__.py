@@ -1,0 +1,33 @@
+"""Verifiers, rewards, and the pool that grades them."""
+
+from rpo_lightning.rewards.base import Reward, Verifier
+from rpo_lightning.rewards.functions import FunctionReward
+from rpo_lightning.rewards.grader import GradedGroup, Grader
+from rpo_lightning.rewards.length import (
+    CosineLengthReward,
+    KimiLengthReward,
+    LengthAwareAccuracyReward,
+    SoftOverlongPenalty,
+)
+from rpo_lightning.rewards.pool import GradingPool
+from rpo_lightning.rewards.terms import AccuracyReward, FormatReward, UniformRandomReward
+from rpo_lightning.rewards.verifiers import ExactMatchVerifier, FunctionVerifier, MathVerifier
+
+__all__ = [
+    "AccuracyReward",
+    "CosineLengthReward",
+    "ExactMatchVerifier",
+    "FormatReward",
+    "FunctionReward",
+    "FunctionVerifier",
+    "GradedGroup",
+    "Grader",
+    "GradingPool",
+    "KimiLengthReward",
+    "LengthAwareAccuracyReward",
+    "MathVerifier",
+    "Reward",
+    "SoftOverlongPenalty",
+    "UniformRandomReward",
+    "Verifier",
+]

@@ -1,0 +1,58 @@
+"""What verifiers and rewards are.
+
+A *verifier* compares a response with the gold answer; its verdict decides what counts as correct for
+the cache, the metrics and the length rewards. A *reward* is one weighted term of the total reward and
+sees a whole group, since length rewards compare its members. Both score the whole response, prefix
+included (section 3 of the paper).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from rpo_lightning.records import Sample
+from rpo_lightning.rewards.pool import GradingPool
+
+
+class Verifier(ABC):
+    """Decides whether a response is right.
+
+    Attributes:
+        isolated: Whether :meth:`verify` may hang or crash and so runs in a worker process.
+    """
+
+    isolated: bool = True
+
+    @abstractmethod
+    def verify(self, prompt: str, response: str, answer: str) -> float:
+        """Verdict in [0, 1]; 1 is right. Must be picklable where ``isolated`` is true."""
+
+    def gold_problem(self, answer: str) -> str | None:
+        """Why a gold answer cannot be compared with, or ``None`` if it can."""
+        return None if answer.strip() else "it is empty"
+
+
+class Reward(ABC):
+    """One term of the total reward.
+
+    Args:
+        weight: Factor of the term in the sum.
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        self.weight = weight
+
+    @property
+    def name(self) -> str:
+        """Name of the term in metrics."""
+        words = type(self).__name__.removesuffix("Reward")
+        return "".join("_" + c.lower() if c.isupper() and i else c.lower() for i, c in enumerate(words))
+
+    @abstractmethod
+    def score(self, group: Sequence[Sample]) -> list[float]:
+        """Unweighted values of the members of one group."""
+
+    def score_groups(self, groups: Sequence[Sequence[Sample]], pool: GradingPool) -> list[list[float]]:
+        """Unweighted values of several groups; terms that need worker processes override this."""
+        return [self.score(group) for group in groups]

@@ -1,0 +1,71 @@
+"""The grader: verdict first, then every reward term, then their weighted sum."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.records import Sample
+from rpo_lightning.rewards.base import Reward, Verifier
+from rpo_lightning.rewards.pool import GradingPool
+
+
+@dataclass(frozen=True)
+class GradedGroup:
+    """Verdicts and rewards of one group.
+
+    Attributes:
+        samples: The members with their verdicts.
+        rewards: Weighted sum of the terms, one a member.
+        terms: Unweighted values of each term.
+    """
+
+    samples: list[Sample]
+    rewards: list[float]
+    terms: dict[str, list[float]]
+
+
+class Grader:
+    """Scores whole responses.
+
+    Args:
+        verifier: Decides what is right.
+        rewards: Terms of the total reward.
+        pool: Where calls that may hang are made.
+    """
+
+    def __init__(self, verifier: Verifier, rewards: Sequence[Reward], pool: GradingPool) -> None:
+        if not rewards:
+            raise ConfigurationError("model.rewards is empty: name at least one reward, e.g. AccuracyReward")
+        doubled = [name for name, count in Counter(r.name for r in rewards).items() if count > 1]
+        if doubled:
+            raise ConfigurationError(f"model.rewards has more than one term named {doubled[0]!r}")
+        self.verifier = verifier
+        self.rewards = list(rewards)
+        self.pool = pool
+
+    def verify(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples with the verifier's verdicts."""
+        calls = [(s.prompt, s.response, s.answer) for s in samples]
+        if self.verifier.isolated:
+            verdicts = self.pool.map(self.verifier.verify, calls)
+        else:
+            verdicts = [self.verifier.verify(*call) for call in calls]
+        return [replace(s, correct=verdict) for s, verdict in zip(samples, verdicts, strict=True)]
+
+    def grade(self, groups: Sequence[Sequence[Sample]]) -> list[GradedGroup]:
+        """Verdicts and rewards of several groups."""
+        verified = iter(self.verify([s for group in groups for s in group]))
+        samples = [[next(verified) for _ in group] for group in groups]
+        terms = {reward.name: reward.score_groups(samples, self.pool) for reward in self.rewards}
+        graded = []
+        for i, group in enumerate(samples):
+            of_group = {name: values[i] for name, values in terms.items()}
+            totals = [
+                sum(reward.weight * of_group[reward.name][member] for reward in self.rewards)
+                for member in range(len(group))
+            ]
+            graded.append(GradedGroup(group, totals, of_group))
+        return graded

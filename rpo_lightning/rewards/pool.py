@@ -1,0 +1,76 @@
+"""Grading in worker processes that can be killed.
+
+A verifier or a user's reward function can hang (a pathological expression) or crash. Each call has a
+hard wall-clock limit; the process of a call that is over it is killed, the call scores 0 and is
+counted. The pool is Pebble's; workers are forked, as a DataLoader's are, so that functions defined in
+a script work without an import guard.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import TimeoutError as GradingTimeout
+from typing import Any
+
+from pebble import ProcessExpired, ProcessPool
+
+from rpo_lightning.errors import ConfigurationError, RewardError
+
+
+class GradingPool:
+    """A lazily started pool of killable workers.
+
+    Args:
+        workers: Number of processes.
+        timeout_seconds: Wall-clock limit of one call.
+
+    Attributes:
+        killed: Calls that were over the limit or crashed their process, so far.
+    """
+
+    def __init__(self, workers: int = 2, timeout_seconds: float = 10.0) -> None:
+        if workers < 1 or timeout_seconds <= 0:
+            raise ConfigurationError(
+                f"grading needs at least 1 worker and a limit above 0 s; got workers={workers}, "
+                f"timeout_seconds={timeout_seconds}"
+            )
+        self.workers = workers
+        self.timeout_seconds = timeout_seconds
+        self.killed = 0
+        self._pool: ProcessPool | None = None
+
+    def map(self, function: Callable[..., float], calls: Sequence[tuple[Any, ...]]) -> list[float]:
+        """Call ``function`` with each tuple of arguments.
+
+        Returns:
+            The results in order, 0.0 for calls that were killed.
+
+        Raises:
+            RewardError: The function raised or did not return a number.
+        """
+        if self._pool is None:
+            self._pool = ProcessPool(max_workers=self.workers, context=multiprocessing.get_context("fork"))
+        futures = [self._pool.schedule(function, args=call, timeout=self.timeout_seconds) for call in calls]
+        results = []
+        for future in futures:
+            try:
+                results.append(float(future.result()))
+            except (GradingTimeout, ProcessExpired):
+                self.killed += 1
+                results.append(0.0)
+            except Exception as error:
+                self.close()
+                name = getattr(function, "__qualname__", repr(function))
+                raise RewardError(f"{name} raised {type(error).__name__}: {error}") from error
+        return results
+
+    def close(self) -> None:
+        """Stop the workers; the next call starts new ones."""
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}

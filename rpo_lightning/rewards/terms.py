@@ -1,0 +1,43 @@
+"""Rewards that judge correctness and form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from rpo_lightning.records import Sample
+from rpo_lightning.rewards.base import Reward
+
+# The opening tag is optional: chat templates of reasoning models put it into the prompt.
+_FORMAT = re.compile(r"\s*(?:<think>)?(?:(?!</?think>|</?answer>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*",
+                     re.DOTALL)
+
+
+class AccuracyReward(Reward):
+    """The verifier's verdict."""
+
+    def score(self, group: Sequence[Sample]) -> list[float]:
+        """1 for right, 0 for wrong."""
+        return [sample.correct for sample in group]
+
+
+class FormatReward(Reward):
+    """1 where the response is one ``<think>…</think>`` and one ``<answer>…</answer>``, else 0."""
+
+    def score(self, group: Sequence[Sample]) -> list[float]:
+        """Whether each response has the form."""
+        return [float(_FORMAT.fullmatch(sample.response) is not None) for sample in group]
+
+
+class UniformRandomReward(Reward):
+    """Noise in [0, 1): the control that shows whether learning comes from the reward.
+
+    Depends on the response alone, so that a resumed run gets the same noise.
+    """
+
+    def score(self, group: Sequence[Sample]) -> list[float]:
+        """A hash of each response, as a number."""
+        import hashlib
+
+        digests = (hashlib.blake2b(f"{s.prompt}\0{s.response}".encode(), digest_size=8).digest() for s in group)
+        return [int.from_bytes(digest, "big") / 2**64 for digest in digests]

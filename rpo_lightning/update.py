@@ -1,0 +1,174 @@
+"""The update of the policy: advantages, micro-batches, loss, one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rpo_lightning.advantages import AdvantageScale, group_advantages
+from rpo_lightning.logprobs import LossScope, Row, TokenLogprobs, micro_batches, rows_of, token_logprobs
+from rpo_lightning.objectives.base import LossInputs, LossOutput, Objective
+from rpo_lightning.records import Group
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """How groups become a loss.
+
+    Attributes:
+        scope: Which tokens are in the loss.
+        advantage_scale: What advantages are divided by.
+        temperature: Sampling temperature.
+        micro_batch_tokens: Padded tokens of one forward and backward pass.
+        mask_truncated: Leave unfinished responses out of the loss (DAPO's overlong filtering).
+    """
+
+    scope: LossScope
+    advantage_scale: AdvantageScale
+    temperature: float
+    micro_batch_tokens: int
+    mask_truncated: bool
+
+
+@dataclass
+class _Sums:
+    """Sums over micro-batches, for the logs."""
+
+    tokens: float = 0.0
+    loss: float = 0.0
+    policy_loss: float = 0.0
+    values: dict[str, float] = field(default_factory=lambda: {"entropy": 0.0, "kl": 0.0, "clip_share": 0.0})
+    ratio_deviation_max: float = 0.0
+
+    def add(self, output: LossOutput, computed: TokenLogprobs, mask_BS: Tensor) -> None:
+        self.tokens += float(mask_BS.sum())
+        self.loss += output.loss.item()
+        self.policy_loss += output.policy_loss.item()
+        self.values["entropy"] += float((computed.entropy_BS * mask_BS).sum())
+        self.values["kl"] += output.kl_sum.item()
+        self.values["clip_share"] += output.clipped_sum.item()
+        self.ratio_deviation_max = max(self.ratio_deviation_max, output.ratio_deviation_max.item())
+
+    def metrics(self) -> dict[str, float]:
+        per_token = {f"loss/{k}": v / max(self.tokens, 1.0) for k, v in self.values.items()}
+        return {
+            "loss/total": self.loss,
+            "loss/policy": self.policy_loss,
+            "loss/tokens": self.tokens,
+            "loss/ratio_deviation_max": self.ratio_deviation_max,
+            **per_token,
+        }
+
+
+class PolicyLoss:
+    """Computes the loss of an optimisation batch, micro-batch by micro-batch.
+
+    Args:
+        policy: The model that is trained.
+        reference: The frozen starting policy, where the objective has a KL penalty.
+        objective: Per-token loss and normalisation.
+        settings: See :class:`UpdateSettings`.
+        pad_id: Padding token.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        reference: PreTrainedModel | None,
+        objective: Objective,
+        settings: UpdateSettings,
+        pad_id: int,
+    ) -> None:
+        self.policy = policy
+        self.reference = reference
+        self.objective = objective
+        self.settings = settings
+        self.pad_id = pad_id
+
+    def freeze_old_logprobs(self, groups: Sequence[Group]) -> None:
+        """Store the current policy's log-probs with groups that outlive the current weights."""
+        pending = [g for g in groups if g.old_logprobs is None]
+        for group in pending:
+            group.old_logprobs = [[] for _ in group.completions]
+        for rows in micro_batches(rows_of(pending, self.settings.scope), self.settings.micro_batch_tokens):
+            with torch.no_grad():
+                logprobs = self._logprobs(self.policy, rows).logprobs_BS
+            for i, row in enumerate(rows):
+                store = pending[row.group].old_logprobs
+                assert store is not None
+                store[row.member] = logprobs[i, logprobs.shape[1] - row.scope_length :].tolist()
+
+    def backward(
+        self,
+        groups: Sequence[Group],
+        backward: Callable[[Tensor], None],
+        sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
+        world_size: int = 1,
+    ) -> dict[str, float]:
+        """Accumulate the gradient of the batch's loss.
+
+        Args:
+            groups: The groups of the update.
+            backward: Runs the backward pass of one micro-batch.
+            sum_over_ranks: Sums a tensor over ranks.
+            world_size: Number of ranks, whose gradients are averaged by the strategy.
+
+        Returns:
+            Metrics of the update, ``loss/…``.
+        """
+        advantages = group_advantages([g.rewards for g in groups], self.settings.advantage_scale)
+        rows = rows_of(groups, self.settings.scope)
+        lengths = {(r.group, r.member): self._loss_length(groups, r) for r in rows}
+        totals = sum_over_ranks(
+            torch.tensor([float(sum(lengths.values())), float(sum(n > 0 for n in lengths.values()))])
+        )
+        sums = _Sums()
+        for micro_batch in micro_batches(rows, self.settings.micro_batch_tokens):
+            inputs, computed = self._inputs(groups, micro_batch, advantages, lengths, totals)
+            output = self.objective(inputs)
+            backward(output.loss * world_size)
+            sums.add(output, computed, inputs.mask_BS)
+        return sums.metrics()
+
+    def _inputs(
+        self,
+        groups: Sequence[Group],
+        rows: Sequence[Row],
+        advantages: Sequence[Tensor],
+        lengths: dict[tuple[int, int], int],
+        totals: Tensor,
+    ) -> tuple[LossInputs, TokenLogprobs]:
+        computed = self._logprobs(self.policy, rows)
+        device = computed.logprobs_BS.device
+        lengths_B = torch.tensor([lengths[r.group, r.member] for r in rows])
+        mask_BS = computed.mask_BS & (lengths_B > 0).to(device)[:, None]
+        reference_BS = None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference_BS = self._logprobs(self.reference, rows).logprobs_BS
+        old_BS = computed.logprobs_BS.detach().clone()
+        for i, row in enumerate(rows):
+            frozen = groups[row.group].old_logprobs
+            if frozen is not None:
+                old_BS[i, old_BS.shape[1] - row.scope_length :] = torch.tensor(frozen[row.member], device=device)
+        weights_B = self.objective.sequence_weights(lengths_B, float(totals[0]), float(totals[1]))
+        inputs = LossInputs(
+            logprobs_BS=computed.logprobs_BS,
+            old_logprobs_BS=old_BS,
+            advantages_B=torch.stack([advantages[r.group][r.member] for r in rows]).to(device),
+            mask_BS=mask_BS,
+            weights_B=weights_B.to(device),
+            reference_logprobs_BS=reference_BS,
+        )
+        return inputs, computed
+
+    def _logprobs(self, model: PreTrainedModel, rows: Sequence[Row]) -> TokenLogprobs:
+        return token_logprobs(model, rows, self.settings.temperature, self.pad_id, self.policy.device)
+
+    def _loss_length(self, groups: Sequence[Group], row: Row) -> int:
+        finished = groups[row.group].completions[row.member].finished
+        return 0 if self.settings.mask_truncated and not finished else row.scope_length
