@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from rpo_lightning.errors import CacheError
+from rpo_lightning.records import Spans
 
 FORMAT_VERSION = 1
 
@@ -41,7 +42,7 @@ class CachedResponse:
     reward: float
     correct: bool
     finished: bool
-    spans: tuple[tuple[int, int], ...]
+    spans: Spans
 
     @property
     def step(self) -> int:
@@ -245,7 +246,7 @@ class ExperienceCache:
             )
 
 
-def extend_spans(prefix_spans: tuple[tuple[int, int], ...], suffix_length: int, step: int) -> tuple[tuple[int, int], ...]:
+def extend_spans(prefix_spans: Spans, suffix_length: int, step: int) -> Spans:
     """Spans of a prefix followed by ``suffix_length`` tokens generated at ``step``."""
     spans = list(prefix_spans)
     if suffix_length:
@@ -256,7 +257,7 @@ def extend_spans(prefix_spans: tuple[tuple[int, int], ...], suffix_length: int, 
     return tuple(spans)
 
 
-def cut_spans(spans: tuple[tuple[int, int], ...], kept: int) -> tuple[tuple[int, int], ...]:
+def cut_spans(spans: Spans, kept: int) -> Spans:
     """Spans of the first ``kept`` tokens."""
     result = []
     for step, count in spans:

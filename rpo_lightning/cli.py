@@ -9,11 +9,10 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from jsonargparse import set_parsing_settings
 
 from rpo_lightning.callbacks import (
     CompletionsCallback,
@@ -44,7 +43,7 @@ class RPOCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         cache = self._get(self.config_init, "cache")
         if cache is not None:
-            trainer.callbacks.insert(0, cache)
+            cast(Any, trainer).callbacks.insert(0, cache)
         return trainer
 
 

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, DistributedSampler
 
 from rpo_lightning.errors import ConfigurationError, DataError
@@ -66,8 +66,11 @@ class RPODataModule(LightningDataModule):
         shuffle: bool = True,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size),
-                            ("max_prompt_tokens", max_prompt_tokens)):
+        for name, value in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("max_prompt_tokens", max_prompt_tokens),
+        ):
             if value < 1:
                 raise ConfigurationError(f"data.{name} must be at least 1, got {value}")
         self.sources = {"train": train, "val": val, "test": test, "predict": predict}
@@ -107,8 +110,8 @@ class RPODataModule(LightningDataModule):
                 log.warning(message)
             if report.unverifiable or report.overlong or report.duplicates:
                 log.warning(
-                    f"{source!r}: {report.kept} questions kept; dropped {report.overlong} over {self.max_prompt_tokens} "
-                    f"prompt tokens, {len(report.unverifiable)} with an unusable gold answer, "
+                    f"{source!r}: {report.kept} questions kept; dropped {report.overlong} over "
+                    f"{self.max_prompt_tokens} prompt tokens, {len(report.unverifiable)} with an unusable gold answer, "
                     f"{report.duplicates} duplicates"
                 )
 
@@ -131,7 +134,7 @@ class RPODataModule(LightningDataModule):
             )
         return ResumableLoader(
             prompts,
-            batches_done=lambda: trainer.fit_loop.epoch_loop.batch_progress.current.processed,
+            batches_done=lambda: _batches_processed(trainer),
             batch_size=self.batch_size,
             sampler=sampler,
             drop_last=True,
@@ -191,8 +194,14 @@ class ResumableLoader(DataLoader[Prompt]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Nothing to restore: the trainer restores its progress itself."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         start = self.batches_done()
         for index, batch in enumerate(super().__iter__()):
             if index >= start:
                 yield batch
+
+
+def _batches_processed(trainer: Trainer) -> int:
+    """Training batches of this epoch that have been processed, those before a resume included."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return int(progress.processed)

@@ -13,34 +13,32 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.advantages import AdvantageScale
+from rpo_lightning.dynamic_sampling import DynamicSampling, GroupBuffer
 from rpo_lightning.engines.base import RolloutEngine, Sampling
 from rpo_lightning.engines.transformers_engine import TransformersEngine
-from rpo_lightning.dynamic_sampling import DynamicSampling, GroupBuffer
 from rpo_lightning.errors import ConfigurationError, UpdateError
+from rpo_lightning.generator_states import generator_states, set_generator_states
 from rpo_lightning.logprobs import LossScope
 from rpo_lightning.objectives import DAPO, Objective
 from rpo_lightning.policies import load_policy, load_tokenizer, save_policy
 from rpo_lightning.records import Batch, Group, RolloutRequest
 from rpo_lightning.rewards import Grader, GradingPool, MathVerifier, Reward, Verifier
-from rpo_lightning.rollouts import generate, rollout_metrics, score
+from rpo_lightning.rollouts import evaluation_metrics, generate, rollout_metrics, score
 from rpo_lightning.schedules import LearningRateSchedule
 from rpo_lightning.seeds import SeedPurpose, derive_seed
 from rpo_lightning.timing import PhaseTimer
 from rpo_lightning.update import PolicyLoss, UpdateSettings
-
-
 
 
 class RPOModule(LightningModule):
@@ -109,7 +107,9 @@ class RPOModule(LightningModule):
             micro_batch_tokens=micro_batch_tokens,
         )
         if sampling.temperature == 0:
-            raise ConfigurationError("model.sampling.temperature=0 samples G times the same response; use a value above 0")
+            raise ConfigurationError(
+                "model.sampling.temperature=0 samples G times the same response; use a value above 0"
+            )
         if isinstance(policy, str):
             tokenizer = load_tokenizer(policy)
         elif tokenizer is None:
@@ -141,7 +141,7 @@ class RPOModule(LightningModule):
         self.iteration = 0
         self._policy_source = policy
         self._loss: PolicyLoss | None = None
-        self._rng_state: dict[str, Any] | None = None
+        self._generator_states: dict[str, Any] | None = None
 
     # -- set-up ----------------------------------------------------------------------------------
 
@@ -168,7 +168,7 @@ class RPOModule(LightningModule):
 
         return [WeightSyncCallback()]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """The optimizer and the schedule over the run's updates."""
         assert self.policy is not None
         optimizer = self.optimizer_factory(p for p in self.policy.parameters() if p.requires_grad)
@@ -181,7 +181,7 @@ class RPOModule(LightningModule):
     def on_fit_start(self) -> None:
         """Move the reference model, which is no part of the checkpoint, to the policy's device."""
         if self._loss is not None and self._loss.reference is not None:
-            self._loss.reference.to(self.device)
+            cast(Any, self._loss.reference).to(self.device)
 
     def teardown(self, stage: str) -> None:
         """Stop grading processes and the engine."""
@@ -204,9 +204,7 @@ class RPOModule(LightningModule):
         self.log("reward/mean", metrics.pop("reward/mean"), prog_bar=True, batch_size=len(requests))
         self.log_dict({**metrics, **self.timer.take()}, batch_size=len(requests))
 
-    def roll_out(
-        self, requests: Iterable[RolloutRequest], samples: int, sampling: Sampling, seed: int
-    ) -> list[Group]:
+    def roll_out(self, requests: Iterable[RolloutRequest], samples: int, sampling: Sampling, seed: int) -> list[Group]:
         """Generate and score ``samples`` responses to each request."""
         requests = list(requests)
         self.engine.require_version(self.policy_version)
@@ -243,7 +241,8 @@ class RPOModule(LightningModule):
 
     def _step(self, groups: list[Group]) -> dict[str, float]:
         """One optimizer step."""
-        assert self._loss is not None and self.policy is not None
+        assert self._loss is not None
+        assert self.policy is not None
         optimizer: Any = self.optimizers()
         strategy = self.trainer.strategy
         optimizer.zero_grad()
@@ -279,9 +278,7 @@ class RPOModule(LightningModule):
     def predict_step(self, requests: Batch[RolloutRequest], batch_idx: int) -> list[dict[str, Any]]:
         """Answer questions; one record an answer, with its verdict."""
         groups = self._answer(requests, batch_idx)
-        return [
-            {"uid": g.request.prompt.uid, **asdict(sample)} for g in groups for sample in g.samples
-        ]
+        return [{"uid": g.request.prompt.uid, **asdict(sample)} for g in groups for sample in g.samples]
 
     def _answer(self, requests: Batch[RolloutRequest], batch_idx: int) -> list[Group]:
         _require_requests(requests)
@@ -290,20 +287,8 @@ class RPOModule(LightningModule):
         return self.roll_out(requests, self.eval_samples, self.eval_sampling, seed)
 
     def _evaluate(self, stage: str, requests: Batch[RolloutRequest], batch_idx: int) -> None:
-        samples = [s for g in self._answer(requests, batch_idx) for s in g.samples]
-        self.timer.take()
-        self.log_dict(
-            {
-                f"{stage}/accuracy": sum(s.is_correct for s in samples) / len(samples),
-                f"{stage}/response_tokens": sum(s.length for s in samples) / len(samples),
-                f"{stage}/truncated_share": sum(not s.finished for s in samples) / len(samples),
-            },
-            batch_size=len(samples),
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            sync_dist=True,
-        )
+        metrics = evaluation_metrics(self._answer(requests, batch_idx), stage)
+        self.log_dict(metrics, batch_size=len(requests), on_epoch=True, prog_bar=True, sync_dist=True)
 
     # -- saving ----------------------------------------------------------------------------------
 
@@ -318,37 +303,29 @@ class RPOModule(LightningModule):
         checkpoint["rpo"] = {
             "iteration": self.iteration,
             "buffer": self.buffer.state_dict() if self.buffer else None,
-            "rng": {
-                "python": random.getstate(),
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            },
+            "generators": generator_states(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what :meth:`on_save_checkpoint` added."""
         state = checkpoint["rpo"]
         self.iteration = state["iteration"]
-        self._rng_state = state["rng"]
+        self._generator_states = state["generators"]
         if self.buffer is not None and state["buffer"] is not None:
             self.buffer.load_state_dict(state["buffer"])
 
     def on_train_start(self) -> None:
         """Put the generators where the checkpoint left them."""
-        if self._rng_state is not None:
-            version, internal, gauss = self._rng_state["python"]
-            random.setstate((version, tuple(internal), gauss))
-            torch.set_rng_state(self._rng_state["torch"])
-            if self._rng_state["cuda"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(self._rng_state["cuda"])
-            self._rng_state = None
+        if self._generator_states is not None:
+            set_generator_states(self._generator_states)
+            self._generator_states = None
 
 
 def _split(groups: list[Group], parts: int) -> list[list[Group]]:
     """Split into at most ``parts`` consecutive lists of nearly equal size."""
     parts = min(parts, len(groups))
     bounds = [round(i * len(groups) / parts) for i in range(parts + 1)]
-    return [groups[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [groups[a:b] for a, b in pairwise(bounds)]
 
 
 def _require_at_least(least: int, **values: int) -> None:

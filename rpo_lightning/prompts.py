@@ -72,7 +72,9 @@ class PromptBuilder:
         if self.use_chat_template and not has_template:
             raise DataError("data.use_chat_template is true, but the tokenizer has no chat template")
         if system_prompt and not self.use_chat_template:
-            raise DataError("data.system_prompt needs a chat template, and the tokenizer has none (or it is turned off)")
+            raise DataError(
+                "data.system_prompt needs a chat template, and the tokenizer has none (or it is turned off)"
+            )
 
     def build(self, source: DataSource) -> tuple[list[Prompt], LoadReport]:
         """Read a source to its end.
@@ -88,7 +90,9 @@ class PromptBuilder:
             answer = gold_answer(str(self._value(row, self.answer_column, ANSWER_COLUMNS, "answer", where)))
             problem = self.verifier.gold_problem(answer)
             if problem is not None:
-                report.unverifiable.append(f"{where}: dropped, the gold answer {answer[:60]!r} cannot be used: {problem}")
+                report.unverifiable.append(
+                    f"{where}: dropped, the gold answer {answer[:60]!r} cannot be used: {problem}"
+                )
                 continue
             text, token_ids = self._tokenise(question)
             if len(token_ids) > self.max_prompt_tokens:

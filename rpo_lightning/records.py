@@ -24,6 +24,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+# Runs of (update step, number of tokens generated at it).
+Spans = tuple[tuple[int, int], ...]
+
 
 class Batch(Generic[T]):
     """A batch of records, opaque to Lightning.
@@ -79,7 +82,7 @@ class RolloutRequest:
     prefix_ids: tuple[int, ...] = ()
     max_new_tokens: int = 1
     cached_length: int = 0
-    prefix_spans: tuple[tuple[int, int], ...] = ()
+    prefix_spans: Spans = ()
 
     @property
     def cut(self) -> int:

@@ -28,6 +28,11 @@ def generate(
     )
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """Text of token ids, special tokens left out."""
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
 def as_samples(
     request: RolloutRequest, completions: Sequence[Completion], tokenizer: PreTrainedTokenizerBase
 ) -> list[Sample]:
@@ -35,7 +40,7 @@ def as_samples(
     return [
         Sample(
             prompt=request.prompt.text,
-            response=tokenizer.decode(list(request.prefix_ids + c.token_ids), skip_special_tokens=True),
+            response=decode(tokenizer, request.prefix_ids + c.token_ids),
             answer=request.prompt.answer,
             length=len(request.prefix_ids) + len(c.token_ids),
             finished=c.finished,
@@ -96,3 +101,13 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         values = [v for g in groups for v in g.reward_terms[term]]
         metrics[f"reward/{term}"] = sum(values) / len(values)
     return metrics
+
+
+def evaluation_metrics(groups: Sequence[Group], stage: str) -> dict[str, float]:
+    """Accuracy, length and truncated share of answers given without a prefix."""
+    samples = [s for g in groups for s in g.samples]
+    return {
+        f"{stage}/accuracy": sum(s.is_correct for s in samples) / len(samples),
+        f"{stage}/response_tokens": sum(s.length for s in samples) / len(samples),
+        f"{stage}/truncated_share": sum(not s.finished for s in samples) / len(samples),
+    }

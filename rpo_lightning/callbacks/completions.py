@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from rpo_lightning.callbacks.run_folder import run_folder
 from rpo_lightning.errors import ConfigurationError
 from rpo_lightning.records import Group
+from rpo_lightning.rollouts import decode
 
 COMPLETIONS_FILE = "completions.jsonl"
 COLUMNS = ("step", "uid", "prompt", "answer", "prefix", "suffix", "reward", "correct", "finished")
@@ -56,7 +57,7 @@ class CompletionsCallback(Callback):
     def _rows(self, group: Group, tokenizer: Any) -> list[dict[str, Any]]:
         order = sorted(range(len(group.rewards)), key=lambda i: group.rewards[i])
         alternating = [order[-1 - i // 2] if i % 2 == 0 else order[i // 2] for i in range(len(order))]
-        prefix = tokenizer.decode(list(group.request.prefix_ids), skip_special_tokens=True)
+        prefix = decode(tokenizer, group.request.prefix_ids)
         return [
             {
                 "step": group.step,
@@ -64,7 +65,7 @@ class CompletionsCallback(Callback):
                 "prompt": group.request.prompt.text,
                 "answer": group.request.prompt.answer,
                 "prefix": prefix,
-                "suffix": tokenizer.decode(list(group.completions[i].token_ids), skip_special_tokens=True),
+                "suffix": decode(tokenizer, group.completions[i].token_ids),
                 "reward": group.rewards[i],
                 "correct": group.samples[i].is_correct,
                 "finished": group.completions[i].finished,

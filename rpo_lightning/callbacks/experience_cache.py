@@ -108,7 +108,7 @@ class ExperienceCacheCallback(Callback):
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "prefixes"):
             raise ConfigurationError(
-                "ExperienceCacheCallback needs an RPODataModule to serve its prefixes: pass it to trainer.fit as datamodule="
+                "ExperienceCacheCallback serves its prefixes through an RPODataModule: pass one to trainer.fit"
             )
         module: Any = pl_module
         if self._prefixes is None:

@@ -32,7 +32,7 @@ class GenerationRequest:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigurationError(
-                f"a suffix budget of {self.max_new_tokens} tokens leaves nothing to generate: budgets must be at least 1"
+                f"a suffix budget of {self.max_new_tokens} tokens leaves nothing to generate: it must be at least 1"
             )
 
 
@@ -108,13 +108,13 @@ class RolloutEngine(ABC):
             EngineError: The engine is not attached, or has no weights yet.
         """
 
-    def sleep(self) -> None:
+    def sleep(self) -> None:  # noqa: B027 (optional)
         """Release memory while the policy trains; engines that share the weights do nothing."""
 
-    def wake(self) -> None:
+    def wake(self) -> None:  # noqa: B027 (optional)
         """Undo :meth:`sleep`."""
 
-    def shutdown(self) -> None:
+    def shutdown(self) -> None:  # noqa: B027 (optional)
         """Release everything."""
 
     def require_version(self, version: int) -> None:

@@ -7,7 +7,7 @@ place.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class GrowingLayer(DynamicLayer):
         for new, old in ((key_states, self.keys), (value_states, self.values)):
             room = new.new_empty(*new.shape[:2], capacity, new.shape[-1])
             if used:
-                room[:, :, :used] = old
+                room[:, :, :used] = cast(Tensor, old)
             rooms.append(room)
         self._room = (rooms[0], rooms[1])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ class Objective(ABC):
             reference is loaded only when it is above 0.
     """
 
-    normalisation: Normalisation = "token"
+    normalisation: ClassVar[Normalisation]
 
     def __init__(self, clip_low: float, clip_high: float, beta: float = 0.0) -> None:
         if clip_low < 0 or clip_high < 0 or beta < 0:
@@ -122,9 +122,7 @@ def k3_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
-def clipped_surrogate(
-    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
-) -> tuple[Tensor, Tensor]:
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
     """PPO's pessimistic surrogate, negated, and where clipping stops its gradient."""
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     surrogate, clipped_surrogate_ = ratio * advantages, clipped_ratio * advantages

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
-from rpo_lightning.objectives.base import LossInputs, Objective
+from rpo_lightning.objectives.base import LossInputs, Normalisation, Objective
 
 
 class CISPO(Objective):
@@ -14,7 +16,7 @@ class CISPO(Objective):
     published setting has no lower bound, which ``clip_low`` = 1 expresses.
     """
 
-    normalisation = "token"
+    normalisation: ClassVar[Normalisation] = "token"
 
     def __init__(self, clip_low: float = 1.0, clip_high: float = 0.28, beta: float = 0.0) -> None:
         super().__init__(clip_low, clip_high, beta)

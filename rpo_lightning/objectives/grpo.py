@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from rpo_lightning.errors import ConfigurationError
-from rpo_lightning.objectives.base import LossInputs, Objective, clipped_surrogate
+from rpo_lightning.objectives.base import LossInputs, Normalisation, Objective, clipped_surrogate
 
 
 class GRPO(Objective):
@@ -15,7 +17,7 @@ class GRPO(Objective):
     Mean over the tokens of a sequence, then over sequences.
     """
 
-    normalisation = "sequence"
+    normalisation: ClassVar[Normalisation] = "sequence"
 
     def __init__(self, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0) -> None:
         super().__init__(clip_low, clip_high, beta)
@@ -23,9 +25,7 @@ class GRPO(Objective):
     def token_losses(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Clipped surrogate with a ratio per token."""
         ratio_BS = (inputs.logprobs_BS - inputs.old_logprobs_BS).exp()
-        losses_BS, clipped_BS = clipped_surrogate(
-            ratio_BS, inputs.advantages_B[:, None], self.clip_low, self.clip_high
-        )
+        losses_BS, clipped_BS = clipped_surrogate(ratio_BS, inputs.advantages_B[:, None], self.clip_low, self.clip_high)
         return losses_BS, clipped_BS, ratio_BS
 
 
@@ -36,7 +36,7 @@ class DAPO(GRPO):
     ``SoftOverlongPenalty`` reward.
     """
 
-    normalisation = "token"
+    normalisation: ClassVar[Normalisation] = "token"
 
     def __init__(self, clip_low: float = 0.2, clip_high: float = 0.28, beta: float = 0.0) -> None:
         super().__init__(clip_low, clip_high, beta)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
-from rpo_lightning.objectives.base import LossInputs, Objective, clipped_surrogate
+from rpo_lightning.objectives.base import LossInputs, Normalisation, Objective, clipped_surrogate
 
 
 class GSPO(Objective):
@@ -14,7 +16,7 @@ class GSPO(Objective):
     and is clipped as a whole; hence the narrow default range.
     """
 
-    normalisation = "sequence"
+    normalisation: ClassVar[Normalisation] = "sequence"
 
     def __init__(self, clip_low: float = 3e-4, clip_high: float = 4e-4, beta: float = 0.0) -> None:
         super().__init__(clip_low, clip_high, beta)
@@ -24,7 +26,5 @@ class GSPO(Objective):
         difference_BS = (inputs.logprobs_BS - inputs.old_logprobs_BS) * inputs.mask_BS
         lengths_B = inputs.mask_BS.sum(1).clamp(min=1)
         ratio_BS = (difference_BS.sum(1) / lengths_B).exp()[:, None].expand_as(difference_BS)
-        losses_BS, clipped_BS = clipped_surrogate(
-            ratio_BS, inputs.advantages_B[:, None], self.clip_low, self.clip_high
-        )
+        losses_BS, clipped_BS = clipped_surrogate(ratio_BS, inputs.advantages_B[:, None], self.clip_low, self.clip_high)
         return losses_BS, clipped_BS, ratio_BS

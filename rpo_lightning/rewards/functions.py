@@ -31,7 +31,7 @@ def import_function(path: str) -> Callable[..., Any]:
         raise ConfigurationError(f"cannot import the function {path!r}: {error}") from error
     if not callable(function):
         raise ConfigurationError(f"{path!r} is not callable")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 class FunctionReward(Reward):

@@ -9,8 +9,9 @@ from rpo_lightning.records import Sample
 from rpo_lightning.rewards.base import Reward
 
 # The opening tag is optional: chat templates of reasoning models put it into the prompt.
-_FORMAT = re.compile(r"\s*(?:<think>)?(?:(?!</?think>|</?answer>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*",
-                     re.DOTALL)
+_FORMAT = re.compile(
+    r"\s*(?:<think>)?(?:(?!</?think>|</?answer>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL
+)
 
 
 class AccuracyReward(Reward):

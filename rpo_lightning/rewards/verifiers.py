@@ -12,10 +12,10 @@ _ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 class MathVerifier(Verifier):
-    """Mathematical equivalence by ``math-verify``.
+    r"""Mathematical equivalence by ``math-verify``.
 
     Looks at the last ``<answer>`` block if there is one, else at what follows ``</think>``, else at
-    the whole response; a ``\\boxed{}`` expression in it has precedence.
+    the whole response; a ``\boxed{}`` expression in it has precedence.
     """
 
     isolated = True
@@ -84,5 +84,5 @@ def final_part(response: str) -> str:
 
 
 def _as_latex(answer: str) -> str:
-    """Gold answers come bare (``\\frac12``), boxed or in dollars; bare ones parse best when boxed."""
+    r"""Gold answers come bare (``\frac12``), boxed or in dollars; bare ones parse best when boxed."""
     return answer if "\\boxed" in answer or "$" in answer else f"\\boxed{{{answer}}}"

@@ -1,9 +1,9 @@
 """Chained arithmetic modulo 100: the embedded task.
 
-A question is a chain such as ``49a-1b*9c-8=`` (start at 49; step a subtracts 1; step b multiplies by
-9; …). The chain of thought writes out every step and ends with the answer::
+A question is a chain such as ``49a-1b*3c-8=`` (start at 49; step a subtracts 1; step b multiplies by
+3; …). The chain of thought writes out every step and ends with the answer::
 
-    a49-1=48b48*9=32c32-8=24#24
+    a49-1=48b48*3=44c44-8=36#36
 
 With 20 steps it is about 190 tokens long against an answer of three. Each step may be written twice,
 so that lengths vary and carry no information. One character is one token.
@@ -21,6 +21,9 @@ from rpo_lightning.sources import DataSource
 
 STEP_NAMES = "abcdefghijklmnopqrst"
 MODULUS = 100
+# Few multiplication facts, so that a batch sees each of them often enough to learn from the reward.
+LARGEST_OPERAND = {"+": 9, "-": 9, "*": 3}
+SMALLEST_OPERAND = {"+": 1, "-": 1, "*": 2}
 _APPLY = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}
 
 
@@ -34,7 +37,9 @@ class ArithmeticProblem:
     @property
     def question(self) -> str:
         """The question text."""
-        return f"{self.start}" + "".join(f"{n}{op}{y}" for n, (op, y) in zip(STEP_NAMES, self.steps, strict=False)) + "="
+        return (
+            f"{self.start}" + "".join(f"{n}{op}{y}" for n, (op, y) in zip(STEP_NAMES, self.steps, strict=False)) + "="
+        )
 
     @property
     def values(self) -> list[int]:
@@ -65,12 +70,10 @@ class ArithmeticProblem:
 
 def draw_problem(rng: np.random.Generator, operations: int) -> ArithmeticProblem:
     """Draw a problem of ``operations`` steps."""
-    operators = rng.choice(list("+-*"), size=operations)
-    operands = rng.integers(1, 10, size=operations)
-    return ArithmeticProblem(
-        start=int(rng.integers(MODULUS)),
-        steps=tuple((str(op), int(y)) for op, y in zip(operators, operands, strict=True)),
-    )
+    start = int(rng.integers(MODULUS))
+    operators = [str(op) for op in rng.choice(list("+-*"), size=operations)]
+    operands = [int(rng.integers(SMALLEST_OPERAND[op], LARGEST_OPERAND[op] + 1)) for op in operators]
+    return ArithmeticProblem(start, tuple(zip(operators, operands, strict=True)))
 
 
 class ArithmeticChain(DataSource):

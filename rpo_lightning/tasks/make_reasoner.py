@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rpo_lightning.engines.base import GenerationRequest, Sampling
 from rpo_lightning.engines.transformers_engine import TransformersEngine
+from rpo_lightning.rollouts import decode
 from rpo_lightning.tasks.arithmetic import STEP_NAMES, draw_problem
 
 CHARACTERS = "0123456789" + STEP_NAMES + "+-*=#"
@@ -26,7 +27,7 @@ CHARACTERS = "0123456789" + STEP_NAMES + "+-*=#"
 CURRICULUM = ((3, 200), (8, 200), (20, 2000))
 BATCH_SIZE = 64
 REPEAT_SHARE = 0.15
-EVALUATION_PROBLEMS = 512
+EVALUATION_PROBLEMS = 256
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -87,7 +88,7 @@ def sampled_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
     engine.load_weights(model, version=0)
     requests = [GenerationRequest(tuple(tokenizer(p.question)["input_ids"]), 1, 320) for p in problems]
     outputs = engine.generate(requests, Sampling(), seed=seed)
-    texts = [tokenizer.decode(c[0].token_ids, skip_special_tokens=True) for c in outputs]
+    texts = [decode(tokenizer, c[0].token_ids) for c in outputs]
     right = [t.rpartition("#")[2] == str(p.answer) for t, p in zip(texts, problems, strict=True)]
     return float(np.mean(right))
 
@@ -117,12 +118,15 @@ def main() -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             update += 1
-            if stage_update % 20 == 19:
+            if operations == 20 and stage_update % 20 == 19:
                 # Seeds beyond those of the shipped data sets, so that nothing evaluated later was seen here.
                 accuracy = sampled_accuracy(model, tokenizer, operations, seed=10_000 + update)
-                print(f"{time.monotonic() - start:6.0f} s  update {update:4d}  {operations:2d} operations  "
-                      f"loss {loss.item():.4f}  sampled accuracy {accuracy:.3f}", flush=True)
-                if operations == 20 and accuracy >= args.accuracy:
+                print(
+                    f"{time.monotonic() - start:6.0f} s  update {update:4d}  {operations:2d} operations  "
+                    f"loss {loss.item():.4f}  sampled accuracy {accuracy:.3f}",
+                    flush=True,
+                )
+                if accuracy >= args.accuracy:
                     break
     args.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.out)

