@@ -284,7 +284,9 @@ class RPOModule(LightningModule):
         _require_requests(requests)
         # The same seed at every evaluation: differences are the policy's.
         seed = derive_seed(SeedPurpose.EVALUATION, self.global_rank, batch_idx)
-        return self.roll_out(requests, self.eval_samples, self.eval_sampling, seed)
+        groups = self.roll_out(requests, self.eval_samples, self.eval_sampling, seed)
+        self.timer.take()  # the phases that are logged are those of training
+        return groups
 
     def _evaluate(self, stage: str, requests: Batch[RolloutRequest], batch_idx: int) -> None:
         metrics = evaluation_metrics(self._answer(requests, batch_idx), stage)

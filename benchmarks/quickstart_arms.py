@@ -1,0 +1,108 @@
+"""RPO, the full path and a random-reward control on the embedded task, several seeds each.
+
+``python benchmarks/quickstart_arms.py`` runs every arm with the settings of ``configs/quickstart.yaml``
+and writes ``quickstart_arms.json`` and a table; the last line printed is the JSON. ``--quick`` runs one
+seed and few updates, to see that it works. Arms differ in the overrides listed in ``ARMS`` alone, so
+they share questions, updates, groups and optimiser, not decoded tokens: compare accuracies together
+with the token columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAPER_CUT = [
+    "--cache.cut=FractionOfShortestCut", "--cache.refresh=EpsilonGreedyRefresh", "--cache.initialisation=eager",
+    "--cache.budget=FullBudget",
+]  # fmt: skip
+ARMS = {
+    "RPO anchored (quickstart)": [],
+    "RPO paper's cut": PAPER_CUT,
+    "RPO paper's cut, restart on failure": [*PAPER_CUT, "--cache.on_failure=restart"],
+    "full path": ["--cache=null"],
+    "random reward, full path": ["--cache=null", '--model.rewards=[{"class_path": "UniformRandomReward"}]'],
+}
+COLUMNS = ("accuracy_before", "accuracy_after", "decoded_tokens_per_sample", "total_tokens", "seconds")
+
+
+def run(arm: str, seed: int, updates: int, folder: Path) -> dict[str, float]:
+    """Run one arm with one seed in a process of its own; returns its summary."""
+    save_dir = folder / arm.replace(" ", "_").replace("'", "") / str(seed)
+    command = [
+        sys.executable, "-m", "rpo_lightning", "fit", f"--config={ROOT}/configs/quickstart.yaml",
+        f"--seed_everything={seed}", f"--trainer.max_steps={updates}", "--trainer.enable_progress_bar=false",
+        f"--trainer.logger.init_args.save_dir={save_dir}", *ARMS[arm],
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{arm}, seed {seed}: failed\n{done.stderr[-2000:]}")
+    (summary,) = save_dir.glob("*/*/summary.json")
+    result: dict[str, float] = json.loads(summary.read_text())
+    print(f"{arm}, seed {seed}: {result['accuracy_before']:.3f} -> {result['accuracy_after']:.3f}", flush=True)
+    return result
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """A Markdown table, mean ± standard deviation over seeds."""
+    lines = ["| arm | " + " | ".join(c.replace("_", " ") for c in COLUMNS) + " |", "|" + " --- |" * (len(COLUMNS) + 1)]
+    for arm, runs in results.items():
+        cells = []
+        for column in COLUMNS:
+            values = [r[column] for r in runs]
+            digits = 3 if "accuracy" in column else 0
+            spread = f" ± {stdev(values):,.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):,.{digits}f}{spread}")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def hardware() -> str:
+    """Processor, cores and torch version."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def main() -> None:
+    """Run the arms, two processes of one thread at a time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=40)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=None, help="where to write the JSON; nowhere with --quick")
+    args = parser.parse_args()
+    seeds, updates = (1, 2) if args.quick else (args.seeds, args.updates)
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(2) as pool:
+        futures = {
+            (arm, seed): pool.submit(run, arm, seed, updates, Path(temporary)) for seed in range(seeds) for arm in ARMS
+        }
+        results = {arm: [futures[arm, seed].result() for seed in range(seeds)] for arm in ARMS}
+    report = {
+        "hardware": hardware(),
+        "processes_at_once": 2,
+        "updates": updates,
+        "seeds": seeds,
+        "arms": {arm: {"overrides": ARMS[arm], "runs": runs} for arm, runs in results.items()},
+    }
+    print(f"\n{report['hardware']}; {updates} updates, {seeds} seed(s), two processes at once\n\n{table(results)}\n")
+    out = args.out or (None if args.quick else Path(__file__).with_suffix(".json"))
+    if out is not None:
+        out.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

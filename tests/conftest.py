@@ -1,0 +1,108 @@
+"""Shared fixtures: the embedded reasoner as the policy, small problems as data, quiet trainers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from rpo_lightning import RPODataModule, RPOModule
+from rpo_lightning.policies import load_policy, load_tokenizer
+from rpo_lightning.records import Completion, Group, Prompt, RolloutRequest, Sample
+from rpo_lightning.rewards import AccuracyReward, ExactMatchVerifier
+from rpo_lightning.tasks.arithmetic import ArithmeticChain
+
+REASONER = "embedded:arithmetic-reasoner"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed(monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer(REASONER)
+
+
+@pytest.fixture
+def policy():
+    return load_policy(REASONER)
+
+
+def make_group(
+    rewards: Sequence[float],
+    suffixes: Sequence[Sequence[int]] | None = None,
+    prompt_ids: Sequence[int] = (1, 5, 6),
+    prefix_ids: Sequence[int] = (),
+    correct: Sequence[bool] | None = None,
+    finished: Sequence[bool] | None = None,
+    uid: str = "q",
+    cached_length: int = 0,
+    step: int = 0,
+) -> Group:
+    """A scored group made by hand."""
+    suffixes = suffixes or [(7, 8, 2)] * len(rewards)
+    correct = correct if correct is not None else [r > 0 for r in rewards]
+    finished = finished if finished is not None else [True] * len(rewards)
+    request = RolloutRequest(
+        Prompt(uid, "question", tuple(prompt_ids), "0"), tuple(prefix_ids), 8, cached_length, ((0, len(prefix_ids)),)
+    )
+    return Group(
+        request=request,
+        completions=[Completion(tuple(s), (0.0,) * len(s), done) for s, done in zip(suffixes, finished, strict=True)],
+        samples=[
+            Sample("question", "text", "0", len(prefix_ids) + len(s), done, float(right))
+            for s, done, right in zip(suffixes, finished, correct, strict=True)
+        ],
+        rewards=list(rewards),
+        step=step,
+    )
+
+
+def make_module(**settings: Any) -> RPOModule:
+    """A module on the embedded reasoner, with small groups of short responses."""
+    defaults: dict[str, Any] = {
+        "policy": REASONER,
+        "rewards": [AccuracyReward()],
+        "verifier": ExactMatchVerifier(),
+        "group_size": 4,
+        "max_response_tokens": 64,
+        "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
+    }
+    return RPOModule(**{**defaults, **settings})
+
+
+def make_data(**settings: Any) -> RPODataModule:
+    """Problems of five steps, some forty tokens each."""
+    defaults: dict[str, Any] = {
+        "train": ArithmeticChain(size=16, operations=5, seed=1),
+        "val": ArithmeticChain(size=8, operations=5, seed=2),
+        "batch_size": 4,
+    }
+    return RPODataModule(**{**defaults, **settings})
+
+
+def make_trainer(folder: Path, **settings: Any) -> L.Trainer:
+    """A quiet trainer on the CPU that logs every step into ``folder``."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": 3,
+        "max_epochs": -1,
+        "logger": CSVLogger(folder, name=None, version=""),
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+    }
+    return L.Trainer(**{**defaults, **settings})

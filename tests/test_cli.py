@@ -1,0 +1,208 @@
+"""The command line, in process: every config, every subcommand, overrides, reproduction, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from rpo_lightning.callbacks import ExperienceCacheCallback
+from rpo_lightning.cli import RPOCLI, main
+from rpo_lightning.cuts import AnchoredCut, FractionOfShortestCut, FullBudget
+from rpo_lightning.data import RPODataModule
+from rpo_lightning.module import RPOModule
+from rpo_lightning.refresh import EpsilonGreedyRefresh
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SMALL = [
+    "--config", str(ROOT / "configs" / "quickstart.yaml"), "--trainer.max_steps", "2",
+    "--data.train.operations", "4", "--data.train.size", "8", "--data.val.operations", "4", "--data.val.size", "8",
+    "--data.batch_size", "4", "--model.group_size", "3", "--model.max_response_tokens", "48",
+    "--trainer.enable_progress_bar", "false",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def last_run(name: str = "quickstart") -> Path:
+    return sorted((Path("runs") / name).glob("version_*"))[-1]
+
+
+def parse(config: Path, *overrides: str):
+    return RPOCLI(
+        RPOModule,
+        RPODataModule,
+        run=False,
+        args=["--config", str(config), "--trainer.accelerator", "cpu", "--trainer.devices", "1",
+              "--trainer.precision", "32-true", *overrides],
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.name)
+def test_every_config_says_what_it_is_for_and_is_accepted(config, monkeypatch):
+    lines = config.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert lines[1].startswith("# ")
+    # Everything but the policy itself, which lies on a hub, is instantiated.
+    cli = parse(config, "--model.policy", "embedded:arithmetic-reasoner")
+    cache = [c for c in cli.trainer.callbacks if isinstance(c, ExperienceCacheCallback)]
+    assert len(cache) == (0 if config.stem in ("grpo", "dapo") else 1)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo"])
+def test_rpo_and_its_baseline_differ_in_the_cache_alone(name):
+    baseline, rpo = (yaml.safe_load((ROOT / "configs" / f"{n}.yaml").read_text()) for n in (name, f"{name}_rpo"))
+    assert rpo.pop("cache")
+    assert rpo["trainer"]["logger"]["init_args"].pop("name") != baseline["trainer"]["logger"]["init_args"].pop("name")
+    assert rpo == baseline
+
+
+def test_the_papers_values_are_those_of_its_configs():
+    cli = parse(ROOT / "configs" / "dapo_rpo.yaml", "--model.policy", "embedded:arithmetic-reasoner")
+    (cache,) = [c for c in cli.trainer.callbacks if isinstance(c, ExperienceCacheCallback)]
+    assert isinstance(cache.cut, FractionOfShortestCut)
+    assert cache.cut.fraction == 0.5
+    assert isinstance(cache.refresh, EpsilonGreedyRefresh)
+    assert cache.refresh.epsilon == 0.5
+    assert isinstance(cache.budget, FullBudget)
+    assert (cli.model.group_size, cli.model.sampling.temperature) == (6, 0.7)
+    assert cli.model.group_size * cli.datamodule.batch_size == 576
+    assert (cli.model.objective.clip_low, cli.model.objective.clip_high) == (0.2, 0.28)
+
+
+def test_fit_trains_saves_everything_and_sums_up(capsys):
+    main(["fit", *SMALL, "--cache.cut", "AnchoredCut", "--cache.cut.low", "0.2"])
+    run = last_run()
+    summary = json.loads((run / "summary.json").read_text())
+    for key in (
+        "accuracy_before",
+        "accuracy_after",
+        "decoded_tokens_per_sample",
+        "full_path_tokens_per_sample",
+        "initialisation_tokens",
+        "seconds",
+    ):
+        assert summary[key] is not None, key
+    assert summary["updates"] == 2
+    log = pd.read_csv(run / "metrics.csv")
+    per_sample = log["rollout/decoded_tokens_per_sample"].dropna()
+    assert summary["decoded_tokens_per_sample"] == pytest.approx(per_sample.mean())
+    assert summary["accuracy_before"] == log["val/accuracy"].dropna().iloc[0]
+    assert summary["accuracy_after"] == log["val/accuracy"].dropna().iloc[-1]
+    printed = capsys.readouterr().out
+    for name in ("policy", "metrics.csv", "cache.parquet", "summary.json", "config.yaml"):
+        assert (run / name).exists(), name
+        assert name in printed or name == "config.yaml"
+
+
+def test_the_saved_config_reproduces_the_run():
+    main(["fit", *SMALL])
+    first = last_run()
+    main(["fit", "--config", str(first / "config.yaml")])
+    second = last_run()
+    assert second != first
+    weights = [load_file(run / "policy" / "model.safetensors") for run in (first, second)]
+    assert all((weights[0][n] == weights[1][n]).all() for n in weights[0])
+
+
+def test_fit_resumes_from_the_last_checkpoint():
+    main(["fit", *SMALL])
+    main(["fit", *SMALL, "--trainer.max_steps", "3", "--ckpt_path", str(next(last_run().glob("checkpoints/*.ckpt")))])
+    summary = json.loads((last_run() / "summary.json").read_text())
+    assert summary["updates"] == 3
+    assert summary["samples"] == 3 * 4 * 3
+    assert summary["accuracy_before"] is not None
+
+
+def test_cache_null_is_the_full_path():
+    main(["fit", *SMALL, "--cache", "null"])
+    log = pd.read_csv(last_run() / "metrics.csv")
+    assert (log["rollout/full_path_share"].dropna() == 1).all()
+    assert not (last_run() / "cache.parquet").exists()
+
+
+def test_validate_test_and_predict_answer_without_a_prefix(capsys):
+    questions = ["--data.test", '{"class_path": "ArithmeticChain", "init_args": {"size": 4, "operations": 4}}',
+                 "--data.predict", '{"class_path": "ArithmeticChain", "init_args": {"size": 4, "operations": 4}}']  # fmt: skip
+    main(["validate", *SMALL, *questions])
+    main(["test", *SMALL, *questions, "--model.eval_samples", "2"])
+    printed = capsys.readouterr().out
+    assert "val/accuracy" in printed
+    assert "test/accuracy" in printed
+    main(["predict", *SMALL, *questions, "--model.eval_samples", "2"])
+    answers = [json.loads(line) for line in (last_run() / "predictions.jsonl").read_text().splitlines()]
+    assert len(answers) == 8
+    assert {"uid", "prompt", "response", "answer", "correct", "length", "finished"} <= answers[0].keys()
+
+
+def test_print_config_shows_overrides(capsys):
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "fit",
+                *SMALL,
+                "--cache.refresh",
+                "EpsilonGreedyRefresh",
+                "--cache.refresh.epsilon",
+                "0.25",
+                "--print_config",
+            ]
+        )
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["cache"]["init_args"]["refresh"]["init_args"] == {"epsilon": 0.25}
+    assert shown["cache"]["init_args"]["cut"]["class_path"].endswith(AnchoredCut.__name__)
+
+
+def test_python_dash_m_is_the_same_program():
+    done = subprocess.run([sys.executable, "-m", "rpo_lightning", "--help"], capture_output=True, text=True, check=True)
+    assert "fit" in done.stdout
+
+
+def test_importing_the_package_imports_no_optional_package():
+    code = "import sys, rpo_lightning.cli; print([m for m in ('vllm', 'deepspeed', 'datasets') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["--data.question_column", "text"], "no column 'text'"),
+        (["--data.train", "empty.jsonl"], "empty.jsonl: no usable question"),
+        (["--data.train", "broken.jsonl"], "broken.jsonl, line 2: malformed JSON"),
+        (["--data.train", "missing.jsonl"], "missing.jsonl: no such file"),
+        (["--model.group_size", "1"], "model.group_size must be at least 2"),
+        (["--model.policy", "models/not/there"], "models/not/there: no such model folder"),
+        (["--cache.budget.slack", "0"], "suffix budget of 0"),
+        (["--cache.path", "foreign.parquet"], "foreign.parquet: made with another tokenizer"),
+        (["--cache.path", "other.parquet"], "other.parquet: made for another data set"),
+    ],
+)
+def test_bad_input_ends_with_one_line_that_names_it(overrides, expected, capsys, tokenizer):
+    from rpo_lightning.cache import ExperienceCache
+    from rpo_lightning.callbacks.experience_cache import tokenizer_fingerprint
+
+    Path("empty.jsonl").write_text("")
+    Path("broken.jsonl").write_text('{"question": "1a+1=", "answer": "2"}\n{"question"\n')
+    ExperienceCache("foreign").save("foreign.parquet")
+    other = ExperienceCache(tokenizer_fingerprint(tokenizer))
+    other.entry("some question")
+    other.save("other.parquet")
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *SMALL, *overrides])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("rpo-lightning: error: ")
+    assert expected in error

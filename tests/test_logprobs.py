@@ -1,0 +1,172 @@
+"""Log-probs and gradients equal an independent computation, however the batch is split."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rpo_lightning.logprobs import micro_batches, rows_of, token_logprobs
+from rpo_lightning.objectives import CISPO, DAPO, GRPO, GSPO, Objective
+from rpo_lightning.update import PolicyLoss, UpdateSettings
+
+from .conftest import make_group
+
+# Two groups of different prompts, prefixes and suffix lengths; ids are those of the arithmetic tokenizer.
+GROUPS = [
+    ([1.0, 0.0, 0.0], [(8, 9, 10, 2), (11, 2), (12, 13, 2)], (1, 4, 5, 6), (20, 21, 22)),
+    ([0.2, 0.9, 0.4], [(9, 2), (5, 6, 7, 8, 9, 2), (7, 7, 7, 7)], (1, 30, 31), ()),
+]
+
+
+def groups(finished=(True, True, True)):
+    return [
+        make_group(rewards, suffixes, prompt, prefix, uid=str(i), finished=finished)
+        for i, (rewards, suffixes, prompt, prefix) in enumerate(GROUPS)
+    ]
+
+
+def reference_logprobs(policy, token_ids: tuple[int, ...], count: int, temperature: float = 1.0) -> Tensor:
+    """Log-probs of the last ``count`` tokens of one unpadded row."""
+    ids = torch.tensor([token_ids])
+    logits = policy(input_ids=ids).logits[0, :-1] / temperature
+    return logits.log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)[-count:]
+
+
+def settings(**changes) -> UpdateSettings:
+    defaults = {
+        "scope": "suffix",
+        "advantage_scale": "group",
+        "temperature": 1.0,
+        "micro_batch_tokens": 10**6,
+        "mask_truncated": False,
+    }
+    return UpdateSettings(**{**defaults, **changes})
+
+
+def gradient(policy, objective: Objective, batch=None, **changes) -> dict[str, Tensor]:
+    policy.zero_grad()
+    loss = PolicyLoss(policy, None, objective, settings(**changes), pad_id=0)
+    loss.backward(batch or groups(), lambda x: x.backward())
+    return {n: p.grad.clone() for n, p in policy.named_parameters()}
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("scope", ["suffix", "response"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_of_padded_rows_equal_those_of_single_rows(policy, scope, temperature):
+    rows = rows_of(groups(), scope)
+    computed = token_logprobs(policy, rows, temperature, pad_id=0, device=policy.device)
+    for i, row in enumerate(rows):
+        expected = reference_logprobs(policy, row.token_ids, row.scope_length, temperature)
+        torch.testing.assert_close(computed.logprobs_BS[i][computed.mask_BS[i]], expected, atol=1e-5, rtol=0)
+
+
+def test_the_scope_is_the_suffix_or_the_whole_response():
+    suffix, response = (rows_of(groups(), scope) for scope in ("suffix", "response"))
+    assert [r.scope_length for r in suffix] == [4, 2, 3, 2, 6, 4]
+    assert [r.scope_length for r in response] == [7, 5, 6, 2, 6, 4]
+    assert suffix[0].token_ids == (1, 4, 5, 6, 20, 21, 22, 8, 9, 10, 2)
+
+
+def test_entropy_equals_the_categorical_distributions(policy):
+    rows = rows_of(groups()[:1], "suffix")
+    computed = token_logprobs(policy, rows, 1.0, pad_id=0, device=policy.device)
+    logits = policy(input_ids=torch.tensor([rows[0].token_ids])).logits[0, -5:-1]
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(computed.entropy_BS[0], expected, atol=1e-5, rtol=0)
+
+
+def test_micro_batches_keep_every_row_once_and_stay_within_the_budget():
+    rows = rows_of(groups(), "suffix")
+    batches = micro_batches(rows, max_tokens=20)
+    assert sorted((r.group, r.member) for b in batches for r in b) == [(g, m) for g in (0, 1) for m in range(3)]
+    assert all(len(b) == 1 or max(len(r.token_ids) for r in b) * len(b) <= 20 for b in batches)
+    assert len(batches) > 1
+
+
+@pytest.mark.parametrize("objective", [DAPO(), GRPO(), GSPO(), CISPO()])
+def test_the_gradient_does_not_depend_on_the_split_into_micro_batches(policy, objective):
+    policy = policy.double()
+    assert_same(gradient(policy, objective), gradient(policy, objective, micro_batch_tokens=1))
+
+
+def test_the_dapo_gradient_equals_plain_autograd_on_single_rows(policy):
+    policy = policy.double()
+    policy.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    tokens = 0
+    for rewards, suffixes, prompt, prefix in GROUPS:
+        r = torch.tensor(rewards)
+        for advantage, suffix in zip((r - r.mean()) / (r.std() + 1e-6), suffixes, strict=True):
+            # On-policy the ratio is 1 and its gradient that of the log-prob.
+            total = total - advantage * reference_logprobs(policy, (*prompt, *prefix, *suffix), len(suffix)).sum()
+            tokens += len(suffix)
+    (total / tokens).backward()
+    expected = {n: p.grad.clone() for n, p in policy.named_parameters()}
+    assert_same(expected, gradient(policy, DAPO()), tolerance=1e-7)
+
+
+def test_with_a_token_mean_the_prefix_terms_cancel(policy):
+    """Section 4 of the method: suffix and response scope differ in their normaliser only."""
+    policy = policy.double()
+    batch = groups()[:1]
+    suffix = gradient(policy, DAPO(), batch)
+    response = gradient(policy, DAPO(), batch, scope="response")
+    assert_same(suffix, {n: g * (9 + 9) / 9 for n, g in response.items()}, tolerance=1e-7)
+
+
+def test_with_sequence_means_the_prefix_leaves_a_length_artefact(policy):
+    policy = policy.double()
+    batch = groups()[:1]
+    suffix = gradient(policy, GRPO(), batch)
+    response = gradient(policy, GRPO(), batch, scope="response")
+    prompt, prefix, suffixes = GROUPS[0][2], GROUPS[0][3], GROUPS[0][1]
+    rewards = torch.tensor(GROUPS[0][0])
+    advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+    lengths = [len(prefix) + len(s) for s in suffixes]
+    policy.zero_grad()
+    of_prefix = reference_logprobs(policy, prompt + prefix, len(prefix)).sum()
+    artefact = sum(-a / n for a, n in zip(advantages, lengths, strict=True)) / 3 * of_prefix
+    of_suffixes = sum(
+        -a / n * reference_logprobs(policy, (*prompt, *prefix, *s), len(s)).sum()
+        for a, n, s in zip(advantages, lengths, suffixes, strict=True)
+    )
+    (artefact + of_suffixes / 3).backward()
+    assert_same({n: p.grad for n, p in policy.named_parameters()}, response, tolerance=1e-7)
+    assert any((suffix[n] - response[n]).abs().max() > 1e-4 for n in suffix)
+
+
+def test_masking_truncated_responses_takes_them_out_of_loss_and_denominator(policy):
+    policy = policy.double()
+    masked = gradient(policy, DAPO(), groups(finished=(True, False, True)), mask_truncated=True)
+    policy.zero_grad()
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for rewards, suffixes, prompt, prefix in GROUPS:
+        r = torch.tensor(rewards)
+        advantages = (r - r.mean()) / (r.std() + 1e-6)
+        for i in (0, 2):
+            row = (*prompt, *prefix, *suffixes[i])
+            total = total - advantages[i] * reference_logprobs(policy, row, len(suffixes[i])).sum()
+            tokens += len(suffixes[i])
+    (total / tokens).backward()
+    assert_same({n: p.grad for n, p in policy.named_parameters()}, masked, tolerance=1e-7)
+
+
+def test_frozen_log_probs_make_the_ratio_and_equal_the_policy_that_sampled(policy):
+    batch = groups()
+    loss = PolicyLoss(policy, None, DAPO(), settings(), pad_id=0)
+    loss.freeze_old_logprobs(batch)
+    for group in batch:
+        for i, old in enumerate(group.old_logprobs):
+            row = group.request.prompt.token_ids + group.response_ids(i)
+            expected = reference_logprobs(policy, row, len(old))
+            torch.testing.assert_close(torch.tensor(old), expected, atol=1e-5, rtol=0)
+    assert loss.backward(batch, lambda x: x.backward())["loss/ratio_deviation_max"] < 1e-5
+    with torch.no_grad():
+        policy.model.norm.weight.mul_(1.5)
+    assert loss.backward(batch, lambda x: x.backward())["loss/ratio_deviation_max"] > 0.01

@@ -1,0 +1,137 @@
+"""The transformers engine samples what the policy would, and reports its log-probs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rpo_lightning.engines import GenerationRequest, Sampling, TransformersEngine
+from rpo_lightning.engines.growing_cache import growing_cache
+from rpo_lightning.engines.transformers_engine import draw
+from rpo_lightning.errors import ConfigurationError, EngineError
+
+from .test_logprobs import reference_logprobs
+
+QUESTIONS = ["4a-1b*9c+8=", "7a+2=", "3a*3b*3c*3d-5e+1="]
+
+
+@pytest.fixture
+def engine(policy, tokenizer):
+    engine = TransformersEngine()
+    engine.attach(policy, tokenizer)
+    engine.load_weights(policy, version=0)
+    return engine
+
+
+def requests(tokenizer, samples=3, budget=60):
+    return [GenerationRequest(tuple(tokenizer(q)["input_ids"]), samples, budget) for q in QUESTIONS]
+
+
+def test_greedy_decoding_equals_transformers_generate(engine, policy, tokenizer):
+    outputs = engine.generate(requests(tokenizer, samples=1), Sampling(temperature=0), seed=0)
+    for question, (completion,) in zip(QUESTIONS, outputs, strict=True):
+        ids = torch.tensor([tokenizer(question)["input_ids"]])
+        expected = policy.eval().generate(ids, do_sample=False, max_new_tokens=60)[0, ids.shape[1] :]
+        assert list(completion.token_ids) == expected.tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probs_are_the_temperature_scaled_policys(engine, policy, tokenizer, temperature):
+    asked = requests(tokenizer)
+    for request, completions in zip(asked, engine.generate(asked, Sampling(temperature), seed=1), strict=True):
+        for completion in completions:
+            row = request.token_ids + completion.token_ids
+            expected = reference_logprobs(policy, row, len(completion.token_ids), temperature)
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-4, rtol=0)
+
+
+def test_log_probs_stay_the_policys_under_top_p_and_top_k(engine, policy, tokenizer):
+    asked = requests(tokenizer, samples=2)
+    outputs = engine.generate(asked, Sampling(1.0, top_p=0.9, top_k=3), seed=1)
+    completion = outputs[0][0]
+    expected = reference_logprobs(policy, asked[0].token_ids + completion.token_ids, len(completion.token_ids))
+    torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-4, rtol=0)
+
+
+def test_sequences_end_at_the_end_token_or_at_their_own_budget(engine, tokenizer):
+    asked = [
+        GenerationRequest(tuple(tokenizer(q)["input_ids"]), 4, b) for q, b in zip(QUESTIONS, (60, 3, 1), strict=True)
+    ]
+    outputs = engine.generate(asked, Sampling(), seed=0)
+    for request, completions in zip(asked, outputs, strict=True):
+        for completion in completions:
+            assert 1 <= len(completion.token_ids) <= request.max_new_tokens
+            assert completion.finished == (completion.token_ids[-1] == tokenizer.eos_token_id)
+            assert tokenizer.eos_token_id not in completion.token_ids[:-1]
+            assert len(completion.logprobs) == len(completion.token_ids)
+    assert [len(c.token_ids) for c in outputs[1] + outputs[2]] == [3] * 4 + [1] * 4
+    assert all(c.finished for c in outputs[0])
+
+
+def test_same_seed_same_rollouts_and_another_seed_others(engine, tokenizer):
+    first, again, other = (engine.generate(requests(tokenizer), Sampling(), seed=s) for s in (3, 3, 4))
+    assert first == again
+    assert first != other
+
+
+def test_results_come_in_the_order_of_requests_whatever_the_batches(policy, tokenizer):
+    engine = TransformersEngine(max_sequences=2)
+    engine.attach(policy, tokenizer)
+    engine.load_weights(policy, version=0)
+    asked = requests(tokenizer, samples=1)
+    small = engine.generate(asked, Sampling(temperature=0), seed=0)
+    engine.max_sequences = 100
+    large = engine.generate(asked, Sampling(temperature=0), seed=0)
+    assert [[c.token_ids for c in cs] for cs in small] == [[c.token_ids for c in cs] for cs in large]
+
+
+def test_each_prompt_is_prefilled_once_for_its_group(engine, policy, tokenizer, monkeypatch):
+    shapes = []
+    forward = policy.forward
+    monkeypatch.setattr(
+        policy, "forward", lambda *a, **k: (shapes.append(tuple(k["input_ids"].shape)), forward(*a, **k))[1]
+    )
+    engine.generate(requests(tokenizer, samples=5), Sampling(), seed=0)
+    assert shapes[0][0] == len(QUESTIONS)
+    assert all(width == 1 for _, width in shapes[1:])
+    assert shapes[1][0] == 5 * len(QUESTIONS)
+    assert shapes[-1][0] < shapes[1][0]  # finished sequences leave the batch
+
+
+def test_the_growing_cache_equals_transformers_own(policy):
+    ids = torch.randint(4, 40, (2, 300))
+    cache = growing_cache(policy.config)
+    with torch.no_grad():
+        expected = policy(input_ids=ids).logits[:, -1]
+        policy(input_ids=ids[:, :100], past_key_values=cache, use_cache=True)
+        for i in range(100, 300):
+            logits = policy(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits[:, -1]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_top_k_and_top_p_exclude_what_they_should():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(2000, 4)
+    generator = torch.Generator().manual_seed(0)
+    assert set(draw(logits, Sampling(top_k=2), generator)[0].tolist()) == {0, 1}
+    assert set(draw(logits, Sampling(top_p=0.6), generator)[0].tolist()) == {0, 1}
+    assert set(draw(logits, Sampling(top_p=0.5), generator)[0].tolist()) == {0}
+    shares = torch.bincount(draw(logits, Sampling(), generator)[0], minlength=4) / 2000
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.04, rtol=0)
+
+
+def test_generation_leaves_the_policy_in_its_mode_and_without_gradients(engine, policy, tokenizer):
+    policy.train()
+    engine.generate(requests(tokenizer, budget=2), Sampling(), seed=0)
+    assert policy.training
+    assert all(p.grad is None for p in policy.parameters())
+
+
+def test_misuse_is_told(policy, tokenizer, engine):
+    with pytest.raises(EngineError, match="before it was attached"):
+        TransformersEngine().generate([], Sampling(), seed=0)
+    with pytest.raises(EngineError, match="WeightSyncCallback"):
+        engine.require_version(1)
+    with pytest.raises(ConfigurationError, match="suffix budget of 0"):
+        GenerationRequest((1,), 1, 0)
+    with pytest.raises(ConfigurationError, match="top_p"):
+        Sampling(top_p=0)
