@@ -30,7 +30,6 @@ PAPER_CUT = [
 ARMS = {
     "RPO anchored (quickstart)": [],
     "RPO paper's cut": PAPER_CUT,
-    "RPO paper's cut, restart on failure": [*PAPER_CUT, "--cache.on_failure=restart"],
     "full path": ["--cache=null"],
     "random reward, full path": ["--cache=null", '--model.rewards=[{"class_path": "UniformRandomReward"}]'],
 }

@@ -22,7 +22,7 @@ def group_advantages(rewards: Sequence[Sequence[float]], scale: AdvantageScale =
             plus 1e-6, so that a group without variance gets zeros.
 
     Returns:
-        For each group its advantages, [G], float32.
+        For each group its advantages, [G], float64.
     """
     groups = [torch.tensor(r, dtype=torch.float64) for r in rewards]
     centred = [r - r.mean() for r in groups]
@@ -31,4 +31,4 @@ def group_advantages(rewards: Sequence[Sequence[float]], scale: AdvantageScale =
     elif scale == "batch":
         deviation = torch.cat(groups).std() + _EPSILON
         centred = [c / deviation for c in centred]
-    return [c.float() for c in centred]
+    return centred

@@ -34,7 +34,7 @@ class RPODataModule(LightningDataModule):
 
     Args:
         train: Training questions: a ``.jsonl`` or ``.parquet`` file, a Hugging Face data set name, a
-            ``DataSource`` or rows.
+            ``DataSource`` or rows. Empty means not set, here and below.
         val: Questions for validation, answered without a prefix.
         test: Questions for ``test``.
         predict: Questions for ``predict``.
@@ -51,10 +51,10 @@ class RPODataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: str | DataSource | Sequence[Row] | None = None,
-        val: str | DataSource | Sequence[Row] | None = None,
-        test: str | DataSource | Sequence[Row] | None = None,
-        predict: str | DataSource | Sequence[Row] | None = None,
+        train: str | DataSource | Sequence[Row] = "",
+        val: str | DataSource | Sequence[Row] = "",
+        test: str | DataSource | Sequence[Row] = "",
+        predict: str | DataSource | Sequence[Row] = "",
         batch_size: int = 16,
         eval_batch_size: int = 64,
         max_prompt_tokens: int = 1024,
@@ -90,7 +90,7 @@ class RPODataModule(LightningDataModule):
         """Read and tokenise the questions of a stage."""
         for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
             data = self.sources[split]
-            if data is None or split in self.prompts:
+            if not data or split in self.prompts:
                 continue
             assert self.trainer is not None
             module: Any = self.trainer.lightning_module
@@ -143,7 +143,7 @@ class RPODataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Prompt] | list[Any]:
         """Batches of validation prompts, or nothing to validate on."""
-        return self._eval_loader("val") if self.sources["val"] is not None else []
+        return self._eval_loader("val") if self.sources["val"] else []
 
     def test_dataloader(self) -> DataLoader[Prompt]:
         """Batches of test prompts."""

@@ -2,7 +2,7 @@
 
 Everything a user can get wrong raises a subclass of :class:`RPOError` whose message is a single
 line saying what is wrong, where (file, row or key), and what to do. The command line prints that
-line and nothing else.
+line and nothing else. None of them derives from ``ValueError``, which argument parsers catch and rewrap.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ class RPOError(Exception):
     """Base of every error that the package raises on purpose."""
 
 
-class ConfigurationError(RPOError, ValueError):
+class ConfigurationError(RPOError):
     """A setting, or a combination of settings, that cannot work."""
 
 
-class DataError(RPOError, ValueError):
+class DataError(RPOError):
     """A data set that cannot be read: missing file, unknown column, malformed row."""
 
 
-class CacheError(RPOError, ValueError):
+class CacheError(RPOError):
     """An experience cache that does not belong to this tokenizer, data set or version."""
 
 
-class EngineError(RPOError, RuntimeError):
+class EngineError(RPOError):
     """A rollout engine that cannot generate: not attached, stale weights, crashed."""
 
 
-class RewardError(RPOError, RuntimeError):
+class RewardError(RPOError):
     """A reward function that cannot be imported, or that raised or returned nonsense."""
 
 
-class UpdateError(RPOError, RuntimeError):
+class UpdateError(RPOError):
     """An update that would have ruined the policy, such as a gradient that is not finite."""

@@ -166,7 +166,8 @@ class RPOModule(LightningModule):
         """The engine needs its weights: the module brings the callback that syncs them."""
         from rpo_lightning.callbacks.weight_sync import WeightSyncCallback
 
-        return [WeightSyncCallback()]
+        has_one = any(isinstance(c, WeightSyncCallback) for c in cast(Any, self.trainer).callbacks)
+        return [] if has_one else [WeightSyncCallback()]
 
     def configure_optimizers(self) -> Any:
         """The optimizer and the schedule over the run's updates."""

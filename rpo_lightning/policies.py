@@ -42,8 +42,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(resolve_policy(name))
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigurationError):
-            raise
         raise ConfigurationError(
             f"model.policy={name}: no tokenizer found there (neither a folder nor a reachable hub name)"
         ) from error
@@ -58,8 +56,6 @@ def load_policy(name: str) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(resolve_policy(name), dtype=torch.get_default_dtype())
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigurationError):
-            raise
         raise ConfigurationError(
             f"model.policy={name}: no causal language model found there (neither a folder nor a reachable hub name)"
         ) from error

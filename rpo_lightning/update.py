@@ -154,14 +154,14 @@ class PolicyLoss:
         for i, row in enumerate(rows):
             frozen = groups[row.group].old_logprobs
             if frozen is not None:
-                old_BS[i, old_BS.shape[1] - row.scope_length :] = torch.tensor(frozen[row.member], device=device)
+                old_BS[i, old_BS.shape[1] - row.scope_length :] = torch.tensor(frozen[row.member]).to(old_BS)
         weights_B = self.objective.sequence_weights(lengths_B, float(totals[0]), float(totals[1]))
         inputs = LossInputs(
             logprobs_BS=computed.logprobs_BS,
             old_logprobs_BS=old_BS,
-            advantages_B=torch.stack([advantages[r.group][r.member] for r in rows]).to(device),
+            advantages_B=torch.stack([advantages[r.group][r.member] for r in rows]).to(computed.logprobs_BS),
             mask_BS=mask_BS,
-            weights_B=weights_B.to(device),
+            weights_B=weights_B.to(computed.logprobs_BS),
             reference_logprobs_BS=reference_BS,
         )
         return inputs, computed

@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SMALL = [
     "--config", str(ROOT / "configs" / "quickstart.yaml"), "--trainer.max_steps", "2",
-    "--data.train.operations", "4", "--data.train.size", "8", "--data.val.operations", "4", "--data.val.size", "8",
-    "--data.batch_size", "4", "--model.group_size", "3", "--model.max_response_tokens", "48",
+    "--data.train.size", "8", "--data.val.size", "8",
+    "--data.batch_size", "4", "--model.group_size", "3", "--model.max_response_tokens", "256",
     "--trainer.enable_progress_bar", "false",
 ]  # fmt: skip
 
@@ -134,8 +134,8 @@ def test_cache_null_is_the_full_path():
 
 
 def test_validate_test_and_predict_answer_without_a_prefix(capsys):
-    questions = ["--data.test", '{"class_path": "ArithmeticChain", "init_args": {"size": 4, "operations": 4}}',
-                 "--data.predict", '{"class_path": "ArithmeticChain", "init_args": {"size": 4, "operations": 4}}']  # fmt: skip
+    source = '{"class_path": "ArithmeticChain", "init_args": {"size": 4}}'
+    questions = ["--data.test", source, "--data.predict", source]
     main(["validate", *SMALL, *questions])
     main(["test", *SMALL, *questions, "--model.eval_samples", "2"])
     printed = capsys.readouterr().out

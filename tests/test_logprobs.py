@@ -101,14 +101,14 @@ def test_the_dapo_gradient_equals_plain_autograd_on_single_rows(policy):
     total = torch.zeros((), dtype=torch.float64)
     tokens = 0
     for rewards, suffixes, prompt, prefix in GROUPS:
-        r = torch.tensor(rewards)
+        r = torch.tensor(rewards, dtype=torch.float64)
         for advantage, suffix in zip((r - r.mean()) / (r.std() + 1e-6), suffixes, strict=True):
             # On-policy the ratio is 1 and its gradient that of the log-prob.
             total = total - advantage * reference_logprobs(policy, (*prompt, *prefix, *suffix), len(suffix)).sum()
             tokens += len(suffix)
     (total / tokens).backward()
     expected = {n: p.grad.clone() for n, p in policy.named_parameters()}
-    assert_same(expected, gradient(policy, DAPO()), tolerance=1e-7)
+    assert_same(expected, gradient(policy, DAPO()), tolerance=1e-12)
 
 
 def test_with_a_token_mean_the_prefix_terms_cancel(policy):
@@ -117,7 +117,7 @@ def test_with_a_token_mean_the_prefix_terms_cancel(policy):
     batch = groups()[:1]
     suffix = gradient(policy, DAPO(), batch)
     response = gradient(policy, DAPO(), batch, scope="response")
-    assert_same(suffix, {n: g * (9 + 9) / 9 for n, g in response.items()}, tolerance=1e-7)
+    assert_same(suffix, {n: g * (9 + 9) / 9 for n, g in response.items()}, tolerance=1e-12)
 
 
 def test_with_sequence_means_the_prefix_leaves_a_length_artefact(policy):
@@ -126,7 +126,7 @@ def test_with_sequence_means_the_prefix_leaves_a_length_artefact(policy):
     suffix = gradient(policy, GRPO(), batch)
     response = gradient(policy, GRPO(), batch, scope="response")
     prompt, prefix, suffixes = GROUPS[0][2], GROUPS[0][3], GROUPS[0][1]
-    rewards = torch.tensor(GROUPS[0][0])
+    rewards = torch.tensor(GROUPS[0][0], dtype=torch.float64)
     advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
     lengths = [len(prefix) + len(s) for s in suffixes]
     policy.zero_grad()
@@ -137,7 +137,7 @@ def test_with_sequence_means_the_prefix_leaves_a_length_artefact(policy):
         for a, n, s in zip(advantages, lengths, suffixes, strict=True)
     )
     (artefact + of_suffixes / 3).backward()
-    assert_same({n: p.grad for n, p in policy.named_parameters()}, response, tolerance=1e-7)
+    assert_same({n: p.grad for n, p in policy.named_parameters()}, response, tolerance=1e-12)
     assert any((suffix[n] - response[n]).abs().max() > 1e-4 for n in suffix)
 
 
@@ -147,14 +147,14 @@ def test_masking_truncated_responses_takes_them_out_of_loss_and_denominator(poli
     policy.zero_grad()
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for rewards, suffixes, prompt, prefix in GROUPS:
-        r = torch.tensor(rewards)
+        r = torch.tensor(rewards, dtype=torch.float64)
         advantages = (r - r.mean()) / (r.std() + 1e-6)
         for i in (0, 2):
             row = (*prompt, *prefix, *suffixes[i])
             total = total - advantages[i] * reference_logprobs(policy, row, len(suffixes[i])).sum()
             tokens += len(suffixes[i])
     (total / tokens).backward()
-    assert_same({n: p.grad for n, p in policy.named_parameters()}, masked, tolerance=1e-7)
+    assert_same({n: p.grad for n, p in policy.named_parameters()}, masked, tolerance=1e-12)
 
 
 def test_frozen_log_probs_make_the_ratio_and_equal_the_policy_that_sampled(policy):

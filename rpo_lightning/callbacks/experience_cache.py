@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rpo_lightning.cache import ExperienceCache
 from rpo_lightning.callbacks.run_folder import run_folder
+from rpo_lightning.callbacks.weight_sync import sync_engine
 from rpo_lightning.cuts import CutStrategy, FractionOfShortestCut, FullBudget, SuffixBudget
 from rpo_lightning.engines.base import Sampling
 from rpo_lightning.errors import CacheError, ConfigurationError
@@ -134,6 +135,7 @@ class ExperienceCacheCallback(Callback):
         elif self.initialisation == "eager":
             missing = [p for p in data.prompts["train"] if p.uid not in self.cache]
             if missing:
+                sync_engine(trainer)
                 self._initialise(pl_module, missing)
                 path = run_folder(trainer) / CACHE_FILE
                 self.cache.save(path)

@@ -13,6 +13,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
+def sync_engine(trainer: Trainer) -> None:
+    """Have the trainer's weight-sync callback sync now, for callbacks that generate in ``on_train_start``."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightSyncCallback):
+            callback.sync(trainer.lightning_module)
+
+
 class WeightSyncCallback(Callback):
     """Loads the policy into the engine whenever it has changed. ``RPOModule`` brings one itself.
 

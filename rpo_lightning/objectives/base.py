@@ -89,8 +89,8 @@ class Objective(ABC):
             total_sequences: Sequences of the whole batch, all ranks, that have loss tokens.
         """
         if self.normalisation == "token":
-            return torch.full_like(lengths, 1.0 / max(total_tokens, 1.0), dtype=torch.float32)
-        return 1.0 / (lengths.clamp(min=1).float() * max(total_sequences, 1.0))
+            return torch.full_like(lengths, 1.0 / max(total_tokens, 1.0), dtype=torch.float64)
+        return 1.0 / (lengths.clamp(min=1).double() * max(total_sequences, 1.0))
 
     @abstractmethod
     def token_losses(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:

@@ -62,4 +62,4 @@ class DrGRPO(GRPO):
 
     def sequence_weights(self, lengths: Tensor, total_tokens: float, total_sequences: float) -> Tensor:
         """The same weight for every token of every sequence."""
-        return torch.full_like(lengths, 1.0 / (self.normaliser * max(total_sequences, 1.0)), dtype=torch.float32)
+        return torch.full_like(lengths, 1.0 / (self.normaliser * max(total_sequences, 1.0)), dtype=torch.float64)
