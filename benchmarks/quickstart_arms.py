@@ -76,30 +76,33 @@ def hardware() -> str:
 
 
 def main() -> None:
-    """Run the arms, two processes of one thread at a time."""
+    """Run the arms, each run in a process of one thread; report after every seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=40)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--quick", action="store_true", help="one seed, two updates")
     parser.add_argument("--out", type=Path, default=None, help="where to write the JSON; nowhere with --quick")
     args = parser.parse_args()
     seeds, updates = (1, 2) if args.quick else (args.seeds, args.updates)
-    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(2) as pool:
+    out = args.out or (None if args.quick else Path(__file__).with_suffix(".json"))
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(args.processes) as pool:
         futures = {
             (arm, seed): pool.submit(run, arm, seed, updates, Path(temporary)) for seed in range(seeds) for arm in ARMS
         }
-        results = {arm: [futures[arm, seed].result() for seed in range(seeds)] for arm in ARMS}
-    report = {
-        "hardware": hardware(),
-        "processes_at_once": 2,
-        "updates": updates,
-        "seeds": seeds,
-        "arms": {arm: {"overrides": ARMS[arm], "runs": runs} for arm, runs in results.items()},
-    }
-    print(f"\n{report['hardware']}; {updates} updates, {seeds} seed(s), two processes at once\n\n{table(results)}\n")
-    out = args.out or (None if args.quick else Path(__file__).with_suffix(".json"))
-    if out is not None:
-        out.write_text(json.dumps(report, indent=2) + "\n")
+        for done in range(1, seeds + 1):
+            results = {arm: [futures[arm, seed].result() for seed in range(done)] for arm in ARMS}
+            report = {
+                "hardware": hardware(),
+                "processes_at_once": args.processes,
+                "updates": updates,
+                "seeds": done,
+                "arms": {arm: {"overrides": ARMS[arm], "runs": runs} for arm, runs in results.items()},
+            }
+            conditions = f"{updates} updates, {done} seed(s), {args.processes} one-thread processes at once"
+            print(f"\n{report['hardware']}; {conditions}\n\n{table(results)}\n", flush=True)
+            if out is not None:
+                out.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report))
 
 

@@ -62,6 +62,16 @@ def main(arguments: list[str] | None = None) -> None:
             save_config_kwargs={"overwrite": True},
             args=arguments,
         )
-    except RPOError as error:
-        print(f"rpo-lightning: error: {error}", file=sys.stderr)
+    except Exception as error:
+        mendable = _find_mendable(error)
+        if mendable is None:
+            raise
+        print(f"rpo-lightning: error: {mendable}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _find_mendable(error: BaseException | None) -> RPOError | None:
+    """The error that a user can mend, which the argument parser may have wrapped in others."""
+    while error is not None and not isinstance(error, RPOError):
+        error = error.__cause__ or error.__context__
+    return error

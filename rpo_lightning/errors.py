@@ -2,7 +2,7 @@
 
 Everything a user can get wrong raises a subclass of :class:`RPOError` whose message is a single
 line saying what is wrong, where (file, row or key), and what to do. The command line prints that
-line and nothing else. None of them derives from ``ValueError``, which argument parsers catch and rewrap.
+line and nothing else.
 """
 
 from __future__ import annotations

@@ -108,7 +108,8 @@ def token_logprobs(
         use_cache=False,
         logits_to_keep=span + 1,
     ).logits[:, :-1]
-    log_distribution_BSV = (logits_BSV.float() / temperature).log_softmax(-1)
+    precision = torch.promote_types(logits_BSV.dtype, torch.float32)
+    log_distribution_BSV = (logits_BSV.to(precision) / temperature).log_softmax(-1)
     logprobs_BS = log_distribution_BSV.gather(-1, ids_BT[:, -span:, None]).squeeze(-1)
     with torch.no_grad():
         entropy_BS = -(log_distribution_BSV.exp() * log_distribution_BSV).sum(-1)

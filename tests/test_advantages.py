@@ -13,10 +13,8 @@ REWARDS = [[1.0, 0.0, 0.0, 1.0], [3.0, 1.0]]
 def test_group_scale_divides_by_the_groups_own_deviation():
     first, second = group_advantages(REWARDS, "group")
     # Sample deviations: sqrt(4 * 0.25 / 3) and sqrt(2).
-    torch.testing.assert_close(
-        first, torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64) * 0.5 / (1 / 3) ** 0.5, atol=1e-5, rtol=0
-    )
-    torch.testing.assert_close(second, torch.tensor([1.0, -1.0], dtype=torch.float64) / 2**0.5, atol=1e-5, rtol=0)
+    assert first.tolist() == pytest.approx([0.5 / (1 / 3) ** 0.5 * sign for sign in (1, -1, -1, 1)], abs=1e-5)
+    assert second.tolist() == pytest.approx([1 / 2**0.5, -1 / 2**0.5], abs=1e-5)
 
 
 def test_batch_scale_divides_by_the_deviation_of_all_rewards():

@@ -18,6 +18,9 @@ GROUPS = [
     ([0.2, 0.9, 0.4], [(9, 2), (5, 6, 7, 8, 9, 2), (7, 7, 7, 7)], (1, 30, 31), ()),
 ]
 
+# transformers' RMSNorm computes in fp32 whatever the model's dtype: terms that cancel leave that much.
+ALGEBRA = 2e-6
+
 
 def groups(finished=(True, True, True)):
     return [
@@ -117,7 +120,7 @@ def test_with_a_token_mean_the_prefix_terms_cancel(policy):
     batch = groups()[:1]
     suffix = gradient(policy, DAPO(), batch)
     response = gradient(policy, DAPO(), batch, scope="response")
-    assert_same(suffix, {n: g * (9 + 9) / 9 for n, g in response.items()}, tolerance=1e-12)
+    assert_same(suffix, {n: g * (9 + 9) / 9 for n, g in response.items()}, tolerance=ALGEBRA)
 
 
 def test_with_sequence_means_the_prefix_leaves_a_length_artefact(policy):
@@ -137,7 +140,7 @@ def test_with_sequence_means_the_prefix_leaves_a_length_artefact(policy):
         for a, n, s in zip(advantages, lengths, suffixes, strict=True)
     )
     (artefact + of_suffixes / 3).backward()
-    assert_same({n: p.grad for n, p in policy.named_parameters()}, response, tolerance=1e-12)
+    assert_same({n: p.grad for n, p in policy.named_parameters()}, response, tolerance=ALGEBRA)
     assert any((suffix[n] - response[n]).abs().max() > 1e-4 for n in suffix)
 
 
