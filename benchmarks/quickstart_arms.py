@@ -80,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=40)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--quick", action="store_true", help="one seed, two updates")
     parser.add_argument("--out", type=Path, default=None, help="where to write the JSON; nowhere with --quick")
@@ -88,10 +89,12 @@ def main() -> None:
     out = args.out or (None if args.quick else Path(__file__).with_suffix(".json"))
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(args.processes) as pool:
         futures = {
-            (arm, seed): pool.submit(run, arm, seed, updates, Path(temporary)) for seed in range(seeds) for arm in ARMS
+            (arm, seed): pool.submit(run, arm, seed, updates, Path(temporary))
+            for seed in range(seeds)
+            for arm in args.arms
         }
         for done in range(1, seeds + 1):
-            results = {arm: [futures[arm, seed].result() for seed in range(done)] for arm in ARMS}
+            results = {arm: [futures[arm, seed].result() for seed in range(done)] for arm in args.arms}
             report = {
                 "hardware": hardware(),
                 "processes_at_once": args.processes,
