@@ -53,6 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("rpo_lightning").setLevel(logging.INFO)
     # Prompts are tokenised once and held in memory: loader workers would have nothing to do.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # A checkpoint is to hold the policy after its update, which is what Lightning warns of here.
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization.*")
     try:
         RPOCLI(
             RPOModule,
