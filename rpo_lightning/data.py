@@ -115,6 +115,11 @@ class RPODataModule(LightningDataModule):
                     f"{report.duplicates} duplicates"
                 )
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that has been read."""
+        return max((len(p.token_ids) for prompts in self.prompts.values() for p in prompts), default=0)
+
     def train_dataloader(self) -> ResumableLoader:
         """Batches of prompts; the last incomplete one is dropped."""
         prompts = self._prompts("train")

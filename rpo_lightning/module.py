@@ -1,4 +1,4 @@
-"""RPOModule: the policy, and one iteration of reinforcement fine-tuning per training step.
+"""RPOModule: one iteration of reinforcement fine-tuning per training step.
 
 A step is: generate suffixes → score whole responses → update the policy. GRPO or DAPO on the full
 path is the same program with empty prefixes, so nothing here knows whether RPO is on: the data module
@@ -12,14 +12,12 @@ updates per rollout and dynamic sampling are not what ``accumulate_grad_batches`
 from __future__ import annotations
 
 import copy
+import logging
 import math
-from collections.abc import Iterable
-from dataclasses import asdict
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,19 +27,22 @@ from rpo_lightning.engines.base import RolloutEngine, Sampling
 from rpo_lightning.engines.transformers_engine import TransformersEngine
 from rpo_lightning.errors import ConfigurationError, UpdateError
 from rpo_lightning.generator_states import generator_states, set_generator_states
+from rpo_lightning.importance import ImportanceCorrection, TokenTruncated
 from rpo_lightning.logprobs import LossScope
+from rpo_lightning.mismatch import MismatchBound, MismatchGuard
 from rpo_lightning.objectives import DAPO, Objective
-from rpo_lightning.policies import load_policy, load_tokenizer, save_policy
+from rpo_lightning.policy_module import PolicyModule, require_requests
 from rpo_lightning.records import Batch, Group, RolloutRequest
 from rpo_lightning.rewards import Grader, GradingPool, MathVerifier, Reward, Verifier
-from rpo_lightning.rollouts import evaluation_metrics, generate, rollout_metrics, score
+from rpo_lightning.rollouts import rollout_metrics
 from rpo_lightning.schedules import LearningRateSchedule
 from rpo_lightning.seeds import SeedPurpose, derive_seed
-from rpo_lightning.timing import PhaseTimer
 from rpo_lightning.update import PolicyLoss, UpdateSettings
 
+log = logging.getLogger(__name__)
 
-class RPOModule(LightningModule):
+
+class RPOModule(PolicyModule):
     """Holds the policy and its loss.
 
     Args:
@@ -63,6 +64,9 @@ class RPOModule(LightningModule):
         passes_per_rollout: How often the groups of a rollout are trained on.
         minibatches_per_pass: Updates that a pass is split into.
         micro_batch_tokens: Padded tokens of one forward and backward pass.
+        importance_correction: Weights of the loss for what the rollout engine samples otherwise than the
+            trainer would; ``TokenTruncated(2.0)`` if not given.
+        mismatch_bound: Log-prob differences between engine and trainer that stop the run.
         max_grad_norm: Gradient norm limit.
         optimizer: Makes the optimizer from the parameters; AdamW at 1e-6 if not given.
         lr_schedule: Learning-rate schedule over the updates.
@@ -80,7 +84,7 @@ class RPOModule(LightningModule):
         engine: RolloutEngine | None = None,
         group_size: int = 6,
         max_response_tokens: int = 4096,
-        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        sampling: Sampling = Sampling(),
         eval_sampling: Sampling | None = None,
         eval_samples: int = 1,
         loss_scope: LossScope = "suffix",
@@ -90,13 +94,14 @@ class RPOModule(LightningModule):
         passes_per_rollout: int = 1,
         minibatches_per_pass: int = 1,
         micro_batch_tokens: int = 16384,
+        importance_correction: ImportanceCorrection | None = None,
+        mismatch_bound: MismatchBound = MismatchBound(),
         max_grad_norm: float = 1.0,
         optimizer: OptimizerCallable | None = None,
-        lr_schedule: LearningRateSchedule = LearningRateSchedule(),  # noqa: B008 (frozen)
+        lr_schedule: LearningRateSchedule = LearningRateSchedule(),
         gradient_checkpointing: bool = False,
         grading: GradingPool | None = None,
     ) -> None:
-        super().__init__()
         _require_at_least(2, group_size=group_size)
         _require_at_least(
             1,
@@ -110,21 +115,19 @@ class RPOModule(LightningModule):
             raise ConfigurationError(
                 "model.sampling.temperature=0 samples G times the same response; use a value above 0"
             )
-        if isinstance(policy, str):
-            tokenizer = load_tokenizer(policy)
-        elif tokenizer is None:
-            raise ConfigurationError("model.tokenizer is needed where model.policy is a model rather than a name")
+        super().__init__(
+            policy=policy,
+            tokenizer=tokenizer,
+            grader=Grader(verifier or MathVerifier(), rewards, grading or GradingPool()),
+            engine=engine or TransformersEngine(),
+            max_response_tokens=max_response_tokens,
+            eval_sampling=eval_sampling or sampling,
+            eval_samples=eval_samples,
+        )
         self.automatic_optimization = False
-        self.tokenizer = tokenizer
-        self.policy: PreTrainedModel | None = None
         self.objective = objective or DAPO()
-        self.engine = engine or TransformersEngine()
-        self.grader = Grader(verifier or MathVerifier(), rewards, grading or GradingPool())
         self.group_size = group_size
-        self.max_response_tokens = max_response_tokens
         self.sampling = sampling
-        self.eval_sampling = eval_sampling or sampling
-        self.eval_samples = eval_samples
         self.passes_per_rollout = passes_per_rollout
         self.minibatches_per_pass = minibatches_per_pass
         self.max_grad_norm = max_grad_norm
@@ -132,14 +135,20 @@ class RPOModule(LightningModule):
         self.lr_schedule = lr_schedule
         self.gradient_checkpointing = gradient_checkpointing
         self.buffer = GroupBuffer(dynamic_sampling) if dynamic_sampling else None
+        caveat = self.engine.logprob_caveat(sampling)
+        if caveat is not None:
+            log.warning(f"{caveat}: neither importance_correction nor mismatch_bound is applied")
         self.update_settings = UpdateSettings(
-            loss_scope, advantage_scale, sampling.temperature, micro_batch_tokens, mask_truncated
+            loss_scope,
+            advantage_scale,
+            sampling.temperature,
+            micro_batch_tokens,
+            mask_truncated,
+            None if caveat else importance_correction or TokenTruncated(),
         )
-        self.timer = PhaseTimer()
+        self.guard = MismatchGuard(mismatch_bound)
         self.groups: list[Group] = []
-        self.policy_version = 0
         self.iteration = 0
-        self._policy_source = policy
         self._loss: PolicyLoss | None = None
         self._generator_states: dict[str, Any] | None = None
 
@@ -147,27 +156,18 @@ class RPOModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the policy, and the reference model where the objective needs one."""
-        if self.policy is not None:
+        super().configure_model()
+        if self._loss is not None:
             return
-        source = self._policy_source
-        policy = load_policy(source) if isinstance(source, str) else source
+        policy = cast(PreTrainedModel, self.policy)
         reference = None
         if self.objective.beta > 0:
             # A copy, not a second load: "the starting policy" is what was loaded here.
             reference = copy.deepcopy(policy).eval().requires_grad_(False)
         if self.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
-        self.policy = policy.train()
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         self._loss = PolicyLoss(policy, reference, self.objective, self.update_settings, pad_id)
-        self.engine.attach(policy, self.tokenizer)
-
-    def configure_callbacks(self) -> list[Callback]:
-        """The engine needs its weights: the module brings the callback that syncs them."""
-        from rpo_lightning.callbacks.weight_sync import WeightSyncCallback
-
-        has_one = any(isinstance(c, WeightSyncCallback) for c in cast(Any, self.trainer).callbacks)
-        return [] if has_one else [WeightSyncCallback()]
 
     def configure_optimizers(self) -> Any:
         """The optimizer and the schedule over the run's updates."""
@@ -184,35 +184,21 @@ class RPOModule(LightningModule):
         if self._loss is not None and self._loss.reference is not None:
             cast(Any, self._loss.reference).to(self.device)
 
-    def teardown(self, stage: str) -> None:
-        """Stop grading processes and the engine."""
-        self.grader.pool.close()
-        self.engine.shutdown()
-
     # -- one iteration ---------------------------------------------------------------------------
 
     def training_step(self, requests: Batch[RolloutRequest], batch_idx: int) -> None:
         """Roll out, score, and update the policy unless dynamic sampling asks for more groups."""
-        _require_requests(requests)
+        require_requests(requests)
         seed = derive_seed(SeedPurpose.TRAINING, self.global_rank, self.iteration)
         self.groups = self.roll_out(requests, self.group_size, self.sampling, seed)
         self.iteration += 1
-        metrics = rollout_metrics(self.groups)
+        metrics = rollout_metrics(self.groups) | self.engine.metrics()
         metrics["reward/grading_killed"] = float(self.grader.pool.killed)
         batch, surplus = self._collect(self.groups, size=len(requests))
         if batch:
             metrics |= self._update(batch, surplus)
         self.log("reward/mean", metrics.pop("reward/mean"), prog_bar=True, batch_size=len(requests))
         self.log_dict({**metrics, **self.timer.take()}, batch_size=len(requests))
-
-    def roll_out(self, requests: Iterable[RolloutRequest], samples: int, sampling: Sampling, seed: int) -> list[Group]:
-        """Generate and score ``samples`` responses to each request."""
-        requests = list(requests)
-        self.engine.require_version(self.policy_version)
-        with self.timer("rollout"):
-            completions = generate(self.engine, requests, samples, sampling, seed)
-        with self.timer("reward"):
-            return score(self.grader, self.tokenizer, requests, completions, step=self.global_step)
 
     def _collect(self, groups: list[Group], size: int) -> tuple[list[Group], list[Group]]:
         """Groups to train on now (none: draw more first), and those that wait for the next update."""
@@ -229,6 +215,8 @@ class RPOModule(LightningModule):
     def _update(self, groups: list[Group], surplus: list[Group]) -> dict[str, float]:
         """Train on groups; returns the metrics of the last update."""
         assert self._loss is not None
+        with self.timer("sync"):
+            self.engine.sleep()
         minibatches = _split(groups, self.minibatches_per_pass) * self.passes_per_rollout
         stale = [*groups, *surplus] if len(minibatches) > 1 else surplus
         if stale:
@@ -250,9 +238,11 @@ class RPOModule(LightningModule):
         metrics = self._loss.backward(
             groups,
             backward=self.manual_backward,
-            sum_over_ranks=lambda x: strategy.reduce(x.to(self.device), reduce_op="sum").cpu(),
+            reduce=lambda x, how: strategy.reduce(x.to(self.device), reduce_op=how).cpu(),
             world_size=self.trainer.world_size,
         )
+        if "mismatch/logprob_mean" in metrics:
+            self.guard.check(metrics["mismatch/logprob_mean"], self.global_step)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         if not math.isfinite(norm):
             raise UpdateError(
@@ -266,46 +256,14 @@ class RPOModule(LightningModule):
         scheduler.step()
         return metrics
 
-    # -- evaluation: always without a prefix -----------------------------------------------------
-
-    def validation_step(self, requests: Batch[RolloutRequest], batch_idx: int) -> None:
-        """Answer validation questions from scratch."""
-        self._evaluate("val", requests, batch_idx)
-
-    def test_step(self, requests: Batch[RolloutRequest], batch_idx: int) -> None:
-        """Answer test questions from scratch."""
-        self._evaluate("test", requests, batch_idx)
-
-    def predict_step(self, requests: Batch[RolloutRequest], batch_idx: int) -> list[dict[str, Any]]:
-        """Answer questions; one record an answer, with its verdict."""
-        groups = self._answer(requests, batch_idx)
-        return [{"uid": g.request.prompt.uid, **asdict(sample)} for g in groups for sample in g.samples]
-
-    def _answer(self, requests: Batch[RolloutRequest], batch_idx: int) -> list[Group]:
-        _require_requests(requests)
-        # The same seed at every evaluation: differences are the policy's.
-        seed = derive_seed(SeedPurpose.EVALUATION, self.global_rank, batch_idx)
-        groups = self.roll_out(requests, self.eval_samples, self.eval_sampling, seed)
-        self.timer.take()  # the phases that are logged are those of training
-        return groups
-
-    def _evaluate(self, stage: str, requests: Batch[RolloutRequest], batch_idx: int) -> None:
-        metrics = evaluation_metrics(self._answer(requests, batch_idx), stage)
-        self.log_dict(metrics, batch_size=len(requests), on_epoch=True, prog_bar=True, sync_dist=True)
-
-    # -- saving ----------------------------------------------------------------------------------
-
-    def save_pretrained(self, folder: str) -> None:
-        """Save the policy as an ordinary Hugging Face folder."""
-        if self.policy is None:
-            raise ConfigurationError("the policy has not been loaded yet, so there is nothing to save")
-        save_policy(self.policy, self.tokenizer, folder)
+    # -- checkpoints -----------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the state dict does not hold: counters, buffered groups, generator states."""
         checkpoint["rpo"] = {
             "iteration": self.iteration,
             "buffer": self.buffer.state_dict() if self.buffer else None,
+            "guard": self.guard.state_dict(),
             "generators": generator_states(),
         }
 
@@ -314,6 +272,8 @@ class RPOModule(LightningModule):
         state = checkpoint["rpo"]
         self.iteration = state["iteration"]
         self._generator_states = state["generators"]
+        self.guard.load_state_dict(state["guard"])
+        self.policy_version += 1  # the policy is about to be another one
         if self.buffer is not None and state["buffer"] is not None:
             self.buffer.load_state_dict(state["buffer"])
 
@@ -336,11 +296,3 @@ def _require_at_least(least: int, **values: int) -> None:
         if value < least:
             reason = " (a group of 1 has no advantage)" if name == "group_size" else ""
             raise ConfigurationError(f"model.{name} must be at least {least}, got {value}{reason}")
-
-
-def _require_requests(batch: Any) -> None:
-    if not (isinstance(batch, Batch) and len(batch) and isinstance(batch[0], RolloutRequest)):
-        raise ConfigurationError(
-            "RPOModule takes a Batch of RolloutRequest, which RPODataModule makes; give it your rows as "
-            "RPODataModule(train=rows)"
-        )

@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rpo_lightning.advantages import AdvantageScale, group_advantages
+from rpo_lightning.importance import ImportanceCorrection
 from rpo_lightning.logprobs import LossScope, Row, TokenLogprobs, micro_batches, rows_of, token_logprobs
+from rpo_lightning.mismatch import Mismatch
 from rpo_lightning.objectives.base import LossInputs, LossOutput, Objective
 from rpo_lightning.records import Group
 
@@ -25,6 +27,8 @@ class UpdateSettings:
         temperature: Sampling temperature.
         micro_batch_tokens: Padded tokens of one forward and backward pass.
         mask_truncated: Leave unfinished responses out of the loss (DAPO's overlong filtering).
+        importance_correction: Weights for what the engine's policy and the trainer's differ by; ``None``
+            where the engine's log-probs cannot be compared with the trainer's.
     """
 
     scope: LossScope
@@ -32,6 +36,7 @@ class UpdateSettings:
     temperature: float
     micro_batch_tokens: int
     mask_truncated: bool
+    importance_correction: ImportanceCorrection | None = None
 
 
 @dataclass
@@ -43,6 +48,7 @@ class _Sums:
     policy_loss: float = 0.0
     values: dict[str, float] = field(default_factory=lambda: {"entropy": 0.0, "kl": 0.0, "clip_share": 0.0})
     ratio_deviation_max: float = 0.0
+    mismatch: Mismatch = field(default_factory=Mismatch)
 
     def add(self, output: LossOutput, computed: TokenLogprobs, mask_BS: Tensor) -> None:
         self.tokens += float(mask_BS.sum())
@@ -106,7 +112,7 @@ class PolicyLoss:
         self,
         groups: Sequence[Group],
         backward: Callable[[Tensor], None],
-        sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
+        reduce: Callable[[Tensor, str], Tensor] = lambda x, _: x,
         world_size: int = 1,
     ) -> dict[str, float]:
         """Accumulate the gradient of the batch's loss.
@@ -114,25 +120,25 @@ class PolicyLoss:
         Args:
             groups: The groups of the update.
             backward: Runs the backward pass of one micro-batch.
-            sum_over_ranks: Sums a tensor over ranks.
+            reduce: Reduces a tensor over ranks by ``sum`` or ``max``.
             world_size: Number of ranks, whose gradients are averaged by the strategy.
 
         Returns:
-            Metrics of the update, ``loss/…``.
+            Metrics of the update, ``loss/…`` and ``mismatch/…``.
         """
         advantages = group_advantages([g.rewards for g in groups], self.settings.advantage_scale)
         rows = rows_of(groups, self.settings.scope)
         lengths = {(r.group, r.member): self._loss_length(groups, r) for r in rows}
-        totals = sum_over_ranks(
-            torch.tensor([float(sum(lengths.values())), float(sum(n > 0 for n in lengths.values()))])
+        totals = reduce(
+            torch.tensor([float(sum(lengths.values())), float(sum(n > 0 for n in lengths.values()))]), "sum"
         )
         sums = _Sums()
         for micro_batch in micro_batches(rows, self.settings.micro_batch_tokens):
-            inputs, computed = self._inputs(groups, micro_batch, advantages, lengths, totals)
+            inputs, computed = self._inputs(groups, micro_batch, advantages, lengths, totals, sums.mismatch)
             output = self.objective(inputs)
             backward(output.loss * world_size)
             sums.add(output, computed, inputs.mask_BS)
-        return sums.metrics()
+        return sums.metrics() | sums.mismatch.metrics(reduce)
 
     def _inputs(
         self,
@@ -141,6 +147,7 @@ class PolicyLoss:
         advantages: Sequence[Tensor],
         lengths: dict[tuple[int, int], int],
         totals: Tensor,
+        mismatch: Mismatch,
     ) -> tuple[LossInputs, TokenLogprobs]:
         computed = self._logprobs(self.policy, rows)
         device = computed.logprobs_BS.device
@@ -155,6 +162,7 @@ class PolicyLoss:
             frozen = groups[row.group].old_logprobs
             if frozen is not None:
                 old_BS[i, old_BS.shape[1] - row.scope_length :] = torch.tensor(frozen[row.member]).to(old_BS)
+        importance_BS = self._importance(groups, rows, old_BS, mask_BS, mismatch)
         weights_B = self.objective.sequence_weights(lengths_B, float(totals[0]), float(totals[1]))
         inputs = LossInputs(
             logprobs_BS=computed.logprobs_BS,
@@ -163,8 +171,25 @@ class PolicyLoss:
             mask_BS=mask_BS,
             weights_B=weights_B.to(computed.logprobs_BS),
             reference_logprobs_BS=reference_BS,
+            importance_BS=importance_BS,
         )
         return inputs, computed
+
+    def _importance(
+        self, groups: Sequence[Group], rows: Sequence[Row], old_BS: Tensor, mask_BS: Tensor, mismatch: Mismatch
+    ) -> Tensor | None:
+        """Compare with the engine's log-probs, which exist for sampled tokens only; weights of the loss tokens."""
+        if self.settings.importance_correction is None:
+            return None
+        engine_BS, sampled_BS = old_BS.clone(), torch.zeros_like(mask_BS)
+        for i, row in enumerate(rows):
+            logprobs = groups[row.group].completions[row.member].logprobs
+            engine_BS[i, old_BS.shape[1] - len(logprobs) :] = torch.tensor(logprobs).to(old_BS)
+            sampled_BS[i, old_BS.shape[1] - len(logprobs) :] = True
+        sampled_BS &= mask_BS
+        difference_BS = (old_BS - engine_BS) * sampled_BS
+        mismatch.add(difference_BS, sampled_BS)
+        return self.settings.importance_correction.weights(difference_BS, sampled_BS)
 
     def _logprobs(self, model: PreTrainedModel, rows: Sequence[Row]) -> TokenLogprobs:
         return token_logprobs(model, rows, self.settings.temperature, self.pad_id, self.policy.device)

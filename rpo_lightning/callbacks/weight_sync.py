@@ -3,12 +3,12 @@
 The module counts versions of its policy, the engine remembers the version it holds. Before anything
 is generated (training batch, validation, test, prediction, start and resume included) the callback
 compares the two and syncs where they differ: exactly one sync for each change, however many updates a
-rollout is trained on.
+rollout is trained on. A run that ends in an exception leaves no engine behind.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -31,10 +31,11 @@ class WeightSyncCallback(Callback):
         self.syncs = 0
 
     def sync(self, module: Any) -> None:
-        """Sync if the engine is behind."""
-        if module.engine.weights_version == module.policy_version:
-            return
+        """Sync if the engine is behind; wake it in any case."""
         with module.timer("sync"):
+            if module.engine.weights_version == module.policy_version:
+                module.engine.wake()
+                return
             module.engine.load_weights(module.policy, module.policy_version)
         self.syncs += 1
 
@@ -57,3 +58,7 @@ class WeightSyncCallback(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before prediction."""
         self.sync(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Release engine and grading processes: after an exception Lightning calls no ``teardown``."""
+        cast(Any, pl_module).release()

@@ -1,12 +1,13 @@
 """What a rollout engine is: token ids in, token ids and log-probs out.
 
-An engine is attached to a policy once, told of every change of its weights, and asked to generate
-in between. Engines that hold a copy of the weights (vLLM) copy them in :meth:`~RolloutEngine.load_weights`;
+An engine is attached to a policy, told of every change of its weights, and asked to generate in
+between. Engines that hold a copy of the weights (vLLM) copy them in :meth:`~RolloutEngine.load_weights`;
 the transformers engine shares them, so that syncing costs nothing. The order of calls is
 
-    ``attach`` → (``wake`` → ``load_weights`` → ``generate``… → ``sleep``) → … → ``shutdown``
+    ``attach`` → (``load_weights`` or ``wake`` → ``generate``… → ``sleep``) → … → ``shutdown``
 
-and :class:`~rpo_lightning.callbacks.WeightSyncCallback` is who keeps it.
+The module attaches, generates and lets the engine sleep before it trains;
+:class:`~rpo_lightning.callbacks.WeightSyncCallback` does the rest.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.errors import ConfigurationError, EngineError
@@ -61,6 +63,27 @@ class Sampling:
             )
 
 
+@dataclass(frozen=True)
+class EngineContext:
+    """What an engine knows of the run it serves; its defaults come from here.
+
+    Attributes:
+        max_length: Longest prompt plus response in tokens, where it is known.
+        dtype: What the trainer computes in; the policy's own if not given.
+        seed: Seed of the run.
+        rank: Rank of this process among those that train.
+        local_rank: The same on its node.
+        world_size: Number of processes that train.
+    """
+
+    max_length: int | None = None
+    dtype: torch.dtype | None = None
+    seed: int = 0
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+
 class RolloutEngine(ABC):
     """Base class of the rollout engines."""
 
@@ -73,8 +96,10 @@ class RolloutEngine(ABC):
         return self._weights_version
 
     @abstractmethod
-    def attach(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Bind the engine to a policy. Called again with the same policy, it does nothing."""
+    def attach(
+        self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: EngineContext = EngineContext()
+    ) -> None:
+        """Bind the engine to a policy and a run; called at the start of every stage."""
 
     def load_weights(self, policy: PreTrainedModel, version: int) -> None:
         """Take over the policy's current weights and remember their ``version``."""
@@ -108,14 +133,22 @@ class RolloutEngine(ABC):
             EngineError: The engine is not attached, or has no weights yet.
         """
 
+    def logprob_caveat(self, sampling: Sampling) -> str | None:
+        """Why the log-probs of such samples cannot be compared with the policy's; ``None`` if they can."""
+        return None
+
+    def metrics(self) -> dict[str, float]:
+        """What the engine has to say about the rollouts since the last call, ``rollout/…``."""
+        return {}
+
     def sleep(self) -> None:  # noqa: B027 (optional)
         """Release memory while the policy trains; engines that share the weights do nothing."""
 
     def wake(self) -> None:  # noqa: B027 (optional)
-        """Undo :meth:`sleep`."""
+        """Undo :meth:`sleep` where the weights have not changed since."""
 
     def shutdown(self) -> None:  # noqa: B027 (optional)
-        """Release everything."""
+        """Release everything; the next :meth:`load_weights` starts anew."""
 
     def require_version(self, version: int) -> None:
         """Check that the engine is in sync with the policy.

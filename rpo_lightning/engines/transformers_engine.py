@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from rpo_lightning.engines.base import GenerationRequest, RolloutEngine, Sampling
+from rpo_lightning.engines.base import EngineContext, GenerationRequest, RolloutEngine, Sampling
 from rpo_lightning.engines.growing_cache import growing_cache, select_sequences
+from rpo_lightning.engines.stop_tokens import stop_token_ids
 from rpo_lightning.errors import ConfigurationError, EngineError
 from rpo_lightning.records import Completion
 
@@ -40,7 +41,9 @@ class TransformersEngine(RolloutEngine):
         self._stop_ids: Tensor = torch.tensor([])
         self._pad_id = 0
 
-    def attach(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def attach(
+        self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: EngineContext = EngineContext()
+    ) -> None:
         """Bind to the policy and learn which tokens end a sequence."""
         self._policy = policy
         self._stop_ids = torch.tensor(sorted(stop_token_ids(policy, tokenizer)))
@@ -213,20 +216,6 @@ def _truncate(probs_NV: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_k:
         excluded_NV[:, sampling.top_k :] = True
     return torch.zeros_like(probs_NV).scatter(1, index_NV, ordered_NV.masked_fill(excluded_NV, 0.0))
-
-
-def stop_token_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every token that ends a response: the tokenizer's and the generation config's.
-
-    Raises:
-        EngineError: Neither names an end-of-sequence token.
-    """
-    configured = policy.generation_config.eos_token_id if policy.generation_config is not None else None
-    ids = {tokenizer.eos_token_id} | set(configured if isinstance(configured, list) else [configured])
-    ids.discard(None)
-    if not ids:
-        raise EngineError("neither the tokenizer nor generation_config.json names an end-of-sequence token")
-    return ids
 
 
 @contextmanager

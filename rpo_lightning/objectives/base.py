@@ -30,6 +30,8 @@ class LossInputs:
         advantages_B: One advantage a sequence.
         mask_BS: True at loss tokens.
         weights_B: Weight of each token of a sequence, from :meth:`Objective.sequence_weights`.
+        importance_BS: Weights of the policy loss for what the engine sampled otherwise than the trainer
+            would, where they are known.
     """
 
     logprobs_BS: Tensor
@@ -38,6 +40,7 @@ class LossInputs:
     mask_BS: Tensor
     weights_B: Tensor
     reference_logprobs_BS: Tensor | None = None
+    importance_BS: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ class Objective(ABC):
         """Loss of a micro-batch."""
         losses_BS, clipped_BS, ratio_BS = self.token_losses(inputs)
         weights_BS = inputs.weights_B[:, None] * inputs.mask_BS
-        policy_loss = (weights_BS * losses_BS).sum()
+        importance_BS = 1.0 if inputs.importance_BS is None else inputs.importance_BS
+        policy_loss = (weights_BS * importance_BS * losses_BS).sum()
         loss, kl_sum = policy_loss, policy_loss.new_zeros(())
         if inputs.reference_logprobs_BS is not None:
             kl_BS = k3_divergence(inputs.logprobs_BS, inputs.reference_logprobs_BS)

