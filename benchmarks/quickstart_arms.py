@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
-import torch
+from machine import hardware
 
 ROOT = Path(__file__).parents[1]
 PAPER_CUT = [
@@ -66,13 +65,6 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
             cells.append(f"{mean(values):,.{digits}f}{spread}")
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def hardware() -> str:
-    """Processor, cores and torch version."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def main() -> None:

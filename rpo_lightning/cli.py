@@ -55,6 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # A checkpoint is to hold the policy after its update, which is what Lightning warns of here.
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization.*")
+    # vLLM leaves a process group of one; what is logged over an epoch is synced anyway.
+    warnings.filterwarnings("ignore", message="It is recommended to use `self.log.*sync_dist=True.*")
     try:
         RPOCLI(
             RPOModule,

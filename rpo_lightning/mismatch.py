@@ -72,7 +72,7 @@ class MismatchBound:
 
     largest: float = 0.2
     jump: float = 10.0
-    smallest: float = 2e-3
+    smallest: float = 1e-4
 
     def __post_init__(self) -> None:
         if self.largest <= 0 or self.jump <= 1 or self.smallest < 0:
@@ -109,8 +109,8 @@ class MismatchGuard:
             raise EngineError(
                 f"update {step}: the rollout engine's log-probs differ from the trainer's by {mean:.2g} nats a token "
                 f"on average{before}, more than {limit:.2g}: its weights are stale or incomplete, or its precision is "
-                "too low; the policy was left as it was. Resume from a checkpoint, or raise model.mismatch_bound if this "
-                "is expected"
+                "too low; the policy was left as it was. Resume from a checkpoint, or raise model.mismatch_bound if "
+                "this is expected"
             )
         self._means = [*self._means, mean][-_HISTORY:]
 

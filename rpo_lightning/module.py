@@ -190,6 +190,7 @@ class RPOModule(PolicyModule):
         """Roll out, score, and update the policy unless dynamic sampling asks for more groups."""
         require_requests(requests)
         seed = derive_seed(SeedPurpose.TRAINING, self.global_rank, self.iteration)
+        self.engine.metrics()  # those of validation are not this iteration's
         self.groups = self.roll_out(requests, self.group_size, self.sampling, seed)
         self.iteration += 1
         metrics = rollout_metrics(self.groups) | self.engine.metrics()

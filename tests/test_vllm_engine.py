@@ -28,12 +28,12 @@ def start(tokenizer):
     """Starts engines for policies; they share a process, so one runs at a time."""
     running: list[VLLMEngine] = []
 
-    def start(policy, context=EngineContext(max_length=512), **settings):
+    def start(policy, **settings):
         while running:
             running.pop().shutdown()
         engine = VLLMEngine(**{"options": {"max_num_seqs": 32, "block_size": 32}, **settings})
         running.append(engine)
-        engine.attach(policy, tokenizer, context)
+        engine.attach(policy, tokenizer, EngineContext(max_length=512))
         engine.load_weights(policy, version=0)
         return engine
 
@@ -58,10 +58,10 @@ def differences(asked, outputs, *policies, temperature=1.0) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def largest_difference(engine, policy, tokenizer, sampling=Sampling(), seed=3) -> float:
+def largest_difference(engine, policy, tokenizer, temperature=1.0) -> float:
     asked = requests(tokenizer)
-    outputs = engine.generate(asked, sampling, seed)
-    return differences(asked, outputs, policy, temperature=sampling.temperature).abs().max().item()
+    outputs = engine.generate(asked, Sampling(temperature), seed=3)
+    return differences(asked, outputs, policy, temperature=temperature).abs().max().item()
 
 
 def change(policy, seed=0, size=0.05):
@@ -116,16 +116,16 @@ def test_a_bf16_engine_is_as_close_to_fp32_as_a_bf16_policy_is(start, policy, to
     assert to_policy.abs().mean() < 3 * rounding
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0.6), Sampling(0.0)], ids=["T=0.6", "greedy"])
-def test_log_probs_are_those_at_the_sampling_temperature(start, policy, tokenizer, sampling):
+def test_log_probs_are_those_at_the_sampling_temperature(start, policy, tokenizer):
     engine = start(policy)
-    if sampling.temperature == 0:
-        greedy = engine.generate(requests(tokenizer), sampling, seed=0)
-        assert all(len(set(group)) == 1 and len(group) == 3 for group in greedy)
-        sampling = Sampling(1.0)
-    assert largest_difference(engine, policy, tokenizer, sampling) < FP32
-    assert engine.logprob_caveat(sampling) is None
+    assert largest_difference(engine, policy, tokenizer, temperature=0.6) < FP32
+    assert engine.logprob_caveat(Sampling(0.6)) is None
     assert "top_p=0.9" in engine.logprob_caveat(Sampling(1.0, top_p=0.9))
+
+
+def test_greedy_samples_of_a_group_are_all_the_same(start, policy, tokenizer):
+    greedy = start(policy).generate(requests(tokenizer), Sampling(0.0), seed=0)
+    assert all(len(group) == 3 and len(set(group)) == 1 for group in greedy)
 
 
 def test_sequences_end_at_the_end_token_or_at_their_own_budget(start, policy, tokenizer):
@@ -138,7 +138,7 @@ def test_sequences_end_at_the_end_token_or_at_their_own_budget(start, policy, to
         assert completion.token_ids[-1] == tokenizer.eos_token_id
     for group, budget in zip(outputs[1:], budgets[1:], strict=True):
         assert all(len(c.token_ids) == len(c.logprobs) == budget and not c.finished for c in group)
-    with pytest.raises(EngineError, match="vLLM failed while it was generating: .*512"):
+    with pytest.raises(EngineError, match=r"vLLM failed while it was generating: .*512"):
         engine.generate([GenerationRequest(tuple(range(3, 30)) * 20, 1, 4)], Sampling(), seed=0)
 
 

@@ -58,7 +58,11 @@ def platform_options(settings: dict[str, Any]) -> dict[str, Any]:
     if not on_cpu():
         # Half a GPU: the trainer needs the rest, and vLLM's default of 0.92 leaves it nothing.
         return {"gpu_memory_utilization": 0.5}
-    options: dict[str, Any] = {"enforce_eager": True}  # compiling takes longer than it saves in small runs
+    options: dict[str, Any] = {
+        "enforce_eager": True,  # compiling takes longer than it saves in small runs
+        # A prompt that is split over two steps has its random draw taken back, which CPU generators cannot.
+        "enable_chunked_prefill": False,
+    }
     if "gpu_memory_utilization" not in settings and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         options["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
     return options
