@@ -16,6 +16,7 @@ from rpo_lightning.callbacks import ExperienceCacheCallback
 from rpo_lightning.cli import RPOCLI, main
 from rpo_lightning.cuts import AnchoredCut, FractionOfShortestCut, FullBudget
 from rpo_lightning.data import RPODataModule
+from rpo_lightning.engines import VLLMEngine
 from rpo_lightning.module import RPOModule
 from rpo_lightning.refresh import EpsilonGreedyRefresh
 
@@ -67,6 +68,21 @@ def test_rpo_and_its_baseline_differ_in_the_cache_alone(name):
     assert rpo.pop("cache")
     assert rpo["trainer"]["logger"]["init_args"].pop("name") != baseline["trainer"]["logger"]["init_args"].pop("name")
     assert rpo == baseline
+
+
+@pytest.mark.parametrize("name", ["quickstart", "gsm8k_smollm2"])
+def test_a_vllm_config_differs_from_its_original_in_the_engine_alone(name):
+    original, vllm = (yaml.safe_load((ROOT / "configs" / f"{n}.yaml").read_text()) for n in (name, f"{name}_vllm"))
+    assert vllm["model"].pop("engine")["class_path"] == "VLLMEngine"
+    loggers = [config["trainer"].pop("logger") for config in (original, vllm)]
+    assert [logger["init_args"]["name"] for logger in loggers] == [name, f"{name}_vllm"]
+    assert vllm == original
+
+
+@pytest.mark.parametrize("name", ["grpo", "grpo_rpo", "dapo", "dapo_rpo"])
+def test_the_papers_configs_roll_out_on_vllm(name):
+    cli = parse(ROOT / "configs" / f"{name}.yaml", "--model.policy", "embedded:arithmetic-reasoner")
+    assert isinstance(cli.model.engine, VLLMEngine)
 
 
 def test_the_papers_values_are_those_of_its_configs():

@@ -6,7 +6,6 @@ Supported are vLLM 0.24 (the newest for torch 2.11) to 0.32 (torch 2.13), on a G
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 from collections.abc import Iterator
@@ -100,15 +99,17 @@ def contained() -> Iterator[None]:
 
 
 def stop(llm: Any, owns_process_group: bool) -> None:
-    """Stop an engine and free its memory, and the process group if the engine made it."""
-    llm.llm_engine.engine_core.shutdown()
-    parallel_state = importlib.import_module("vllm.distributed.parallel_state")
-    parallel_state.destroy_model_parallel()
-    if owns_process_group:
-        parallel_state.destroy_distributed_environment()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    """Stop an engine and free its memory, and the default process group if the engine made it."""
+    parallel_state: Any = importlib.import_module("vllm.distributed.parallel_state")
+    destroy = parallel_state.destroy_distributed_environment
+    if not owns_process_group:
+        # vLLM takes it down whoever made it; here it is the trainer's.
+        parallel_state.destroy_distributed_environment = lambda: None
+    try:
+        llm.llm_engine.engine_core.shutdown()
+        parallel_state.cleanup_dist_env_and_memory()
+    finally:
+        parallel_state.destroy_distributed_environment = destroy
 
 
 def prefix_cache_tokens(llm: Any) -> tuple[int, int]:
