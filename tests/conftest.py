@@ -20,6 +20,7 @@ from rpo_lightning.tasks.arithmetic import ArithmeticChain
 
 REASONER = "embedded:arithmetic-reasoner"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
-def test_ranks_are_in_sync_and_sample_differently(tmp_path, tensor_parallel_size):
+@pytest.mark.parametrize(("tensor_parallel_size", "policy"), [(1, "whole"), (1, "sharded"), (2, "whole")])
+def test_ranks_are_in_sync_and_sample_differently(tmp_path, tensor_parallel_size, policy):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(Path(__file__).parent / "vllm_rank.py"), str(tensor_parallel_size), str(tmp_path),
+        str(Path(__file__).parent / "vllm_rank.py"), str(tensor_parallel_size), policy,
+        str(tmp_path),
     ]  # fmt: skip
     done = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert [len(first["tokens"]), len(second["tokens"])] == [2, 3]
+    assert [len(first["tokens"]), len(second["tokens"])] == [2, 2 if policy == "sharded" else 3]
     assert first["tokens"] != second["tokens"][:2]
     assert max(first["largest"], second["largest"]) < 1e-4

@@ -1,7 +1,7 @@
 """One of two ranks that roll out on vLLM; run by torchrun from ``test_vllm_ranks.py``.
 
-Arguments: tensor-parallel size, output folder. Writes what this rank sampled, and how far the engine's
-log-probs are from the policy's after a change of weights.
+Arguments: tensor-parallel size, whether the policy is sharded (FSDP2), output folder. Writes what this rank
+sampled, and how far the engine's log-probs are from the policy's after a change of weights.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from rpo_lightning.engines import EngineContext, GenerationRequest, Sampling, VLLMEngine
@@ -20,7 +22,7 @@ from rpo_lightning.seeds import SeedPurpose, derive_seed
 
 
 def main() -> None:
-    size, folder = int(sys.argv[1]), Path(sys.argv[2])
+    size, sharded, folder = int(sys.argv[1]), sys.argv[2] == "sharded", Path(sys.argv[3])
     rank = int(os.environ["RANK"])
     torch.distributed.init_process_group("gloo")
     tokenizer = load_tokenizer("embedded:arithmetic-reasoner")
@@ -32,6 +34,8 @@ def main() -> None:
     )  # fmt: skip
     policy = LlamaForCausalLM(config).eval()
     policy.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    if sharded:
+        fully_shard(policy, mesh=init_device_mesh("cpu", (2,)))
     engine = VLLMEngine(tensor_parallel_size=size, options={"max_num_seqs": 16, "block_size": 32})
     engine.attach(policy, tokenizer, EngineContext(max_length=256, rank=rank, local_rank=rank, world_size=2))
     engine.load_weights(policy, 0)
@@ -39,15 +43,17 @@ def main() -> None:
         for parameter in policy.parameters():
             parameter.mul_(1.5)
     engine.load_weights(policy, 1)
-    # The same questions on both ranks, except that the second has one more.
-    requests = [GenerationRequest((5, 6, 7, 8 + i), 3, 20) for i in range(2 + rank)]
+    # The same questions on both ranks, except that the second has one more where ranks may differ in work.
+    requests = [GenerationRequest((5, 6, 7, 8 + i), 3, 20) for i in range(2 if sharded else 2 + rank)]
     outputs = engine.generate(requests, Sampling(), derive_seed(SeedPurpose.TRAINING, rank, 0))
     largest = 0.0
     for request, completions in zip(requests, outputs, strict=True):
         for completion in completions:
             ids = torch.tensor([request.token_ids + completion.token_ids])
             with torch.no_grad():
-                logprobs = policy(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
+                logprobs = (
+                    policy(ids, use_cache=False).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
+                )
             difference = torch.tensor(completion.logprobs) - logprobs[-len(completion.token_ids) :]
             largest = max(largest, difference.abs().max().item())
     tokens = [[c.token_ids for c in completions] for completions in outputs]

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.engines import vllm_platform
@@ -255,7 +256,9 @@ def save_architecture(policy: PreTrainedModel, folder: Path) -> str:
     """Write the policy's configuration, all that an engine without weights of its own needs."""
     model: Any = underlying_model(policy)
     config = type(model.config).from_dict(model.config.to_dict())
-    config.architectures = config.architectures or [type(model).__name__]
+    # Sharding gives a model a class of its own, which is no architecture.
+    own_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    config.architectures = config.architectures or [own_class.__name__]
     config.save_pretrained(folder)
     return str(folder)
 
@@ -265,5 +268,4 @@ def _completion(output: Any) -> Completion:
 
 
 def _cause(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no message'}"
