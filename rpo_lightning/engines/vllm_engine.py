@@ -173,7 +173,7 @@ class VLLMEngine(RolloutEngine):
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
         try:
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights(policy)})
+            vllm_platform.load_weights(self._llm, named_weights(policy))
         except Exception as error:
             log.error("vLLM failed while it was given the policy's weights", exc_info=True)
             raise EngineError(f"vLLM did not take the policy's weights: {_cause(error)}") from error
@@ -186,7 +186,7 @@ class VLLMEngine(RolloutEngine):
     # -- generation ------------------------------------------------------------------------------
 
     def logprob_caveat(self, sampling: Sampling) -> str | None:
-        """VLLM's log-probs are those after top-p and top-k."""
+        """The log-probs of vLLM are those after top-p and top-k."""
         if sampling.top_p < 1 or sampling.top_k:
             return (
                 f"with top_p={sampling.top_p} and top_k={sampling.top_k} vLLM's log-probs are those of the truncated "

