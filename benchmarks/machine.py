@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import platform
+import threading
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -15,3 +19,38 @@ def hardware() -> str:
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     return f"{gpu}{model}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+class PeakMemory:
+    """Peak memory of a block beyond what was held before, in bytes: CUDA's own count, or the process's size sampled."""
+
+    def __init__(self, interval_seconds: float = 0.005) -> None:
+        self.bytes = 0
+        self._interval = interval_seconds
+        self._done = threading.Event()
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed is given back, so that growth is seen
+            self._before = self._peak = psutil.Process().memory_info().rss
+            self._thread = threading.Thread(target=self._sample, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            self._done.set()
+            self._thread.join()
+            peak = self._peak
+        self.bytes = peak - self._before
+
+    def _sample(self) -> None:
+        process = psutil.Process()
+        while not self._done.wait(self._interval):
+            self._peak = max(self._peak, process.memory_info().rss)

@@ -1,116 +1,148 @@
-"""Log-probs of responses under a model: micro-batches of rows, logits where they are needed only.
+"""Log-probs of responses under a model: one forward pass over a micro-batch of rows.
 
-A row is prompt + response, padded on the left, so that the loss scopes of all rows end at the last
-column and one slice of the logits covers them. The scope is the suffix (on-policy given the prefix)
-or the whole response (eq. 5 of the paper, kept prefix included).
+Where no row is shared, rows are stacked and padded on the right, and the model masks as it always does.
+Otherwise rows are concatenated without padding, and ``shared_attention`` keeps them apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rpo_lightning.records import Group
-
-LossScope = Literal["suffix", "response"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One response, ready to be computed.
-
-    Attributes:
-        group: Index of its group in the batch.
-        member: Index within the group.
-        token_ids: Prompt and response.
-        scope_length: Number of tokens at the end that are in the loss scope.
-    """
-
-    group: int
-    member: int
-    token_ids: tuple[int, ...]
-    scope_length: int
+from rpo_lightning.errors import UpdateError
+from rpo_lightning.output_head import Targets, scoring, token_scores
+from rpo_lightning.rows import Row, SharedRow
+from rpo_lightning.shared_attention import IMPLEMENTATION, Span
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probs and entropies at the loss scope, right-aligned.
+    """Log-probs and entropies at the loss scope of the rows of a micro-batch, right-aligned.
 
     Attributes:
+        rows: The rows, in the order of the tensors.
         logprobs_BS: Log-probs of the tokens, with gradient if one was asked for.
         entropy_BS: Entropy of the next-token distribution, without gradient.
         mask_BS: True at tokens of the scope.
     """
 
+    rows: list[Row]
     logprobs_BS: Tensor
     entropy_BS: Tensor
     mask_BS: Tensor
 
 
-def rows_of(groups: Sequence[Group], scope: LossScope) -> list[Row]:
-    """The rows of all members of all groups."""
-    rows = []
-    for index, group in enumerate(groups):
-        for member, completion in enumerate(group.completions):
-            response = group.response_ids(member)
-            length = len(completion.token_ids) if scope == "suffix" else len(response)
-            rows.append(Row(index, member, group.request.prompt.token_ids + response, length))
-    return rows
+class _Layout:
+    """Token ids and positions of a micro-batch, and where the scored tokens are."""
 
+    def __init__(self, batch: Sequence[SharedRow], pad_id: int) -> None:
+        self.batch = batch
+        self.rows = [row for shared in batch for row in shared.members]
+        self.is_shared = any(len(shared.members) > 1 for shared in batch)
+        width = sum(len(shared) for shared in batch) if self.is_shared else max(len(shared) for shared in batch)
+        shape = (1, width) if self.is_shared else (len(batch), width)
+        self.ids_BT = torch.full(shape, pad_id)
+        self.position_BT = torch.zeros(shape, dtype=torch.long)
+        self.starts: list[int] = []
+        self.scored: list[tuple[int, int, int]] = []  # row, position of the predecessor, token
+        self.scope_indices: list[list[int]] = []  # of each row, into ``scored``
+        start = 0
+        for index, shared in enumerate(batch):
+            self.starts.append(start)
+            self._place(0 if self.is_shared else index, start, shared)
+            start += len(shared) if self.is_shared else 0
 
-def micro_batches(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
-    """Split rows, sorted by length, into micro-batches of at most ``max_tokens`` padded tokens.
+    def _place(self, index: int, start: int, shared: SharedRow) -> None:
+        trunk = shared.trunk_ids
+        self._write(index, start, trunk, 0)
+        in_scope = max(row.scope_length - len(row.suffix_ids) for row in shared.members)
+        of_trunk = [
+            self._score(index, start + position - 1, trunk[position])
+            for position in range(len(trunk) - in_scope, len(trunk))
+        ]
+        last_of_trunk = start + len(trunk) - 1
+        start += len(trunk)
+        for row in shared.members:
+            self._write(index, start, row.suffix_ids, len(trunk))
+            of_suffix = [
+                # The first token of every suffix follows the trunk's last.
+                self._score(index, start + offset - 1 if offset else last_of_trunk, token)
+                for offset, token in enumerate(row.suffix_ids)
+            ]
+            self.scope_indices.append([*of_trunk, *of_suffix])
+            start += len(row.suffix_ids)
 
-    A row longer than that makes a micro-batch of its own.
-    """
-    batches: list[list[Row]] = []
-    for row in sorted(rows, key=lambda r: (len(r.token_ids), r.group, r.member), reverse=True):
-        # Sorted from long to short: the first row of a micro-batch sets its width.
-        if batches and len(batches[-1][0].token_ids) * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
+    def _write(self, index: int, start: int, ids: Sequence[int], position: int) -> None:
+        stop = start + len(ids)
+        self.ids_BT[index, start:stop] = torch.tensor(ids)
+        self.position_BT[index, start:stop] = torch.arange(position, position + len(ids))
+
+    def _score(self, index: int, predecessor: int, token: int) -> int:
+        self.scored.append((index, predecessor, token))
+        return len(self.scored) - 1
+
+    def inputs(self, device: torch.device, attention: str) -> dict[str, Any]:
+        """What the model is called with."""
+        inputs: dict[str, Any] = {"input_ids": self.ids_BT.to(device), "use_cache": False}
+        if self.is_shared:
+            if attention != IMPLEMENTATION:
+                raise UpdateError(f"shared rows need attention {IMPLEMENTATION!r}, the model has {attention!r}")
+            inputs["position_ids"] = self.position_BT.to(device)
+            # Of four dimensions, so that the model makes none of its own; our attention does not look at it.
+            inputs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+            inputs["shared_spans"] = [
+                Span.of(start, len(shared.trunk_ids), [len(row.suffix_ids) for row in shared.members], device)
+                for start, shared in zip(self.starts, self.batch, strict=True)
+            ]
+        return inputs
+
+    def targets(self, device: torch.device, temperature: float) -> Targets:
+        """The scored tokens."""
+        batch_K, position_K, token_K = torch.tensor(self.scored, device=device).unbind(1)
+        return Targets(batch_K, position_K, token_K, temperature)
+
+    def scope(self) -> tuple[Tensor, Tensor]:
+        """Index of each scope position into the scored tokens, right-aligned, [B, S], and its mask."""
+        span = max(len(indices) for indices in self.scope_indices)
+        index_BS = torch.zeros((len(self.rows), span), dtype=torch.long)
+        mask_BS = torch.zeros((len(self.rows), span), dtype=torch.bool)
+        for i, indices in enumerate(self.scope_indices):
+            index_BS[i, span - len(indices) :] = torch.tensor(indices)
+            mask_BS[i, span - len(indices) :] = True
+        return index_BS, mask_BS
 
 
 def token_logprobs(
-    model: PreTrainedModel, rows: Sequence[Row], temperature: float, pad_id: int, device: torch.device
+    model: PreTrainedModel,
+    batch: Sequence[SharedRow],
+    temperature: float,
+    pad_id: int,
+    device: torch.device,
+    full_logits: bool = False,
 ) -> TokenLogprobs:
-    """Log-probs of the tokens in the loss scope of each row.
+    """Log-probs of the tokens in the loss scope of every row.
 
     Args:
         model: The policy or the reference.
-        rows: One micro-batch.
+        batch: One micro-batch.
         temperature: The sampling temperature: the policy is what was sampled from.
         pad_id: Any token id; padded positions are masked.
         device: Where the model is.
+        full_logits: Compute the logits of all positions, for models that change them after their head.
     """
-    width = max(len(r.token_ids) for r in rows)
-    span = max(r.scope_length for r in rows)
-    ids_BT = torch.full((len(rows), width), pad_id)
-    attention_BT = torch.zeros((len(rows), width), dtype=torch.long)
-    mask_BS = torch.zeros((len(rows), span), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids_BT[i, width - len(row.token_ids) :] = torch.tensor(row.token_ids)
-        attention_BT[i, width - len(row.token_ids) :] = 1
-        mask_BS[i, span - row.scope_length :] = True
-    ids_BT, attention_BT, mask_BS = ids_BT.to(device), attention_BT.to(device), mask_BS.to(device)
-    # Position s of the scope is predicted by the position before it.
-    logits_BSV = model(
-        input_ids=ids_BT,
-        attention_mask=attention_BT,
-        position_ids=(attention_BT.cumsum(-1) - 1).clamp(min=0),
-        use_cache=False,
-        logits_to_keep=span + 1,
-    ).logits[:, :-1]
-    precision = torch.promote_types(logits_BSV.dtype, torch.float32)
-    log_distribution_BSV = (logits_BSV.to(precision) / temperature).log_softmax(-1)
-    logprobs_BS = log_distribution_BSV.gather(-1, ids_BT[:, -span:, None]).squeeze(-1)
-    with torch.no_grad():
-        entropy_BS = -(log_distribution_BSV.exp() * log_distribution_BSV).sum(-1)
-    return TokenLogprobs(logprobs_BS, entropy_BS, mask_BS)
+    layout = _Layout(batch, pad_id)
+    targets = layout.targets(device, temperature)
+    inputs = layout.inputs(device, model.config._attn_implementation)
+    if full_logits:
+        logits_BTV = model(**inputs).logits
+        scores = token_scores(logits_BTV[targets.batch_K, targets.position_K], targets.token_K, temperature)
+    else:
+        with scoring(model, targets):
+            scores = model(**inputs).logits
+    index_BS, mask_BS = (x.to(device) for x in layout.scope())
+    return TokenLogprobs(layout.rows, scores[0][index_BS], scores[1][index_BS].detach(), mask_BS)

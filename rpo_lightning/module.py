@@ -28,13 +28,13 @@ from rpo_lightning.engines.transformers_engine import TransformersEngine
 from rpo_lightning.errors import ConfigurationError, UpdateError
 from rpo_lightning.generator_states import generator_states, set_generator_states
 from rpo_lightning.importance import ImportanceCorrection, TokenTruncated
-from rpo_lightning.logprobs import LossScope
 from rpo_lightning.mismatch import MismatchBound, MismatchGuard
 from rpo_lightning.objectives import DAPO, Objective
 from rpo_lightning.policy_module import PolicyModule, require_requests
 from rpo_lightning.records import Batch, Group, RolloutRequest
 from rpo_lightning.rewards import Grader, GradingPool, MathVerifier, Reward, Verifier
 from rpo_lightning.rollouts import rollout_metrics
+from rpo_lightning.rows import LossScope
 from rpo_lightning.schedules import LearningRateSchedule
 from rpo_lightning.seeds import SeedPurpose, derive_seed
 from rpo_lightning.update import PolicyLoss, UpdateSettings
@@ -64,6 +64,7 @@ class RPOModule(PolicyModule):
         passes_per_rollout: How often the groups of a rollout are trained on.
         minibatches_per_pass: Updates that a pass is split into.
         micro_batch_tokens: Padded tokens of one forward and backward pass.
+        share_prefixes: Compute the prompt and prefix of a group once in the update, where that is cheaper.
         importance_correction: Weights of the loss for what the rollout engine samples otherwise than the
             trainer would; ``TokenTruncated(2.0)`` if not given.
         mismatch_bound: Log-prob differences between engine and trainer that stop the run.
@@ -94,6 +95,7 @@ class RPOModule(PolicyModule):
         passes_per_rollout: int = 1,
         minibatches_per_pass: int = 1,
         micro_batch_tokens: int = 16384,
+        share_prefixes: bool = True,
         importance_correction: ImportanceCorrection | None = None,
         mismatch_bound: MismatchBound = MismatchBound(),
         max_grad_norm: float = 1.0,
@@ -144,6 +146,7 @@ class RPOModule(PolicyModule):
             sampling.temperature,
             micro_batch_tokens,
             mask_truncated,
+            share_prefixes,
             None if caveat else importance_correction or TokenTruncated(),
         )
         self.guard = MismatchGuard(mismatch_bound)

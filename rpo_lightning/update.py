@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 
 from rpo_lightning.advantages import AdvantageScale, group_advantages
 from rpo_lightning.importance import ImportanceCorrection
-from rpo_lightning.logprobs import LossScope, Row, TokenLogprobs, micro_batches, rows_of, token_logprobs
+from rpo_lightning.logprobs import TokenLogprobs, token_logprobs
 from rpo_lightning.mismatch import Mismatch
+from rpo_lightning.model_support import needs_full_logits, row_cost
 from rpo_lightning.objectives.base import LossInputs, LossOutput, Objective
 from rpo_lightning.records import Group
+from rpo_lightning.rows import LossScope, Row, SharedRow, micro_batches, rows_of, shared_rows
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class UpdateSettings:
         temperature: Sampling temperature.
         micro_batch_tokens: Padded tokens of one forward and backward pass.
         mask_truncated: Leave unfinished responses out of the loss (DAPO's overlong filtering).
+        share_prefixes: Compute the prompt and prefix of a group once where that is cheaper.
         importance_correction: Weights for what the engine's policy and the trainer's differ by; ``None``
             where the engine's log-probs cannot be compared with the trainer's.
     """
@@ -36,6 +39,7 @@ class UpdateSettings:
     temperature: float
     micro_batch_tokens: int
     mask_truncated: bool
+    share_prefixes: bool = True
     importance_correction: ImportanceCorrection | None = None
 
 
@@ -94,19 +98,23 @@ class PolicyLoss:
         self.objective = objective
         self.settings = settings
         self.pad_id = pad_id
+        self._full_logits = needs_full_logits(policy)
+        self._row_cost = row_cost(policy, settings.share_prefixes, self._full_logits)
+        if reference is not None and self._row_cost.shares:
+            reference.set_attn_implementation(policy.config._attn_implementation)
 
     def freeze_old_logprobs(self, groups: Sequence[Group]) -> None:
         """Store the current policy's log-probs with groups that outlive the current weights."""
         pending = [g for g in groups if g.old_logprobs is None]
         for group in pending:
             group.old_logprobs = [[] for _ in group.completions]
-        for rows in micro_batches(rows_of(pending, self.settings.scope), self.settings.micro_batch_tokens):
+        for batch in self._micro_batches(rows_of(pending, self.settings.scope)):
             with torch.no_grad():
-                logprobs = self._logprobs(self.policy, rows).logprobs_BS
-            for i, row in enumerate(rows):
+                computed = self._logprobs(self.policy, batch)
+            for i, row in enumerate(computed.rows):
                 store = pending[row.group].old_logprobs
                 assert store is not None
-                store[row.member] = logprobs[i, logprobs.shape[1] - row.scope_length :].tolist()
+                store[row.member] = computed.logprobs_BS[i][computed.mask_BS[i]].tolist()
 
     def backward(
         self,
@@ -133,30 +141,36 @@ class PolicyLoss:
             torch.tensor([float(sum(lengths.values())), float(sum(n > 0 for n in lengths.values()))]), "sum"
         )
         sums = _Sums()
-        for micro_batch in micro_batches(rows, self.settings.micro_batch_tokens):
-            inputs, computed = self._inputs(groups, micro_batch, advantages, lengths, totals, sums.mismatch)
+        batches = self._micro_batches(rows)
+        # Every rank makes as many passes as the busiest, or collectives would wait for each other for ever.
+        passes = int(reduce(torch.tensor(float(len(batches))), "max"))
+        for batch in batches:
+            inputs, computed = self._inputs(groups, batch, advantages, lengths, totals, sums.mismatch)
             output = self.objective(inputs)
             backward(output.loss * world_size)
             sums.add(output, computed, inputs.mask_BS)
+        for _ in range(passes - len(batches)):
+            backward(self._logprobs(self.policy, batches[-1]).logprobs_BS.sum() * 0.0)
         return sums.metrics() | sums.mismatch.metrics(reduce)
 
     def _inputs(
         self,
         groups: Sequence[Group],
-        rows: Sequence[Row],
+        batch: Sequence[SharedRow],
         advantages: Sequence[Tensor],
         lengths: dict[tuple[int, int], int],
         totals: Tensor,
         mismatch: Mismatch,
     ) -> tuple[LossInputs, TokenLogprobs]:
-        computed = self._logprobs(self.policy, rows)
+        computed = self._logprobs(self.policy, batch)
+        rows = computed.rows
         device = computed.logprobs_BS.device
         lengths_B = torch.tensor([lengths[r.group, r.member] for r in rows])
         mask_BS = computed.mask_BS & (lengths_B > 0).to(device)[:, None]
         reference_BS = None
         if self.reference is not None:
             with torch.no_grad():
-                reference_BS = self._logprobs(self.reference, rows).logprobs_BS
+                reference_BS = self._logprobs(self.reference, batch).logprobs_BS
         old_BS = computed.logprobs_BS.detach().clone()
         for i, row in enumerate(rows):
             frozen = groups[row.group].old_logprobs
@@ -191,8 +205,13 @@ class PolicyLoss:
         mismatch.add(difference_BS, sampled_BS)
         return self.settings.importance_correction.weights(difference_BS, sampled_BS)
 
-    def _logprobs(self, model: PreTrainedModel, rows: Sequence[Row]) -> TokenLogprobs:
-        return token_logprobs(model, rows, self.settings.temperature, self.pad_id, self.policy.device)
+    def _micro_batches(self, rows: Sequence[Row]) -> list[list[SharedRow]]:
+        limit = self.settings.micro_batch_tokens
+        return micro_batches(shared_rows(rows, limit, self._row_cost), limit)
+
+    def _logprobs(self, model: PreTrainedModel, batch: Sequence[SharedRow]) -> TokenLogprobs:
+        settings, device = self.settings, self.policy.device
+        return token_logprobs(model, batch, settings.temperature, self.pad_id, device, self._full_logits)
 
     def _loss_length(self, groups: Sequence[Group], row: Row) -> int:
         finished = groups[row.group].completions[row.member].finished

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
+from transformers import StableLmConfig, StableLmForCausalLM
 
 from rpo_lightning import RPODataModule, RPOModule
 from rpo_lightning.policies import load_policy, load_tokenizer
@@ -37,6 +38,17 @@ def tokenizer():
 @pytest.fixture
 def policy():
     return load_policy(REASONER)
+
+
+@pytest.fixture
+def exact_policy():
+    """A tiny model that computes in fp64 throughout (transformers' RMSNorm would go through fp32)."""
+    torch.manual_seed(0)
+    config = StableLmConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, use_cache=False,
+    )  # fmt: skip
+    return StableLmForCausalLM(config).double()
 
 
 def make_group(

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rpo_lightning.logprobs import micro_batches, rows_of, token_logprobs
+from rpo_lightning.logprobs import token_logprobs
 from rpo_lightning.objectives import CISPO, DAPO, GRPO, GSPO, Objective
+from rpo_lightning.rows import Row, SharedRow, rows_of
+from rpo_lightning.shared_attention import IMPLEMENTATION
 from rpo_lightning.update import PolicyLoss, UpdateSettings
 
 from .conftest import make_group
@@ -59,13 +61,23 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: 
         torch.testing.assert_close(value, second[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def alone(rows: list[Row]) -> list[SharedRow]:
+    return [SharedRow((row,)) for row in rows]
+
+
+def together(rows: list[Row]) -> list[SharedRow]:
+    return [SharedRow(tuple(r for r in rows if r.group == g)) for g in sorted({r.group for r in rows})]
+
+
+@pytest.mark.parametrize("arrange", [alone, together])
 @pytest.mark.parametrize("scope", ["suffix", "response"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_of_padded_rows_equal_those_of_single_rows(policy, scope, temperature):
-    rows = rows_of(groups(), scope)
-    computed = token_logprobs(policy, rows, temperature, pad_id=0, device=policy.device)
-    for i, row in enumerate(rows):
-        expected = reference_logprobs(policy, row.token_ids, row.scope_length, temperature)
+def test_logprobs_of_a_batch_equal_those_of_single_rows(policy, arrange, scope, temperature):
+    policy.set_attn_implementation(IMPLEMENTATION)
+    computed = token_logprobs(policy, arrange(rows_of(groups(), scope)), temperature, pad_id=0, device=policy.device)
+    assert len(computed.rows) == 6
+    for i, row in enumerate(computed.rows):
+        expected = reference_logprobs(policy, row.trunk_ids + row.suffix_ids, row.scope_length, temperature)
         torch.testing.assert_close(computed.logprobs_BS[i][computed.mask_BS[i]], expected, atol=1e-5, rtol=0)
 
 
@@ -73,33 +85,27 @@ def test_the_scope_is_the_suffix_or_the_whole_response():
     suffix, response = (rows_of(groups(), scope) for scope in ("suffix", "response"))
     assert [r.scope_length for r in suffix] == [4, 2, 3, 2, 6, 4]
     assert [r.scope_length for r in response] == [7, 5, 6, 2, 6, 4]
-    assert suffix[0].token_ids == (1, 4, 5, 6, 20, 21, 22, 8, 9, 10, 2)
+    assert suffix[0].trunk_ids == (1, 4, 5, 6, 20, 21, 22)
+    assert suffix[0].suffix_ids == (8, 9, 10, 2)
 
 
-def test_entropy_equals_the_categorical_distributions(policy):
+@pytest.mark.parametrize("arrange", [alone, together])
+def test_entropy_equals_the_categorical_distributions(policy, arrange):
+    policy.set_attn_implementation(IMPLEMENTATION)
     rows = rows_of(groups()[:1], "suffix")
-    computed = token_logprobs(policy, rows, 1.0, pad_id=0, device=policy.device)
-    logits = policy(input_ids=torch.tensor([rows[0].token_ids])).logits[0, -5:-1]
+    computed = token_logprobs(policy, arrange(rows), 1.0, pad_id=0, device=policy.device)
+    logits = policy(input_ids=torch.tensor([rows[0].trunk_ids + rows[0].suffix_ids])).logits[0, -5:-1]
     expected = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(computed.entropy_BS[0], expected, atol=1e-5, rtol=0)
 
 
-def test_micro_batches_keep_every_row_once_and_stay_within_the_budget():
-    rows = rows_of(groups(), "suffix")
-    batches = micro_batches(rows, max_tokens=20)
-    assert sorted((r.group, r.member) for b in batches for r in b) == [(g, m) for g in (0, 1) for m in range(3)]
-    assert all(len(b) == 1 or max(len(r.token_ids) for r in b) * len(b) <= 20 for b in batches)
-    assert len(batches) > 1
-
-
 @pytest.mark.parametrize("objective", [DAPO(), GRPO(), GSPO(), CISPO()])
-def test_the_gradient_does_not_depend_on_the_split_into_micro_batches(policy, objective):
-    policy = policy.double()
-    assert_same(gradient(policy, objective), gradient(policy, objective, micro_batch_tokens=1))
+def test_the_gradient_does_not_depend_on_the_split_into_micro_batches(exact_policy, objective):
+    assert_same(gradient(exact_policy, objective), gradient(exact_policy, objective, micro_batch_tokens=1))
 
 
-def test_the_dapo_gradient_equals_plain_autograd_on_single_rows(policy):
-    policy = policy.double()
+def test_the_dapo_gradient_equals_plain_autograd_on_single_rows(exact_policy):
+    policy = exact_policy
     policy.zero_grad()
     total = torch.zeros((), dtype=torch.float64)
     tokens = 0
@@ -144,8 +150,8 @@ def test_with_sequence_means_the_prefix_leaves_a_length_artefact(policy):
     assert any((suffix[n] - response[n]).abs().max() > 1e-4 for n in suffix)
 
 
-def test_masking_truncated_responses_takes_them_out_of_loss_and_denominator(policy):
-    policy = policy.double()
+def test_masking_truncated_responses_takes_them_out_of_loss_and_denominator(exact_policy):
+    policy = exact_policy
     masked = gradient(policy, DAPO(), groups(finished=(True, False, True)), mask_truncated=True)
     policy.zero_grad()
     total, tokens = torch.zeros((), dtype=torch.float64), 0

@@ -1,0 +1,168 @@
+"""The update: shared rows against plain rows, forward and backward.
+
+``python benchmarks/update_phase.py`` measures one DAPO update (no optimizer step) of SmolLM2-135M
+(``make smollm2``) on one group after a prompt of 32 tokens and a kept prefix of P tokens, with G suffixes
+of S tokens: seconds, peak memory, and the largest differences of log-probs and gradients. "plain" has a
+row per response and the same output head; "shared" has one row per group whatever it costs; what the
+automatic choice does is told beside. The token ratio is what sharing saves at best. Plain and shared
+alternate, medians. The last line is JSON. ``--quick`` takes three cells and one repetition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from machine import PeakMemory, hardware
+
+from rpo_lightning.logprobs import token_logprobs
+from rpo_lightning.objectives import DAPO
+from rpo_lightning.policies import load_policy
+from rpo_lightning.records import Completion, Group, Prompt, RolloutRequest
+from rpo_lightning.rows import RowCost, rows_of, shared_rows
+from rpo_lightning.shared_attention import IMPLEMENTATION
+from rpo_lightning.update import PolicyLoss, UpdateSettings
+
+ROOT = Path(__file__).parents[1]
+PROMPT = 32
+CELLS = list(product((0, 256, 1024, 2048), (64, 128), (6, 16)))
+QUICK = [(0, 64, 6), (256, 64, 6), (1024, 64, 6)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Plain over shared at one prefix, suffix and group size."""
+
+    prefix: int
+    suffix: int
+    group: int
+    token_ratio: float
+    time_ratio: float
+    memory_ratio: float
+    plain_seconds: float
+    shared_seconds: float
+    max_logprob_diff: float
+    max_grad_diff: float
+    chosen_members_per_row: int
+
+
+def make_group(prefix: int, suffix: int, size: int, vocabulary: int) -> Group:
+    """A group of random tokens with alternating rewards."""
+    generator = torch.Generator().manual_seed(prefix + suffix + size)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(100, min(vocabulary, 40_000), (count,), generator=generator).tolist())
+
+    request = RolloutRequest(Prompt("q", "", ids(PROMPT), ""), ids(prefix), suffix)
+    completions = [Completion(ids(suffix), (0.0,) * suffix, True) for _ in range(size)]
+    return Group(request, completions, [], [float(i % 2) for i in range(size)])
+
+
+def run(
+    policy: Any, group: Group, share: bool, max_tokens: int
+) -> tuple[float, int, dict[str, torch.Tensor], PolicyLoss]:
+    """One update's forward and backward passes: seconds, peak bytes, gradients."""
+    policy.zero_grad(set_to_none=True)
+    settings = UpdateSettings("suffix", "group", 1.0, max_tokens, False, share_prefixes=share)
+    loss = PolicyLoss(policy, None, DAPO(), settings, pad_id=0)
+    if share:
+        loss._row_cost = RowCost()  # share whatever it costs: cells where that loses are to be seen
+    with PeakMemory() as memory:
+        start = time.perf_counter()
+        loss.backward([group], lambda x: x.backward())
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    return seconds, memory.bytes, {n: p.grad for n, p in policy.named_parameters()}, loss
+
+
+def measure(policy: Any, prefix: int, suffix: int, size: int, repetitions: int, max_tokens: int) -> Cell:
+    """Measure a cell."""
+    group = make_group(prefix, suffix, size, policy.config.vocab_size)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    memory: dict[bool, list[int]] = {True: [], False: []}
+    gradients: dict[bool, dict[str, torch.Tensor]] = {}
+    for _ in range(repetitions):
+        for share in (False, True):
+            elapsed, peak, gradients[share], _ = run(policy, group, share, max_tokens)
+            seconds[share].append(elapsed)
+            memory[share].append(peak)
+    largest = max(g.abs().max().item() for g in gradients[False].values())
+    difference = max((g - gradients[True][n]).abs().max().item() for n, g in gradients[False].items())
+    gradients.clear()
+    policy.zero_grad(set_to_none=True)
+    rows = rows_of([group], "suffix")
+    computed = []
+    policy.set_attn_implementation(IMPLEMENTATION)
+    with torch.no_grad():
+        for cost in (RowCost(shares=False), RowCost()):
+            batch = shared_rows(rows, 10**9, cost)
+            computed.append(token_logprobs(policy, batch, 1.0, 0, policy.device).logprobs_BS)
+    automatic = PolicyLoss(policy, None, DAPO(), UpdateSettings("suffix", "group", 1.0, max_tokens, False), 0)
+    chosen = max(len(row.members) for row in shared_rows(rows, max_tokens, automatic._row_cost))
+    trunk = PROMPT + prefix
+    return Cell(
+        prefix, suffix, size,
+        token_ratio=size * (trunk + suffix) / (trunk + size * suffix),
+        time_ratio=median(seconds[False]) / median(seconds[True]),
+        memory_ratio=median(memory[False]) / max(median(memory[True]), 1),
+        plain_seconds=median(seconds[False]),
+        shared_seconds=median(seconds[True]),
+        max_logprob_diff=(computed[0] - computed[1]).abs().max().item(),
+        max_grad_diff=difference / largest,
+        chosen_members_per_row=chosen,
+    )  # fmt: skip
+
+
+def table(cells: list[Cell]) -> str:
+    """A Markdown table."""
+    lines = [
+        "| P | S | G | token ratio | time ratio | of the token ratio | memory ratio | plain s | shared s | "
+        "log-prob diff | gradient diff | chosen per row |",
+        "|" + " --- |" * 12,
+    ]
+    lines += [
+        f"| {c.prefix} | {c.suffix} | {c.group} | {c.token_ratio:.2f} | {c.time_ratio:.2f} | "
+        f"{c.time_ratio / c.token_ratio:.2f} | {c.memory_ratio:.2f} | {c.plain_seconds:.2f} | {c.shared_seconds:.2f} | "
+        f"{c.max_logprob_diff:.1e} | {c.max_grad_diff:.1e} | {c.chosen_members_per_row} |"
+        for c in cells
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure all cells in one run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--model", default=str(ROOT / "models" / "smollm2-135m-instruct"))
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if on_gpu else "float32")
+    parser.add_argument("--micro-batch-tokens", type=int, default=16384 if on_gpu else 8192)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="three cells, one repetition")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "update_phase.json")
+    arguments = parser.parse_args()
+    policy: Any = load_policy(arguments.model)
+    policy.to(device="cuda" if on_gpu else "cpu", dtype=getattr(torch, arguments.dtype))
+    repetitions = 1 if arguments.quick else arguments.repetitions
+    run(policy, make_group(64, 32, 2, policy.config.vocab_size), True, arguments.micro_batch_tokens)  # first touches
+    cells = []
+    for prefix, suffix, size in QUICK if arguments.quick else CELLS:
+        cells.append(measure(policy, prefix, suffix, size, repetitions, arguments.micro_batch_tokens))
+        print(cells[-1], flush=True)
+    setting = f"{arguments.dtype}, micro-batches of {arguments.micro_batch_tokens} tokens, median of {repetitions}"
+    print(f"\n{hardware()}; {setting}\n\n{table(cells)}\n")
+    record = {"hardware": hardware(), "setting": setting, "cells": [asdict(c) for c in cells]}
+    if not arguments.quick:
+        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

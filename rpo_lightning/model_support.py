@@ -1,0 +1,121 @@
+"""What a model allows: shared rows, and scoring within its output head. Asked of the model itself.
+
+Both are tried once on a few tokens against ordinary rows with full logits, because what a model does with
+its attention (recurrent layers have none) or to its logits (caps, scales) is not told by its
+configuration. What a few tokens cannot show, sliding windows and dropout, is read from it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpo_lightning.logprobs import token_logprobs
+from rpo_lightning.rows import Row, RowCost, SharedRow
+from rpo_lightning.shared_attention import IMPLEMENTATION
+
+log = logging.getLogger(__name__)
+
+# The trial's log-probs agree to rounding in the model's precision, or are plainly different.
+_AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}
+_COARSE_AGREEMENT = 0.2
+# Attention kernels reach about half the rate of matrix products (benchmarks/update_phase.py, on a CPU).
+_ATTENTION_SLOWDOWN = 2.0
+
+
+def needs_full_logits(model: Any) -> bool:
+    """Whether the model changes logits after its output head, so that scoring within it would be wrong."""
+    exact, scored = (_trial(model, shared=False, full_logits=full) for full in (True, False))
+    if _agree(model, exact, scored):
+        return False
+    log.warning(
+        f"{type(model).__name__} changes its logits after the output head: log-probs take the logits of whole rows, "
+        "which needs more memory"
+    )
+    return True
+
+
+def row_cost(model: Any, shares: bool, full_logits: bool) -> RowCost:
+    """What rows of this model cost, and whether members of a group may share one.
+
+    Args:
+        model: The policy.
+        shares: Whether sharing is wanted.
+        full_logits: See :func:`needs_full_logits`.
+    """
+    if not shares:
+        return RowCost(shares=False)
+    obstacle = sharing_obstacle(model, full_logits)
+    if obstacle is not None:
+        log.warning(f"{obstacle}: every response is trained on in a row of its own, its prefix computed again")
+        return RowCost(shares=False)
+    window = _sliding_window(model.config.get_text_config())
+    if window is not None:
+        log.warning(f"sliding window: only sequences of at most {window} tokens share rows")
+    return RowCost(attention=_attention_cost(model), longest_shared=window)
+
+
+def sharing_obstacle(model: Any, full_logits: bool = False) -> str | None:
+    """Why members of a group cannot share a row of this model; ``None`` if they can."""
+    if model.config._attn_implementation not in ("sdpa", IMPLEMENTATION):
+        return f"attention is {model.config._attn_implementation!r}, shared rows need 'sdpa'"
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or _attention_dropout(model) > 0:
+        return f"{type(model).__name__} trains with dropout, which members would share"
+    alone = _trial(model, shared=False, full_logits=full_logits)
+    model.set_attn_implementation(IMPLEMENTATION)
+    try:
+        together = _trial(model, shared=True, full_logits=full_logits)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        together = alone.new_full(alone.shape, torch.nan)
+        log.debug("a shared row failed", exc_info=error)
+    if not _agree(model, alone, together):
+        model.set_attn_implementation("sdpa")
+        return f"{type(model).__name__} does not keep the members of a shared row apart (recurrent layers?)"
+    return None
+
+
+def _attention_dropout(model: Any) -> float:
+    return float(getattr(model.config.get_text_config(), "attention_dropout", 0.0) or 0.0)
+
+
+def _sliding_window(config: Any) -> int | None:
+    window = getattr(config, "sliding_window", None)
+    uses = getattr(config, "use_sliding_window", True)
+    layers = getattr(config, "layer_types", None)
+    if window is None or not uses or (layers is not None and "sliding_attention" not in layers):
+        return None
+    return int(window)
+
+
+def _attention_cost(model: Any) -> float:
+    """Floating-point operations of a query–key pair over those of a token's matrix products."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    pair = 4 * config.num_hidden_layers * heads * head_size
+    embeddings = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None}
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings)
+    return _ATTENTION_SLOWDOWN * pair / (2 * max(matrices, 1))
+
+
+def _trial(model: Any, shared: bool, full_logits: bool) -> Tensor:
+    ids = [3, 5, 4, 6, 7, 8, 9]
+    ids = [i % model.config.get_text_config().vocab_size for i in ids]
+    members = [Row(0, 0, tuple(ids[:3]), tuple(ids[3:5]), 2), Row(0, 1, tuple(ids[:3]), tuple(ids[5:]), 2)]
+    batch = [SharedRow(tuple(members))] if shared else [SharedRow((row,)) for row in members]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            device = next(model.parameters()).device
+            return token_logprobs(model, batch, 1.0, 0, device, full_logits).logprobs_BS
+    finally:
+        model.train(was_training)
+
+
+def _agree(model: Any, first: Tensor, second: Tensor) -> bool:
+    tolerance = _AGREEMENT.get(next(model.parameters()).dtype, _COARSE_AGREEMENT)
+    return first.shape == second.shape and bool((first - second).abs().max() < tolerance)

@@ -1,0 +1,91 @@
+"""Log-probs and entropies straight from hidden states, without the logits of a whole row.
+
+While a model runs, its output head is asked for the log-probs of given tokens instead of logits: it
+works on the positions that are needed only, in chunks whose logits are computed again in the backward
+pass. Peak memory depends on the chunk, not on row length times vocabulary. Running inside the model's
+own forward pass keeps sharding hooks, autocast and adapters on the head working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Logits of one chunk: 2**26 fp32 numbers are 256 MiB.
+CHUNK_ELEMENTS = 2**26
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which tokens to score.
+
+    Attributes:
+        batch_K: Row of each token's predecessor.
+        position_K: Position of each token's predecessor in its row.
+        token_K: The token.
+        temperature: Divides the logits.
+    """
+
+    batch_K: Tensor
+    position_K: Tensor
+    token_K: Tensor
+    temperature: float
+
+
+@contextmanager
+def scoring(model: Any, targets: Targets, chunk_elements: int = CHUNK_ELEMENTS) -> Iterator[None]:
+    """Have ``model(...).logits`` be log-probs and entropies of the targets, [2, K].
+
+    Args:
+        model: A transformers causal language model, possibly wrapped by PEFT.
+        targets: What to score.
+        chunk_elements: Logits held at once.
+    """
+    head = model.get_output_embeddings()
+    apply: Callable[[Tensor], Tensor] = head.forward
+
+    def score(hidden_BTH: Tensor) -> Tensor:
+        hidden_KH = hidden_BTH[targets.batch_K, targets.position_K]
+        size = max(1, chunk_elements // model.config.get_text_config().vocab_size)
+        chunks = list(zip(hidden_KH.split(size), targets.token_K.split(size), strict=True))
+        # A single chunk is held anyway; computing it twice would save nothing.
+        recompute = len(chunks) > 1 and torch.is_grad_enabled()
+        scored = [
+            checkpoint(_score, apply, hidden, token, targets.temperature, use_reentrant=False)
+            if recompute
+            else _score(apply, hidden, token, targets.temperature)
+            for hidden, token in chunks
+        ]
+        return torch.cat(scored, dim=1)
+
+    of_instance = "forward" in head.__dict__
+    head.forward = score
+    try:
+        yield
+    finally:
+        if of_instance:
+            head.forward = apply
+        else:
+            del head.forward  # the class's own comes back
+
+
+def _score(apply: Callable[[Tensor], Tensor], hidden_KH: Tensor, token_K: Tensor, temperature: float) -> Tensor:
+    logits_KV = apply(hidden_KH)
+    return token_scores(logits_KV, token_K, temperature)
+
+
+def token_scores(logits_KV: Tensor, token_K: Tensor, temperature: float) -> Tensor:
+    """Log-probs of tokens (with gradient) and entropies (without), [2, K], in fp32 or better."""
+    logits_KV = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32)) / temperature
+    normaliser_K = logits_KV.logsumexp(-1)
+    logprobs_K = logits_KV.gather(-1, token_K[:, None]).squeeze(-1) - normaliser_K
+    with torch.no_grad():
+        probs_KV = (logits_KV - normaliser_K[:, None]).exp_()
+        entropy_K = normaliser_K - (probs_KV.mul_(logits_KV)).sum(-1)
+    return torch.stack([logprobs_K, entropy_K])

@@ -1,0 +1,174 @@
+"""Shared rows: exact for everything that can be trained, chosen where they are cheaper, refused where wrong."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from rpo_lightning import output_head
+from rpo_lightning.model_support import needs_full_logits, row_cost, sharing_obstacle
+from rpo_lightning.objectives import CISPO, DAPO, GRPO, GSPO, DrGRPO
+from rpo_lightning.rows import Row, RowCost, micro_batches, shared_rows
+from rpo_lightning.update import PolicyLoss
+
+from .test_logprobs import assert_same, groups, settings
+
+# The goal of the issue: every parameter's gradient in fp64.
+GOAL = 1e-10
+
+
+def gradient(policy, objective, reference=None, batch=None, **changes):
+    policy.zero_grad()
+    loss = PolicyLoss(policy, reference, objective, settings(**changes), pad_id=0)
+    loss._row_cost = RowCost(shares=loss._row_cost.shares)  # members share wherever it is allowed
+    metrics = loss.backward(batch or groups(), lambda x: x.backward())
+    return {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}, metrics
+
+
+@pytest.mark.parametrize(
+    "objective", [DAPO(), GRPO(beta=0.1), DrGRPO(16), GSPO(), CISPO()], ids=lambda o: type(o).__name__
+)
+@pytest.mark.parametrize("scope", ["suffix", "response"])
+def test_shared_rows_give_the_gradient_of_plain_rows(exact_policy, objective, scope):
+    reference = None
+    if objective.beta:
+        reference = copy.deepcopy(exact_policy)
+        with torch.no_grad():
+            reference.lm_head.weight.mul_(1.1)
+    plain, expected = gradient(exact_policy, objective, reference, scope=scope, share_prefixes=False)
+    shared, metrics = gradient(exact_policy, objective, reference, scope=scope)
+    assert_same(plain, shared, GOAL)
+    for name in ("loss/total", "loss/entropy", "loss/kl"):
+        assert metrics[name] == pytest.approx(expected[name], abs=GOAL)
+    # A budget that the first group (16 tokens) exceeds: its trunk is repeated.
+    split, _ = gradient(exact_policy, objective, reference, scope=scope, micro_batch_tokens=14)
+    assert_same(plain, split, GOAL)
+
+
+def test_old_log_probs_come_from_shared_rows_too(exact_policy):
+    plain, shared = groups(), groups()
+    for batch, share in ((plain, False), (shared, True)):
+        PolicyLoss(exact_policy, None, DAPO(), settings(share_prefixes=share), 0).freeze_old_logprobs(batch)
+    for first, second in zip(plain, shared, strict=True):
+        for a, b in zip(first.old_logprobs, second.old_logprobs, strict=True):
+            assert a == pytest.approx(b, abs=1e-12)
+
+
+def test_gradient_checkpointing_and_adapters_keep_working(exact_policy):
+    adapted = get_peft_model(
+        exact_policy, LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    )
+    plain, _ = gradient(adapted, DAPO(), share_prefixes=False)
+    shared, _ = gradient(adapted, DAPO())
+    assert len(plain) == 6  # the adapters alone
+    assert_same(plain, shared, GOAL)
+    adapted.enable_input_require_grads()
+    adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted.train()
+    assert_same(plain, gradient(adapted, DAPO())[0], GOAL)
+
+
+def test_chunks_of_the_output_head_change_nothing_and_keep_no_logits(exact_policy, monkeypatch):
+    whole, expected = gradient(exact_policy, DAPO())
+    vocabulary = exact_policy.config.vocab_size
+    monkeypatch.setattr(output_head.scoring.__wrapped__, "__defaults__", (4 * vocabulary,))
+    saved = []
+
+    def note(tensor):
+        saved.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        chunked, metrics = gradient(exact_policy, DAPO())
+    assert_same(whole, chunked, 1e-12)
+    assert metrics["loss/entropy"] == pytest.approx(expected["loss/entropy"], abs=1e-12)
+    assert not [shape for shape in saved if len(shape) and shape[-1] == vocabulary and shape[0] != 32]
+
+
+def rows(trunk: int, suffixes: list[int], group: int = 0) -> list[Row]:
+    return [Row(group, i, tuple(range(trunk)), tuple(range(n)), n) for i, n in enumerate(suffixes)]
+
+
+def members_per_row(shared) -> list[int]:
+    return sorted(len(row.members) for row in shared)
+
+
+def test_members_share_a_row_where_the_cost_says_so():
+    cost = RowCost(attention=1e-3)
+    assert members_per_row(shared_rows(rows(1024, [64] * 6), 10**6, cost)) == [6]
+    assert members_per_row(shared_rows(rows(16, [512] * 6), 10**6, cost)) == [1] * 6
+    assert members_per_row(shared_rows(rows(1024, [64] * 6), 10**6, RowCost(shares=False))) == [1] * 6
+    assert members_per_row(shared_rows(rows(100, [20] * 4), 10**6, RowCost(longest_shared=119))) == [1] * 4
+
+
+def test_a_group_longer_than_the_budget_is_split_by_suffixes():
+    shared = shared_rows(rows(100, [50] * 6), max_tokens=220, cost=RowCost())
+    assert members_per_row(shared) == [2, 2, 2]
+    assert all(len(row) == 200 for row in shared)
+
+
+def test_micro_batches_are_even_within_the_budget_and_keep_every_row_once():
+    batch = [
+        row
+        for g, n in enumerate([100, 90, 80, 70, 60, 50, 40, 10])
+        for row in shared_rows(rows(n, [5, 5], g), 300, RowCost())
+    ]
+    batches = micro_batches(batch, max_tokens=300)
+    assert sorted(r.members[0].group for b in batches for r in b) == list(range(8))
+    sizes = [len(b) * max(len(r) for r in b) for b in batches]
+    assert max(sizes) <= 300
+    assert min(sizes) > 0.5 * max(sizes)  # filling greedily would leave a last one of 20 tokens
+
+
+def tiny(kind, config, **settings):
+    torch.manual_seed(0)
+    base = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layers": 2}
+    return kind(config(**{**base, **settings}))
+
+
+ATTENTION = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+
+
+def test_models_that_it_would_be_wrong_for_fall_back_to_plain_rows_with_one_reason(caplog):
+    recurrent = tiny(MambaForCausalLM, MambaConfig, state_size=4)
+    dropout = tiny(MistralForCausalLM, MistralConfig, **ATTENTION, attention_dropout=0.1)
+    eager = tiny(MistralForCausalLM, MistralConfig, **ATTENTION)
+    eager.set_attn_implementation("eager")
+    assert sharing_obstacle(recurrent) is not None
+    assert "dropout" in sharing_obstacle(dropout)
+    assert "need 'sdpa'" in sharing_obstacle(eager)
+    for model in (recurrent, dropout, eager):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert not row_cost(model, shares=True, full_logits=False).shares
+        assert len(caplog.records) == 1
+        assert "row of its own" in caplog.text
+        plain, _ = gradient(model.double().eval(), DAPO(), share_prefixes=False)
+        assert_same(plain, gradient(model, DAPO())[0], GOAL)
+
+
+def test_a_sliding_window_limits_what_shares_rows(caplog):
+    sliding = tiny(MistralForCausalLM, MistralConfig, **ATTENTION, sliding_window=8)
+    assert row_cost(sliding, shares=True, full_logits=False).longest_shared == 8
+    assert "sliding window" in caplog.text
+    wide = tiny(MistralForCausalLM, MistralConfig, **ATTENTION, sliding_window=None)
+    assert row_cost(wide, shares=True, full_logits=False).longest_shared is None
+
+
+def test_a_model_that_caps_its_logits_is_scored_on_its_own_logits(caplog):
+    capped = tiny(Gemma2ForCausalLM, Gemma2Config, **ATTENTION, final_logit_softcapping=0.05)
+    assert needs_full_logits(capped)
+    assert "changes its logits after the output head" in caplog.text
+    assert not needs_full_logits(tiny(MistralForCausalLM, MistralConfig, **ATTENTION))
