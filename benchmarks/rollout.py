@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from endless import load_endless
 from machine import hardware
 
 from rpo_lightning.engines import (
@@ -30,7 +31,6 @@ from rpo_lightning.engines import (
     TransformersEngine,
     VLLMEngine,
 )
-from rpo_lightning.policies import load_policy, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PROMPT, GROUP = 64, 6
@@ -120,12 +120,8 @@ def main() -> None:
     arguments = parser.parse_args()
     cells = [(0, 64), (448, 32), (960, 32)] if arguments.quick else CELLS
     groups, repetitions = (1, 1) if arguments.quick else (arguments.groups, arguments.repetitions)
-    tokenizer = load_tokenizer(arguments.model)
-    policy: Any = load_policy(arguments.model)
+    policy, tokenizer = load_endless(arguments.model)
     policy.to(device="cuda" if on_gpu else "cpu", dtype=getattr(torch, arguments.dtype))
-    # A token that is never sampled ends a response, so that all have their full length.
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(3)
-    policy.generation_config.eos_token_id = None
     context = EngineContext(max_length=PROMPT + 1024, dtype=policy.dtype)
     engines: dict[str, RolloutEngine] = {"transformers": TransformersEngine(), "vllm": VLLMEngine()}
     results = []

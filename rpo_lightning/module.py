@@ -33,7 +33,7 @@ from rpo_lightning.objectives import DAPO, Objective
 from rpo_lightning.policy_module import PolicyModule, require_requests
 from rpo_lightning.records import Batch, Group, RolloutRequest
 from rpo_lightning.rewards import Grader, GradingPool, MathVerifier, Reward, Verifier
-from rpo_lightning.rollouts import rollout_metrics
+from rpo_lightning.rollouts import rollout_metrics, rollout_tokens
 from rpo_lightning.rows import LossScope
 from rpo_lightning.schedules import LearningRateSchedule
 from rpo_lightning.seeds import SeedPurpose, derive_seed
@@ -151,6 +151,8 @@ class RPOModule(PolicyModule):
         )
         self.guard = MismatchGuard(mismatch_bound)
         self.groups: list[Group] = []
+        self.phase_seconds: dict[str, float] = {}
+        self.phase_tokens: dict[str, int] = {}
         self.iteration = 0
         self._loss: PolicyLoss | None = None
         self._generator_states: dict[str, Any] | None = None
@@ -170,7 +172,7 @@ class RPOModule(PolicyModule):
         if self.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        self._loss = PolicyLoss(policy, reference, self.objective, self.update_settings, pad_id)
+        self._loss = PolicyLoss(policy, reference, self.objective, self.update_settings, pad_id, self.timer)
 
     def configure_optimizers(self) -> Any:
         """The optimizer and the schedule over the run's updates."""
@@ -196,13 +198,17 @@ class RPOModule(PolicyModule):
         self.engine.metrics()  # those of validation are not this iteration's
         self.groups = self.roll_out(requests, self.group_size, self.sampling, seed)
         self.iteration += 1
+        self.phase_tokens = rollout_tokens(self.groups)
         metrics = rollout_metrics(self.groups) | self.engine.metrics()
         metrics["reward/grading_killed"] = float(self.grader.pool.killed)
         batch, surplus = self._collect(self.groups, size=len(requests))
         if batch:
             metrics |= self._update(batch, surplus)
+        self.phase_seconds = self.timer.take()
+        metrics |= {f"time/{phase}": seconds for phase, seconds in self.phase_seconds.items()}
+        metrics |= {f"tokens/{phase}": float(tokens) for phase, tokens in self.phase_tokens.items()}
         self.log("reward/mean", metrics.pop("reward/mean"), prog_bar=True, batch_size=len(requests))
-        self.log_dict({**metrics, **self.timer.take()}, batch_size=len(requests))
+        self.log_dict(metrics, batch_size=len(requests))
 
     def _collect(self, groups: list[Group], size: int) -> tuple[list[Group], list[Group]]:
         """Groups to train on now (none: draw more first), and those that wait for the next update."""
@@ -227,9 +233,11 @@ class RPOModule(PolicyModule):
             with self.timer("old_logprobs"):
                 self._loss.freeze_old_logprobs(stale)
         metrics: dict[str, float] = {}
+        before = self._loss.processed_tokens
         with self.timer("update"):
             for minibatch in minibatches:
                 metrics = self._step(minibatch)
+        self.phase_tokens["update"] = self._loss.processed_tokens - before
         return metrics
 
     def _step(self, groups: list[Group]) -> dict[str, float]:

@@ -105,8 +105,9 @@ class PolicyModule(LightningModule):
         """Generate and score ``samples`` responses to each request."""
         requests = list(requests)
         self.engine.require_version(self.policy_version)
-        with self.timer("rollout"):
+        with self.timer("decode"):
             completions = generate(self.engine, requests, samples, sampling, seed)
+        self.timer.move("decode", "prefill", self.engine.prefill_share())
         with self.timer("reward"):
             return score(self.grader, self.tokenizer, requests, completions, step=self.global_step)
 

@@ -103,6 +103,14 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return metrics
 
 
+def rollout_tokens(groups: Sequence[Group]) -> dict[str, int]:
+    """Tokens of the phases of a rollout: prompts and prefixes once a group, and what was sampled."""
+    return {
+        "prefill": sum(len(g.request.prompt.token_ids) + len(g.request.prefix_ids) for g in groups),
+        "decode": sum(len(c.token_ids) for g in groups for c in g.completions),
+    }
+
+
 def evaluation_metrics(groups: Sequence[Group], stage: str) -> dict[str, float]:
     """Accuracy, length and truncated share of answers given without a prefix."""
     samples = [s for g in groups for s in g.samples]

@@ -1,4 +1,9 @@
-"""Seconds per phase of an iteration."""
+"""Seconds per phase of an iteration.
+
+Phases: ``initialise`` (filling the cache before training), ``prefill`` and ``decode`` (the rollout),
+``reward``, ``old_logprobs``, ``reference_logprobs``, ``update``, ``sync``, ``cache``, and ``rest``, which is
+what an iteration took beyond them. A phase within a phase counts for the inner one only, so they add up.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +13,48 @@ from contextlib import contextmanager
 
 import torch
 
+PHASES = (
+    "initialise", "prefill", "decode", "reward", "old_logprobs", "reference_logprobs", "update", "sync", "cache",
+    "rest",
+)  # fmt: skip
+
 
 class PhaseTimer:
     """Adds up wall-clock seconds under phase names until they are taken."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self._inner: list[float] = []  # seconds of the phases within each open phase
+        self._since = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Time a block; CUDA work that it launched is waited for."""
         start = time.perf_counter()
+        self._inner.append(0.0)
         try:
             yield
         finally:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+            elapsed = time.perf_counter() - start
+            self._add(phase, elapsed - self._inner.pop())
+            if self._inner:
+                self._inner[-1] += elapsed
+
+    def move(self, source: str, target: str, share: float) -> None:
+        """Book a share of the seconds of one phase under another."""
+        seconds = self._seconds.get(source, 0.0) * share
+        self._add(source, -seconds)
+        self._add(target, seconds)
 
     def take(self) -> dict[str, float]:
-        """Seconds of each phase since the last call, as ``time/<phase>``."""
-        taken = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
-        self._seconds = {}
+        """Seconds of each phase since the last call, and ``rest``; then start anew."""
+        taken, self._seconds = self._seconds, {}
+        now = time.perf_counter()
+        taken["rest"] = max(now - self._since - sum(taken.values()), 0.0)
+        self._since = now
         return taken
+
+    def _add(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds

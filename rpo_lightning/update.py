@@ -17,6 +17,7 @@ from rpo_lightning.model_support import needs_full_logits, row_cost
 from rpo_lightning.objectives.base import LossInputs, LossOutput, Objective
 from rpo_lightning.records import Group
 from rpo_lightning.rows import LossScope, Row, SharedRow, micro_batches, rows_of, shared_rows
+from rpo_lightning.timing import PhaseTimer
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,10 @@ class PolicyLoss:
         objective: Per-token loss and normalisation.
         settings: See :class:`UpdateSettings`.
         pad_id: Padding token.
+        timer: Where the seconds of the reference's log-probs are booked.
+
+    Attributes:
+        processed_tokens: Tokens that the policy has computed so far, forward and backward, padding left out.
     """
 
     def __init__(
@@ -92,6 +97,7 @@ class PolicyLoss:
         objective: Objective,
         settings: UpdateSettings,
         pad_id: int,
+        timer: PhaseTimer | None = None,
     ) -> None:
         self.policy = policy
         self.reference = reference
@@ -99,6 +105,8 @@ class PolicyLoss:
         self.settings = settings
         self.pad_id = pad_id
         self._full_logits = needs_full_logits(policy)
+        self.timer = timer or PhaseTimer()
+        self.processed_tokens = 0
         self._row_cost = row_cost(policy, settings.share_prefixes, self._full_logits)
         if reference is not None and self._row_cost.shares:
             reference.set_attn_implementation(policy.config._attn_implementation)
@@ -148,6 +156,7 @@ class PolicyLoss:
             inputs, computed = self._inputs(groups, batch, advantages, lengths, totals, sums.mismatch)
             output = self.objective(inputs)
             backward(output.loss * world_size)
+            self.processed_tokens += sum(len(row) for row in batch)
             sums.add(output, computed, inputs.mask_BS)
         for _ in range(passes - len(batches)):
             backward(self._logprobs(self.policy, batches[-1]).logprobs_BS.sum() * 0.0)
@@ -169,7 +178,7 @@ class PolicyLoss:
         mask_BS = computed.mask_BS & (lengths_B > 0).to(device)[:, None]
         reference_BS = None
         if self.reference is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.timer("reference_logprobs"):
                 reference_BS = self._logprobs(self.reference, batch).logprobs_BS
         old_BS = computed.logprobs_BS.detach().clone()
         for i, row in enumerate(rows):

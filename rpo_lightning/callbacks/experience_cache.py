@@ -53,6 +53,7 @@ class ExperienceCacheCallback(Callback):
 
     Attributes:
         initialisation_tokens: Tokens decoded by the initialisation pass.
+        initialisation_seconds: What it took.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class ExperienceCacheCallback(Callback):
         self.keep_unfinished = keep_unfinished
         self.path = path
         self.initialisation_tokens = 0
+        self.initialisation_seconds = 0.0
         self._prefixes: CachedPrefixes | None = None
         self._is_restored = False
 
@@ -146,8 +148,9 @@ class ExperienceCacheCallback(Callback):
     ) -> None:
         """Take the groups of this batch into the cache, those that were not trained on included."""
         module: Any = pl_module
-        for group in module.groups:
-            self._served.record(group)
+        with module.timer("cache"):
+            for group in module.groups:
+                self._served.record(group)
         statistics = self.cache.statistics(trainer.global_step)
         pl_module.log_dict({f"cache/{k}": v for k, v in statistics.items()}, batch_size=len(batch))
 
@@ -163,16 +166,22 @@ class ExperienceCacheCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The cache, for the checkpoint."""
-        return {"cache": self.cache.state_dict(), "initialisation_tokens": self.initialisation_tokens}
+        return {
+            "cache": self.cache.state_dict(),
+            "initialisation_tokens": self.initialisation_tokens,
+            "initialisation_seconds": self.initialisation_seconds,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the cache; ``setup`` has been called before."""
         self.cache.load_state_dict(state_dict["cache"])
         self.initialisation_tokens = state_dict["initialisation_tokens"]
+        self.initialisation_seconds = state_dict["initialisation_seconds"]
         self._is_restored = True
 
     def _initialise(self, module: Any, prompts: list[Prompt]) -> None:
         """Sample the starting policy (eq. 1). Nothing says that what it answers is right."""
+        module.timer.take()  # whatever came before is not part of it
         sampling = self.initial_sampling or module.sampling
         with tqdm(total=len(prompts), desc="filling the cache", unit="question", disable=None) as progress:
             for start in range(0, len(prompts), self.initial_batch_size):
@@ -183,6 +192,7 @@ class ExperienceCacheCallback(Callback):
                     self._served.initialise(group)
                     self.initialisation_tokens += sum(len(c.token_ids) for c in group.completions)
                 progress.update(len(batch))
+        self.initialisation_seconds = sum(module.timer.take().values())
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from rpo_lightning.callbacks.experience_cache import CACHE_FILE, ExperienceCacheCallback
 from rpo_lightning.callbacks.export import POLICY_FOLDER, HuggingFaceExportCallback
 from rpo_lightning.callbacks.run_folder import run_folder
+from rpo_lightning.timing import PHASES
 
 SUMMARY_FILE = "summary.json"
 
@@ -33,6 +34,8 @@ class RunSummaryCallback(Callback):
         self.seconds = 0.0
         self.accuracies: list[tuple[int, float]] = []
         self.full_path_tokens: list[float] = []
+        self.phase_seconds: dict[str, float] = {}
+        self.phase_tokens: dict[str, int] = {}
         self._started = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,6 +61,12 @@ class RunSummaryCallback(Callback):
         completions = [c for g in module.groups for c in g.completions]
         self.decoded_tokens += sum(len(c.token_ids) for c in completions)
         self.samples += len(completions)
+        for total, of_iteration in (
+            (self.phase_seconds, module.phase_seconds),
+            (self.phase_tokens, module.phase_tokens),
+        ):
+            for phase, value in of_iteration.items():
+                total[phase] = total.get(phase, 0) + value
         last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
         if 0 < trainer.max_steps <= trainer.global_step or (last_epoch and trainer.is_last_batch):
             trainer.should_stop = True
@@ -75,7 +84,7 @@ class RunSummaryCallback(Callback):
         partial.replace(folder / SUMMARY_FILE)
         print(_screen(summary, self._files(trainer, folder)), flush=True)
 
-    def summary(self, trainer: Trainer) -> dict[str, float | int | None]:
+    def summary(self, trainer: Trainer) -> dict[str, Any]:
         """The figures of the run so far."""
         caches = [c for c in trainer.callbacks if isinstance(c, ExperienceCacheCallback)]  # type: ignore[attr-defined]
         initialisation = sum(c.initialisation_tokens for c in caches)
@@ -95,7 +104,16 @@ class RunSummaryCallback(Callback):
             "initialisation_tokens": initialisation,
             "total_tokens": self.decoded_tokens + initialisation,
             "seconds": self.seconds,
+            "phases": self._phases(caches),
         }
+
+    def _phases(self, caches: list[ExperienceCacheCallback]) -> dict[str, dict[str, float | int | None]]:
+        """Seconds and tokens of every phase of all training iterations."""
+        seconds, tokens = dict(self.phase_seconds), dict(self.phase_tokens)
+        if caches:
+            seconds["initialise"] = sum(c.initialisation_seconds for c in caches)
+            tokens["initialise"] = sum(c.initialisation_tokens for c in caches)
+        return {p: {"seconds": seconds[p], "tokens": tokens.get(p)} for p in PHASES if p in seconds}
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, so that a resumed run sums up the whole."""
@@ -105,6 +123,8 @@ class RunSummaryCallback(Callback):
             "seconds": self.seconds + time.perf_counter() - self._started,
             "accuracies": self.accuracies,
             "full_path_tokens": self.full_path_tokens,
+            "phase_seconds": self.phase_seconds,
+            "phase_tokens": self.phase_tokens,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -114,6 +134,8 @@ class RunSummaryCallback(Callback):
         self.seconds = state_dict["seconds"]
         self.accuracies = [(int(step), float(accuracy)) for step, accuracy in state_dict["accuracies"]]
         self.full_path_tokens = list(state_dict["full_path_tokens"])
+        self.phase_seconds = dict(state_dict["phase_seconds"])
+        self.phase_tokens = dict(state_dict["phase_tokens"])
 
     def _files(self, trainer: Trainer, folder: Path) -> dict[str, Path]:
         kinds = {type(c) for c in trainer.callbacks}  # type: ignore[attr-defined]
@@ -127,7 +149,7 @@ class RunSummaryCallback(Callback):
         return files | {"summary": folder / SUMMARY_FILE}
 
 
-def _screen(summary: dict[str, float | int | None], files: dict[str, Path]) -> str:
+def _screen(summary: dict[str, Any], files: dict[str, Path]) -> str:
     def number(key: str, form: str) -> str:
         value = summary[key]
         return "not measured" if value is None else format(value, form)
@@ -143,4 +165,14 @@ def _screen(summary: dict[str, float | int | None], files: dict[str, Path]) -> s
         f"seconds                              {number('seconds', '.0f')}",
     ]
     lines += [f"{name:<36} {path}" for name, path in files.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_phase_table(summary["phases"])])
+
+
+def _phase_table(phases: dict[str, dict[str, Any]]) -> list[str]:
+    """Where the training iterations' time went."""
+    total = sum(phase["seconds"] for phase in phases.values()) or 1.0
+    lines = ["", f"{'phase':<20}{'seconds':>10}{'share':>8}{'tokens':>14}"]
+    for name, phase in phases.items():
+        tokens = "" if phase["tokens"] is None else f"{phase['tokens']:,}"
+        lines.append(f"{name:<20}{phase['seconds']:>10.1f}{phase['seconds'] / total:>8.1%}{tokens:>14}")
+    return lines

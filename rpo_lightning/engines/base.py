@@ -141,6 +141,10 @@ class RolloutEngine(ABC):
         """What the engine has to say about the rollouts since the last call, ``rollout/…``."""
         return {}
 
+    @abstractmethod
+    def prefill_share(self) -> float:
+        """Share of the last :meth:`generate`'s seconds that computing prompts and prefixes took."""
+
     def sleep(self) -> None:  # noqa: B027 (optional)
         """Release memory while the policy trains; engines that share the weights do nothing."""
 

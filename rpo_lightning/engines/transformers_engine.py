@@ -7,6 +7,7 @@ lengths share a batch (padded on the left); a sequence leaves the batch when it 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -40,6 +41,8 @@ class TransformersEngine(RolloutEngine):
         self._policy: PreTrainedModel | None = None
         self._stop_ids: Tensor = torch.tensor([])
         self._pad_id = 0
+        self._prefill_seconds = 0.0
+        self._generate_seconds = 0.0
 
     def attach(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: EngineContext = EngineContext()
@@ -62,6 +65,7 @@ class TransformersEngine(RolloutEngine):
         """Sample continuations; see :meth:`RolloutEngine.generate`."""
         if self._policy is None or self._weights_version is None:
             raise EngineError("the transformers engine was asked to generate before it was attached and synced")
+        start, self._prefill_seconds = time.perf_counter(), 0.0
         generator = torch.Generator(device=self._policy.device).manual_seed(seed)
         results: list[list[Completion]] = [[] for _ in requests]
         with _inference(self._policy):
@@ -71,7 +75,13 @@ class TransformersEngine(RolloutEngine):
                     results[index].extend(completions)
                     if on_progress is not None:
                         on_progress(len(completions))
+                self._prefill_seconds += batch.prefill_seconds
+        self._generate_seconds = time.perf_counter() - start
         return results
+
+    def prefill_share(self) -> float:
+        """Measured."""
+        return self._prefill_seconds / self._generate_seconds if self._generate_seconds else 0.0
 
     def _chunks(self, requests: Sequence[GenerationRequest]) -> Iterator[list[int]]:
         """Group requests of similar budget (a batch lasts as long as its longest suffix)."""
@@ -105,9 +115,14 @@ class _DecodingBatch:
         self.pad_id = pad_id
         self.sampling = sampling
         self.generator = generator
+        self.prefill_seconds = 0.0
 
     def run(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
+        start = time.perf_counter()
         logits_NV, cache, mask_NT = self._prefill(requests)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.prefill_seconds = time.perf_counter() - start
         counts = torch.tensor([r.samples for r in requests], device=self.device)
         owner_N = torch.repeat_interleave(torch.arange(len(requests), device=self.device), counts)
         select_sequences(cache, owner_N)

@@ -82,6 +82,7 @@ class VLLMEngine(RolloutEngine):
         self._owns_process_group = False
         self._asleep = False
         self._seen_cache_tokens = (0, 0)
+        self._seen_seconds = (0.0, 0.0)
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -110,6 +111,7 @@ class VLLMEngine(RolloutEngine):
                 raise EngineError(f"vLLM {vllm.__version__} did not start: {_cause(error)}") from error
         self._group = TensorParallelGroup.of(self._llm, self.tensor_parallel_size)
         self._seen_cache_tokens = vllm_platform.prefix_cache_tokens(self._llm)
+        self._seen_seconds = vllm_platform.request_seconds(self._llm)
 
     def _options(self, folder: str) -> dict[str, Any]:
         """Everything vLLM is started with: the run's, the platform's and the user's options."""
@@ -201,6 +203,14 @@ class VLLMEngine(RolloutEngine):
         seen, now = self._seen_cache_tokens, vllm_platform.prefix_cache_tokens(self._llm)
         self._seen_cache_tokens = now
         return {"rollout/prefix_cache_hit_share": (now[1] - seen[1]) / max(now[0] - seen[0], 1)}
+
+    def prefill_share(self) -> float:
+        """As vLLM counts it, request by request: requests overlap, so this is an estimate."""
+        if self._llm is None:
+            return 0.0
+        seen, self._seen_seconds = self._seen_seconds, vllm_platform.request_seconds(self._llm)
+        prefill, decode = (now - before for now, before in zip(self._seen_seconds, seen, strict=True))
+        return prefill / (prefill + decode) if prefill + decode > 0 else 0.0
 
     def generate(
         self,

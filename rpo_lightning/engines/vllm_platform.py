@@ -134,3 +134,9 @@ def prefix_cache_tokens(llm: Any) -> tuple[int, int]:
     """Prompt tokens that were looked up in the prefix cache so far, and those found there."""
     values = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     return int(values.get("vllm:prefix_cache_queries", 0)), int(values.get("vllm:prefix_cache_hits", 0))
+
+
+def request_seconds(llm: Any) -> tuple[float, float]:
+    """Seconds that all requests so far spent in prefill and in decoding."""
+    sums = {metric.name: metric.sum for metric in llm.get_metrics() if hasattr(metric, "sum")}
+    return sums.get("vllm:request_prefill_time_seconds", 0.0), sums.get("vllm:request_decode_time_seconds", 0.0)
