@@ -109,8 +109,9 @@ def _trial(model: Any, shared: bool, full_logits: bool) -> Tensor:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            device = next(model.parameters()).device
+        device = next(model.parameters()).device
+        # Lightning builds models under its own default device, which need not be the model's.
+        with torch.no_grad(), device:
             return token_logprobs(model, batch, 1.0, 0, device, full_logits).logprobs_BS
     finally:
         model.train(was_training)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
-from transformers import StableLmConfig, StableLmForCausalLM
+from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
 from rpo_lightning import RPODataModule, RPOModule
 from rpo_lightning.policies import load_policy, load_tokenizer
@@ -44,11 +44,12 @@ def policy():
 def exact_policy():
     """A tiny model that computes in fp64 throughout (transformers' RMSNorm would go through fp32)."""
     torch.manual_seed(0)
-    config = StableLmConfig(
+    config = Starcoder2Config(
         vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, use_cache=False,
+        num_key_value_heads=2, max_position_embeddings=256, sliding_window=None, tie_word_embeddings=False,
+        bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    return StableLmForCausalLM(config).double()
+    return Starcoder2ForCausalLM(config).double()
 
 
 def make_group(

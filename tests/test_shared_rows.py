@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import (
     Gemma2Config,
@@ -15,12 +16,15 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 from rpo_lightning import output_head
 from rpo_lightning.model_support import needs_full_logits, row_cost, sharing_obstacle
 from rpo_lightning.objectives import CISPO, DAPO, GRPO, GSPO, DrGRPO
 from rpo_lightning.rows import Row, RowCost, micro_batches, shared_rows
+from rpo_lightning.shared_attention import IMPLEMENTATION
 from rpo_lightning.update import PolicyLoss
 
 from .test_logprobs import assert_same, groups, settings
@@ -34,6 +38,7 @@ def gradient(policy, objective, reference=None, batch=None, **changes):
     loss = PolicyLoss(policy, reference, objective, settings(**changes), pad_id=0)
     loss._row_cost = RowCost(shares=loss._row_cost.shares)  # members share wherever it is allowed
     metrics = loss.backward(batch or groups(), lambda x: x.backward())
+    metrics["tokens"] = loss.processed_tokens
     return {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}, metrics
 
 
@@ -50,10 +55,13 @@ def test_shared_rows_give_the_gradient_of_plain_rows(exact_policy, objective, sc
     plain, expected = gradient(exact_policy, objective, reference, scope=scope, share_prefixes=False)
     shared, metrics = gradient(exact_policy, objective, reference, scope=scope)
     assert_same(plain, shared, GOAL)
+    # Trunks of 7 and 3 tokens, suffixes of 9 and 12: nothing here is shared by accident or not at all.
+    assert (expected["tokens"], metrics["tokens"]) == (3 * 7 + 9 + 3 * 3 + 12, 7 + 9 + 3 + 12)
     for name in ("loss/total", "loss/entropy", "loss/kl"):
         assert metrics[name] == pytest.approx(expected[name], abs=GOAL)
     # A budget that the first group (16 tokens) exceeds: its trunk is repeated.
-    split, _ = gradient(exact_policy, objective, reference, scope=scope, micro_batch_tokens=14)
+    split, metrics = gradient(exact_policy, objective, reference, scope=scope, micro_batch_tokens=14)
+    assert metrics["tokens"] == 2 * 7 + 9 + 2 * 3 + 12
     assert_same(plain, split, GOAL)
 
 
@@ -71,7 +79,8 @@ def test_gradient_checkpointing_and_adapters_keep_working(exact_policy):
         exact_policy, LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     )
     plain, _ = gradient(adapted, DAPO(), share_prefixes=False)
-    shared, _ = gradient(adapted, DAPO())
+    shared, metrics = gradient(adapted, DAPO())
+    assert metrics["tokens"] == 31
     assert len(plain) == 6  # the adapters alone
     assert_same(plain, shared, GOAL)
     adapted.enable_input_require_grads()
@@ -142,14 +151,16 @@ ATTENTION = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_h
 
 
 def test_models_that_it_would_be_wrong_for_fall_back_to_plain_rows_with_one_reason(caplog):
+    deaf = tiny(StableLmForCausalLM, StableLmConfig, **ATTENTION)  # hands nothing on to its attention
     recurrent = tiny(MambaForCausalLM, MambaConfig, state_size=4)
     dropout = tiny(MistralForCausalLM, MistralConfig, **ATTENTION, attention_dropout=0.1)
     eager = tiny(MistralForCausalLM, MistralConfig, **ATTENTION)
     eager.set_attn_implementation("eager")
+    assert "does not keep the members of a shared row apart" in sharing_obstacle(deaf)
     assert sharing_obstacle(recurrent) is not None
     assert "dropout" in sharing_obstacle(dropout)
     assert "need 'sdpa'" in sharing_obstacle(eager)
-    for model in (recurrent, dropout, eager):
+    for model in (deaf, recurrent, dropout, eager):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             assert not row_cost(model, shares=True, full_logits=False).shares
@@ -172,3 +183,25 @@ def test_a_model_that_caps_its_logits_is_scored_on_its_own_logits(caplog):
     assert needs_full_logits(capped)
     assert "changes its logits after the output head" in caplog.text
     assert not needs_full_logits(tiny(MistralForCausalLM, MistralConfig, **ATTENTION))
+
+
+def test_the_trial_does_not_depend_on_the_default_device(exact_policy):
+    with torch.device("meta"):
+        assert row_cost(exact_policy, shares=True, full_logits=False).shares
+        assert not needs_full_logits(exact_policy)
+
+
+def test_a_policy_that_shared_rows_is_saved_as_any_other(exact_policy, tmp_path):
+    gradient(exact_policy, DAPO())
+    assert exact_policy.config._attn_implementation == IMPLEMENTATION
+    exact_policy.save_pretrained(tmp_path)
+    assert IMPLEMENTATION not in (tmp_path / "config.json").read_text()
+    assert type(exact_policy).from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Mistral", "Phi3", "Olmo2"])
+def test_the_common_families_share_rows(family):
+    settings = {**ATTENTION, "sliding_window": None, "pad_token_id": 0, "attention_dropout": 0.0}
+    model = tiny(getattr(transformers, f"{family}ForCausalLM"), getattr(transformers, f"{family}Config"), **settings)
+    assert sharing_obstacle(model) is None
+    assert not needs_full_logits(model)

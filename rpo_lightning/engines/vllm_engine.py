@@ -18,14 +18,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.engines import vllm_platform
 from rpo_lightning.engines.base import EngineContext, GenerationRequest, RolloutEngine, Sampling
 from rpo_lightning.engines.stop_tokens import stop_token_ids
 from rpo_lightning.engines.tensor_parallel import TensorParallelGroup
-from rpo_lightning.engines.weights import named_weights, underlying_model
+from rpo_lightning.engines.weights import named_weights, save_architecture
 from rpo_lightning.errors import ConfigurationError, EngineError
 from rpo_lightning.records import Completion
 
@@ -260,17 +259,6 @@ class VLLMEngine(RolloutEngine):
 def request_seeds(seed: int | tuple[int, ...], count: int) -> list[int]:
     """One seed a request; vLLM numbers the samples of a request on from it."""
     return [int(s) for s in np.random.SeedSequence(seed).generate_state(count, np.uint32)]
-
-
-def save_architecture(policy: PreTrainedModel, folder: Path) -> str:
-    """Write the policy's configuration, all that an engine without weights of its own needs."""
-    model: Any = underlying_model(policy)
-    config = type(model.config).from_dict(model.config.to_dict())
-    # Sharding gives a model a class of its own, which is no architecture.
-    own_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
-    config.architectures = config.architectures or [own_class.__name__]
-    config.save_pretrained(folder)
-    return str(folder)
 
 
 def _completion(output: Any) -> Completion:

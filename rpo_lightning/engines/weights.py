@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
@@ -39,6 +41,17 @@ def named_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def underlying_model(policy: Any) -> Any:
     """The transformers model within a PEFT model, or the model itself."""
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+
+
+def save_architecture(policy: nn.Module, folder: Path) -> str:
+    """Write the policy's configuration, all that an engine without weights of its own needs."""
+    model: Any = underlying_model(policy)
+    config = type(model.config).from_dict(model.config.to_dict())
+    # Sharding gives a model a class of its own, which is no architecture.
+    own_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    config.architectures = config.architectures or [own_class.__name__]
+    config.save_pretrained(folder)
+    return str(folder)
 
 
 def gathered(parameter: Any) -> Tensor:
