@@ -1,0 +1,157 @@
+"""What an iteration should take, from floating-point operations and bytes; on paper, not measured.
+
+``python benchmarks/cost_model.py`` predicts iterations with the paper's settings (DeepSeek-R1-Distill-Qwen
+1.5B and 7B, G = 6, 576 samples, the lengths of its Table 2) on H20 and H100 GPUs and sets the ratio of full
+path to RPO beside its Table 3; then it checks itself against ``iteration.json``: rates are fitted to the
+full path and to RPO with a row per response, and RPO with shared rows is predicted from them.
+
+The model: a matrix product costs two operations a weight and token, three times that to train, four times
+with gradient checkpointing; decoding reads the weights and the key–value cache once a step; prompts and
+prefixes are prefilled once a group. Efficiencies are assumed, and said so in the output. The paper's
+baseline has one of eight GPUs sample while seven train, one after the other; its hours contain more than
+these phases. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+GROUP, SAMPLES, PROMPT = 6, 576, 150
+# Shares of the peak that are assumed, not measured.
+TRAIN_EFFICIENCY, PREFILL_EFFICIENCY, BANDWIDTH_EFFICIENCY = 0.4, 0.5, 0.6
+CONCURRENT = 256
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Dense bf16 peak in FLOP/s, memory bandwidth in bytes/s (vendor's figures)."""
+
+    name: str
+    flops: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights in matrix products, and bytes of keys and values a token, in bf16."""
+
+    name: str
+    weights: float
+    cache_bytes: float
+    full_length: float
+    suffixes: tuple[tuple[int, float], ...]  # (L, generated tokens) of Table 2
+    published_ratio: float  # Table 3, L = 800
+
+
+GPUS = (Gpu("H20", 148e12, 4.0e12), Gpu("H100", 989e12, 3.35e12))
+MODELS = (
+    Model("1.5B", 1.54e9, 2 * 28 * 2 * 128 * 2, 2689.5, ((300, 145.9), (500, 158.4), (800, 382.2)), 9.2),
+    Model("7B", 7.07e9, 2 * 28 * 4 * 128 * 2, 2457.9, ((300, 147.1), (500, 168.2), (800, 397.9)), 3.6),
+)
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """Predicted seconds of one update's iteration."""
+
+    prefill: float
+    decode: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        """All phases, one after the other."""
+        return self.prefill + self.decode + self.update
+
+
+def predict(
+    gpu: Gpu, model: Model, prefix: float, suffix: float, shared: bool, samplers: int, trainers: int
+) -> Iteration:
+    """An iteration of ``SAMPLES`` responses of ``prefix`` kept and ``suffix`` sampled tokens."""
+    groups = SAMPLES / GROUP
+    trunk = PROMPT + prefix
+    prefill = 2 * model.weights * groups * trunk / (gpu.flops * PREFILL_EFFICIENCY * samplers)
+    concurrent = min(CONCURRENT, SAMPLES / samplers)
+    step_bytes = 2 * model.weights + concurrent * (trunk + suffix / 2) * model.cache_bytes
+    step = max(
+        step_bytes / (gpu.bandwidth * BANDWIDTH_EFFICIENCY),
+        2 * model.weights * concurrent / (gpu.flops * PREFILL_EFFICIENCY),
+    )
+    decode = step * SAMPLES * suffix / (concurrent * samplers)
+    tokens = groups * (trunk + GROUP * suffix) if shared else SAMPLES * (trunk + suffix)
+    update = 8 * model.weights * tokens / (gpu.flops * TRAIN_EFFICIENCY * trainers)
+    return Iteration(prefill, decode, update)
+
+
+def paper_settings() -> list[dict[str, object]]:
+    """Full path over RPO for every model, GPU, L and arrangement of eight GPUs."""
+    rows: list[dict[str, object]] = []
+    for model in MODELS:
+        for gpu in GPUS:
+            for arrangement, samplers, trainers in (("1 samples, 7 train", 1, 7), ("8 do both", 8, 8)):
+                full = predict(gpu, model, 0, model.full_length, False, samplers, trainers)
+                shared_full = predict(gpu, model, 0, model.full_length, True, samplers, trainers)
+                for limit, suffix in model.suffixes:
+                    prefix = model.full_length - suffix
+                    plain, shared = (
+                        predict(gpu, model, prefix, suffix, share, samplers, trainers) for share in (False, True)
+                    )
+                    rows.append({
+                        "model": model.name, "gpu": gpu.name, "gpus": arrangement, "L": limit,
+                        "full_seconds": full.total, "rpo_plain_seconds": plain.total, "rpo_seconds": shared.total,
+                        "ratio_plain": full.total / plain.total, "ratio_shared": shared_full.total / shared.total,
+                        "published_ratio": model.published_ratio if limit == 800 else None,
+                    })  # fmt: skip
+    return rows
+
+
+def check(measured: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
+    """Predict the shared update of ``iteration.json`` from its two plain ones.
+
+    Both plain updates compute the same tokens and differ in the tokens that are scored by the output head.
+    """
+    full, plain, shared = (measured[arm] for arm in ("full", "rpo_plain_rows", "rpo"))
+    scored = (full["tokens"]["decode"], plain["tokens"]["decode"])
+    head = (full["phases"]["update"] - plain["phases"]["update"]) / (scored[0] - scored[1])
+    token = (plain["phases"]["update"] - head * scored[1]) / plain["tokens"]["update"]
+    predicted = token * shared["tokens"]["update"] + head * shared["tokens"]["decode"]
+    return {
+        "predicted_update_seconds": predicted,
+        "measured_update_seconds": shared["phases"]["update"],
+        "predicted_over_measured": predicted / shared["phases"]["update"],
+    }
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """A Markdown table."""
+    head = list(rows[0])
+    lines = ["| " + " | ".join(h.replace("_", " ") for h in head) + " |", "|" + " --- |" * len(head)]
+    for row in rows:
+        cells = [f"{v:.1f}" if isinstance(v, float) else "" if v is None else str(v) for v in row.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print predictions and the check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--iteration", type=Path, default=ROOT / "benchmarks" / "iteration.json")
+    parser.add_argument("--quick", action="store_true", help="the same: nothing is run")
+    arguments = parser.parse_args()
+    rows = paper_settings()
+    assumed = f"training at {TRAIN_EFFICIENCY:.0%} and prefill at {PREFILL_EFFICIENCY:.0%} of the peak, decoding at "
+    assumed += f"{BANDWIDTH_EFFICIENCY:.0%} of the bandwidth, {CONCURRENT} sequences at once"
+    print(f"predicted, not measured; assumed: {assumed}\n\n{table(rows)}\n")
+    record: dict[str, object] = {"gpus": [asdict(g) for g in GPUS], "predictions": rows}
+    if arguments.iteration.exists():
+        record["check"] = check(json.loads(arguments.iteration.read_text()))
+        print(f"against {arguments.iteration.name}: {record['check']}\n")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
