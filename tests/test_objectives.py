@@ -37,6 +37,15 @@ def test_dapo_is_the_mean_over_tokens_with_clip_higher():
     assert output.loss.item() == pytest.approx(-(1.28 + 0.5 - 0.8) / 3)
 
 
+@pytest.mark.parametrize("objective", [GRPO(0.1, 0.3), DAPO(0.1, 0.3)])
+def test_good_tokens_are_clipped_from_above_and_bad_ones_from_below(objective):
+    # One by one: in the sum of the batch above, exchanged bounds would cancel.
+    losses, clipped, ratios = objective.token_losses(inputs(objective))
+    torch.testing.assert_close(losses, torch.tensor([[-1.3, -0.5], [1.0, 0.9]]))
+    torch.testing.assert_close(ratios, torch.tensor(RATIOS))
+    assert clipped.tolist() == [[True, False], [False, True]]
+
+
 def test_dr_grpo_divides_by_a_constant():
     objective = DrGRPO(normaliser=10)
     assert objective(inputs(objective)).loss.item() == pytest.approx(-(1.2 + 0.5 - 0.8) / (10 * 2))
