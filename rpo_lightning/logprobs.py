@@ -2,6 +2,9 @@
 
 Where no row is shared, rows are stacked and padded on the right, and the model masks as it always does.
 Otherwise rows are concatenated without padding, and ``shared_attention`` keeps them apart.
+
+Without gradient through the prefix, the trunks are computed first and only their keys and values are kept;
+their last tokens, which predict the suffixes' first, are computed with the suffixes.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from transformers import PreTrainedModel
 from rpo_lightning.errors import UpdateError
 from rpo_lightning.output_head import Targets, scoring, token_scores
 from rpo_lightning.rows import Row, SharedRow
-from rpo_lightning.shared_attention import IMPLEMENTATION, Span
+from rpo_lightning.shared_attention import IMPLEMENTATION, FrozenTrunks, Span
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,28 @@ class TokenLogprobs:
 
 
 class _Layout:
-    """Token ids and positions of a micro-batch, and where the scored tokens are."""
+    """Token ids and positions of a micro-batch, and where the scored tokens are.
 
-    def __init__(self, batch: Sequence[SharedRow], pad_id: int) -> None:
+    Args:
+        batch: The rows.
+        pad_id: Any token id.
+        frozen_lengths: How much of each row's trunk is not computed here.
+        concatenated: Whether rows are concatenated even if none is shared.
+    """
+
+    def __init__(
+        self,
+        batch: Sequence[SharedRow],
+        pad_id: int,
+        frozen_lengths: Sequence[int] | None = None,
+        concatenated: bool = False,
+    ) -> None:
         self.batch = batch
+        self.frozen_lengths = frozen_lengths or [0] * len(batch)
         self.rows = [row for shared in batch for row in shared.members]
-        self.is_shared = any(len(shared.members) > 1 for shared in batch)
-        width = sum(len(shared) for shared in batch) if self.is_shared else max(len(shared) for shared in batch)
+        self.is_shared = concatenated or any(len(shared.members) > 1 for shared in batch)
+        lengths = [len(shared) - n for shared, n in zip(batch, self.frozen_lengths, strict=True)]
+        width = sum(lengths) if self.is_shared else max(lengths)
         shape = (1, width) if self.is_shared else (len(batch), width)
         self.ids_BT = torch.full(shape, pad_id)
         self.position_BT = torch.zeros(shape, dtype=torch.long)
@@ -52,14 +70,14 @@ class _Layout:
         self.scored: list[tuple[int, int, int]] = []  # row, position of the predecessor, token
         self.scope_indices: list[list[int]] = []  # of each row, into ``scored``
         start = 0
-        for index, shared in enumerate(batch):
+        for index, (shared, frozen) in enumerate(zip(batch, self.frozen_lengths, strict=True)):
             self.starts.append(start)
-            self._place(0 if self.is_shared else index, start, shared)
-            start += len(shared) if self.is_shared else 0
+            self._place(0 if self.is_shared else index, start, shared, frozen)
+            start += lengths[index] if self.is_shared else 0
 
-    def _place(self, index: int, start: int, shared: SharedRow) -> None:
-        trunk = shared.trunk_ids
-        self._write(index, start, trunk, 0)
+    def _place(self, index: int, start: int, shared: SharedRow, frozen: int) -> None:
+        trunk = shared.trunk_ids[frozen:]
+        self._write(index, start, trunk, frozen)
         in_scope = max(row.scope_length - len(row.suffix_ids) for row in shared.members)
         of_trunk = [
             self._score(index, start + position - 1, trunk[position])
@@ -68,7 +86,7 @@ class _Layout:
         last_of_trunk = start + len(trunk) - 1
         start += len(trunk)
         for row in shared.members:
-            self._write(index, start, row.suffix_ids, len(trunk))
+            self._write(index, start, row.suffix_ids, frozen + len(trunk))
             of_suffix = [
                 # The first token of every suffix follows the trunk's last.
                 self._score(index, start + offset - 1 if offset else last_of_trunk, token)
@@ -95,15 +113,21 @@ class _Layout:
             inputs["position_ids"] = self.position_BT.to(device)
             # Of four dimensions, so that the model makes none of its own; our attention does not look at it.
             inputs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
-            inputs["shared_spans"] = [
-                Span.of(start, len(shared.trunk_ids), [len(row.suffix_ids) for row in shared.members], device)
-                for start, shared in zip(self.starts, self.batch, strict=True)
-            ]
+            inputs["shared_spans"] = self._spans(device)
         return inputs
+
+    def _spans(self, device: torch.device) -> list[Span]:
+        spans, before = [], 0
+        for start, shared, frozen in zip(self.starts, self.batch, self.frozen_lengths, strict=True):
+            suffixes = [len(row.suffix_ids) for row in shared.members]
+            where = (before, before + frozen)
+            spans.append(Span.of(start, len(shared.trunk_ids) - frozen, suffixes, device, where))
+            before += frozen
+        return spans
 
     def targets(self, device: torch.device, temperature: float) -> Targets:
         """The scored tokens."""
-        batch_K, position_K, token_K = torch.tensor(self.scored, device=device).unbind(1)
+        batch_K, position_K, token_K = torch.tensor(self.scored, dtype=torch.long, device=device).reshape(-1, 3).T
         return Targets(batch_K, position_K, token_K, temperature)
 
     def scope(self) -> tuple[Tensor, Tensor]:
@@ -124,6 +148,7 @@ def token_logprobs(
     pad_id: int,
     device: torch.device,
     full_logits: bool = False,
+    prefix_gradient: bool = True,
 ) -> TokenLogprobs:
     """Log-probs of the tokens in the loss scope of every row.
 
@@ -134,10 +159,19 @@ def token_logprobs(
         pad_id: Any token id; padded positions are masked.
         device: Where the model is.
         full_logits: Compute the logits of all positions, for models that change them after their head.
+        prefix_gradient: Whether the gradient goes through prompt and prefix. Without it they must not be in
+            the loss scope.
     """
-    layout = _Layout(batch, pad_id)
+    if prefix_gradient:
+        layout, frozen = _Layout(batch, pad_id), None
+    else:
+        lengths = [len(shared.trunk_ids) - 1 for shared in batch]
+        layout = _Layout(batch, pad_id, lengths, concatenated=True)
+        frozen = _freeze_trunks(model, batch, lengths, pad_id, device)
     targets = layout.targets(device, temperature)
     inputs = layout.inputs(device, model.config._attn_implementation)
+    if frozen is not None:
+        inputs["frozen_trunks"] = frozen
     if full_logits:
         logits_BTV = model(**inputs).logits
         scores = token_scores(logits_BTV[targets.batch_K, targets.position_K], targets.token_K, temperature)
@@ -146,3 +180,18 @@ def token_logprobs(
             scores = model(**inputs).logits
     index_BS, mask_BS = (x.to(device) for x in layout.scope())
     return TokenLogprobs(layout.rows, scores[0][index_BS], scores[1][index_BS].detach(), mask_BS)
+
+
+def _freeze_trunks(
+    model: PreTrainedModel, batch: Sequence[SharedRow], lengths: Sequence[int], pad_id: int, device: torch.device
+) -> FrozenTrunks | None:
+    """Keys and values of the first ``lengths`` tokens of every trunk; ``None`` if there are none."""
+    beginnings = [shared.trunk_ids[:length] for shared, length in zip(batch, lengths, strict=True) if length]
+    if not beginnings:
+        return None
+    rows = [SharedRow((Row(0, 0, ids, (), 0),)) for ids in beginnings]
+    layout, frozen = _Layout(rows, pad_id, concatenated=True), FrozenTrunks()
+    inputs = layout.inputs(device, model.config._attn_implementation)
+    with torch.no_grad(), scoring(model, layout.targets(device, 1.0)):  # nothing is scored: the head is spared
+        model(**inputs, freeze_into=frozen)
+    return frozen

@@ -24,6 +24,9 @@ _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}
 _COARSE_AGREEMENT = 0.2
 # Attention kernels reach about half the rate of matrix products (benchmarks/update_phase.py, on a CPU).
 _ATTENTION_SLOWDOWN = 2.0
+# Gathering and merging a suffix's hidden states, in operations of matrix products per element (same script, on the
+# embedded reasoner: a fifth of a token's cost there, next to nothing from 100M parameters on).
+_BRANCH_OPERATIONS = 200.0
 
 
 def needs_full_logits(model: Any) -> bool:
@@ -55,7 +58,8 @@ def row_cost(model: Any, shares: bool, full_logits: bool) -> RowCost:
     window = _sliding_window(model.config.get_text_config())
     if window is not None:
         log.warning(f"sliding window: only sequences of at most {window} tokens share rows")
-    return RowCost(attention=_attention_cost(model), longest_shared=window)
+    attention, branch = _costs(model)
+    return RowCost(attention=attention, branch=branch, longest_shared=window)
 
 
 def sharing_obstacle(model: Any, full_logits: bool = False) -> str | None:
@@ -90,15 +94,16 @@ def _sliding_window(config: Any) -> int | None:
     return int(window)
 
 
-def _attention_cost(model: Any) -> float:
-    """Floating-point operations of a query–key pair over those of a token's matrix products."""
+def _costs(model: Any) -> tuple[float, float]:
+    """Costs of a query–key pair and of a branch's token over that of a token's matrix products."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     pair = 4 * config.num_hidden_layers * heads * head_size
     embeddings = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None}
     matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings)
-    return _ATTENTION_SLOWDOWN * pair / (2 * max(matrices, 1))
+    branch = _BRANCH_OPERATIONS * config.num_hidden_layers * config.hidden_size
+    return _ATTENTION_SLOWDOWN * pair / (2 * max(matrices, 1)), branch / max(matrices, 1)
 
 
 def _trial(model: Any, shared: bool, full_logits: bool) -> Tensor:

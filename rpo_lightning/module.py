@@ -65,6 +65,8 @@ class RPOModule(PolicyModule):
         minibatches_per_pass: Updates that a pass is split into.
         micro_batch_tokens: Padded tokens of one forward and backward pass.
         share_prefixes: Compute the prompt and prefix of a group once in the update, where that is cheaper.
+        prefix_gradient: Whether the update's gradient goes through prompt and prefix too. Without it the update
+            is cheaper and biased (benchmarks/README.md); needs ``loss_scope: suffix``.
         importance_correction: Weights of the loss for what the rollout engine samples otherwise than the
             trainer would; ``TokenTruncated(2.0)`` if not given.
         mismatch_bound: Log-prob differences between engine and trainer that stop the run.
@@ -96,6 +98,7 @@ class RPOModule(PolicyModule):
         minibatches_per_pass: int = 1,
         micro_batch_tokens: int = 16384,
         share_prefixes: bool = True,
+        prefix_gradient: bool = True,
         importance_correction: ImportanceCorrection | None = None,
         mismatch_bound: MismatchBound = MismatchBound(),
         max_grad_norm: float = 1.0,
@@ -116,6 +119,10 @@ class RPOModule(PolicyModule):
         if sampling.temperature == 0:
             raise ConfigurationError(
                 "model.sampling.temperature=0 samples G times the same response; use a value above 0"
+            )
+        if not prefix_gradient and (loss_scope != "suffix" or not share_prefixes):
+            raise ConfigurationError(
+                "model.prefix_gradient=false needs model.loss_scope=suffix and model.share_prefixes=true"
             )
         super().__init__(
             policy=policy,
@@ -147,6 +154,7 @@ class RPOModule(PolicyModule):
             micro_batch_tokens,
             mask_truncated,
             share_prefixes,
+            prefix_gradient,
             None if caveat else importance_correction or TokenTruncated(),
         )
         self.guard = MismatchGuard(mismatch_bound)

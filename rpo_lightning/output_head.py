@@ -82,10 +82,30 @@ def _score(apply: Callable[[Tensor], Tensor], hidden_KH: Tensor, token_K: Tensor
 
 def token_scores(logits_KV: Tensor, token_K: Tensor, temperature: float) -> Tensor:
     """Log-probs of tokens (with gradient) and entropies (without), [2, K], in fp32 or better."""
-    logits_KV = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32)) / temperature
-    normaliser_K = logits_KV.logsumexp(-1)
-    logprobs_K = logits_KV.gather(-1, token_K[:, None]).squeeze(-1) - normaliser_K
-    with torch.no_grad():
-        probs_KV = (logits_KV - normaliser_K[:, None]).exp_()
-        entropy_K = normaliser_K - (probs_KV.mul_(logits_KV)).sum(-1)
+    logprobs_K, entropy_K = _TokenScores.apply(logits_KV, token_K, temperature)
     return torch.stack([logprobs_K, entropy_K])
+
+
+class _TokenScores(torch.autograd.Function):
+    """Log-probs and entropies that keep one tensor of the logits' size, not several."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_KV: Tensor, token_K: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(logits_KV.dtype, torch.float32)
+        scaled_KV = logits_KV if temperature == 1 else logits_KV / temperature
+        logprobs_KV = torch.log_softmax(scaled_KV, -1, dtype=dtype)
+        probs_KV = logprobs_KV.exp()
+        # A batch of products: the elementwise one is never held.
+        entropy_K = -torch.bmm(probs_KV[:, None], logprobs_KV[:, :, None]).flatten()
+        ctx.save_for_backward(probs_KV, token_K)
+        ctx.temperature, ctx.dtype = temperature, logits_KV.dtype
+        ctx.mark_non_differentiable(entropy_K)
+        return logprobs_KV.gather(-1, token_K[:, None]).squeeze(-1), entropy_K
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+        probs_KV, token_K = ctx.saved_tensors
+        gradient_K = gradients[0][:, None] / ctx.temperature
+        gradient_KV = probs_KV * -gradient_K
+        gradient_KV.scatter_add_(-1, token_K[:, None], gradient_K)
+        return gradient_KV.to(ctx.dtype), None, None

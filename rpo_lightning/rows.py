@@ -64,21 +64,25 @@ class RowCost:
 
     Attributes:
         attention: Cost of a query–key pair, where a token's matrix products cost 1; 0 ignores attention.
+        branch: Extra cost of a suffix's token in a row of several members, which gathers and merges it.
         shares: Whether members may share a row at all.
+        trunk: Cost of a trunk's token, where a suffix's costs 1; a third without gradient through the trunk.
         longest_shared: Longest sequence (trunk and one suffix) that may be in a shared row: attention of
             shared rows knows no sliding window.
     """
 
     attention: float = 0.0
+    branch: float = 0.0
     shares: bool = True
     longest_shared: int | None = None
+    trunk: float = 1.0
 
     def of(self, row: SharedRow) -> float:
-        """Cost of a row. Suffixes on a trunk are computed as squares, not triangles, and as long as the longest."""
-        if len(row.members) == 1:
-            return len(row) + self.attention * len(row) ** 2 / 2
+        """Cost of a row. Suffixes on a trunk are computed as long as the longest."""
         trunk, longest = len(row.trunk_ids), max(len(member.suffix_ids) for member in row.members)
-        return len(row) + self.attention * (trunk**2 / 2 + len(row.members) * longest * (trunk + longest))
+        pairs = self.trunk * trunk**2 / 2 + len(row.members) * (longest * trunk + longest**2 / 2)
+        suffixes = (len(row) - trunk) * (1.0 + (self.branch if len(row.members) > 1 else 0.0))
+        return self.trunk * trunk + suffixes + self.attention * pairs
 
 
 def rows_of(groups: Sequence[Group], scope: LossScope) -> list[Row]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rpo_lightning.advantages import AdvantageScale, group_advantages
+from rpo_lightning.errors import UpdateError
 from rpo_lightning.importance import ImportanceCorrection
 from rpo_lightning.logprobs import TokenLogprobs, token_logprobs
 from rpo_lightning.mismatch import Mismatch
 from rpo_lightning.model_support import needs_full_logits, row_cost
 from rpo_lightning.objectives.base import LossInputs, LossOutput, Objective
 from rpo_lightning.records import Group
-from rpo_lightning.rows import LossScope, Row, SharedRow, micro_batches, rows_of, shared_rows
+from rpo_lightning.rows import LossScope, Row, RowCost, SharedRow, micro_batches, rows_of, shared_rows
 from rpo_lightning.timing import PhaseTimer
 
 
@@ -31,6 +32,7 @@ class UpdateSettings:
         micro_batch_tokens: Padded tokens of one forward and backward pass.
         mask_truncated: Leave unfinished responses out of the loss (DAPO's overlong filtering).
         share_prefixes: Compute the prompt and prefix of a group once where that is cheaper.
+        prefix_gradient: Whether the gradient goes through prompt and prefix too.
         importance_correction: Weights for what the engine's policy and the trainer's differ by; ``None``
             where the engine's log-probs cannot be compared with the trainer's.
     """
@@ -41,6 +43,7 @@ class UpdateSettings:
     micro_batch_tokens: int
     mask_truncated: bool
     share_prefixes: bool = True
+    prefix_gradient: bool = True
     importance_correction: ImportanceCorrection | None = None
 
 
@@ -108,6 +111,8 @@ class PolicyLoss:
         self.timer = timer or PhaseTimer()
         self.processed_tokens = 0
         self._row_cost = row_cost(policy, settings.share_prefixes, self._full_logits)
+        if not settings.prefix_gradient:
+            self._row_cost = _without_trunk_gradient(self._row_cost)
         if reference is not None and self._row_cost.shares:
             reference.set_attn_implementation(policy.config._attn_implementation)
 
@@ -159,7 +164,8 @@ class PolicyLoss:
             self.processed_tokens += sum(len(row) for row in batch)
             sums.add(output, computed, inputs.mask_BS)
         for _ in range(passes - len(batches)):
-            backward(self._logprobs(self.policy, batches[-1]).logprobs_BS.sum() * 0.0)
+            idle = self._logprobs(self.policy, batches[-1], self.settings.prefix_gradient)
+            backward(idle.logprobs_BS.sum() * 0.0)
         return sums.metrics() | sums.mismatch.metrics(reduce)
 
     def _inputs(
@@ -171,7 +177,7 @@ class PolicyLoss:
         totals: Tensor,
         mismatch: Mismatch,
     ) -> tuple[LossInputs, TokenLogprobs]:
-        computed = self._logprobs(self.policy, batch)
+        computed = self._logprobs(self.policy, batch, self.settings.prefix_gradient)
         rows = computed.rows
         device = computed.logprobs_BS.device
         lengths_B = torch.tensor([lengths[r.group, r.member] for r in rows])
@@ -218,10 +224,22 @@ class PolicyLoss:
         limit = self.settings.micro_batch_tokens
         return micro_batches(shared_rows(rows, limit, self._row_cost), limit)
 
-    def _logprobs(self, model: PreTrainedModel, batch: Sequence[SharedRow]) -> TokenLogprobs:
-        settings, device = self.settings, self.policy.device
-        return token_logprobs(model, batch, settings.temperature, self.pad_id, device, self._full_logits)
+    def _logprobs(
+        self, model: PreTrainedModel, batch: Sequence[SharedRow], prefix_gradient: bool = True
+    ) -> TokenLogprobs:
+        return token_logprobs(
+            model, batch, self.settings.temperature, self.pad_id, self.policy.device, self._full_logits, prefix_gradient
+        )
 
     def _loss_length(self, groups: Sequence[Group], row: Row) -> int:
         finished = groups[row.group].completions[row.member].finished
         return 0 if self.settings.mask_truncated and not finished else row.scope_length
+
+
+def _without_trunk_gradient(cost: RowCost) -> RowCost:
+    if not cost.shares or cost.longest_shared is not None:
+        raise UpdateError(
+            "model.prefix_gradient=false computes prefixes apart from suffixes, which needs shared rows of any length; "
+            "this model does not allow them (its warning says why): leave prefix_gradient at true"
+        )
+    return replace(cost, trunk=1 / 3)  # a forward pass is a third of forward and backward

@@ -10,6 +10,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     MambaConfig,
@@ -21,12 +22,15 @@ from transformers import (
 )
 
 from rpo_lightning import output_head
+from rpo_lightning.advantages import group_advantages
+from rpo_lightning.errors import ConfigurationError, UpdateError
 from rpo_lightning.model_support import needs_full_logits, row_cost, sharing_obstacle
 from rpo_lightning.objectives import CISPO, DAPO, GRPO, GSPO, DrGRPO
-from rpo_lightning.rows import Row, RowCost, micro_batches, shared_rows
+from rpo_lightning.rows import Row, RowCost, micro_batches, rows_of, shared_rows
 from rpo_lightning.shared_attention import IMPLEMENTATION
 from rpo_lightning.update import PolicyLoss
 
+from .conftest import make_module
 from .test_logprobs import assert_same, groups, settings
 
 # The goal of the issue: every parameter's gradient in fp64.
@@ -63,6 +67,40 @@ def test_shared_rows_give_the_gradient_of_plain_rows(exact_policy, objective, sc
     split, metrics = gradient(exact_policy, objective, reference, scope=scope, micro_batch_tokens=14)
     assert metrics["tokens"] == 2 * 7 + 9 + 2 * 3 + 12
     assert_same(plain, split, GOAL)
+
+
+def test_without_prefix_gradient_only_the_prefix_keys_and_values_are_constants(exact_policy):
+    """Against the model itself, continuing a cache that was filled without gradient, one member at a time."""
+    batch = groups()
+    frozen, metrics = gradient(exact_policy, DAPO(), batch=batch, prefix_gradient=False)
+    exact, expected = gradient(exact_policy, DAPO(), batch=batch)
+    assert metrics["loss/total"] == pytest.approx(expected["loss/total"], abs=GOAL)
+    exact_policy.zero_grad()
+    rows = rows_of(batch, "suffix")
+    advantages = group_advantages([g.rewards for g in batch], "group")
+    for row in rows:
+        cache = DynamicCache(config=exact_policy.config)
+        with torch.no_grad():
+            exact_policy(torch.tensor([row.trunk_ids[:-1]]), past_key_values=cache)
+        logits = exact_policy(torch.tensor([row.trunk_ids[-1:] + row.suffix_ids]), past_key_values=cache).logits[0]
+        logprobs = logits[:-1].log_softmax(-1).gather(1, torch.tensor(row.suffix_ids)[:, None])
+        (-advantages[row.group][row.member] * logprobs.sum() / sum(r.scope_length for r in rows)).backward()
+    expected_gradient = {n: p.grad.clone() for n, p in exact_policy.named_parameters()}
+    assert_same(expected_gradient, frozen, GOAL)
+    assert max((frozen[n] - exact[n]).abs().max() for n in exact) > 1e-4  # it is another gradient
+    split, _ = gradient(exact_policy, DAPO(), batch=batch, prefix_gradient=False, micro_batch_tokens=14)
+    assert_same(frozen, split, GOAL)
+    exact_policy.gradient_checkpointing_enable({"use_reentrant": False})
+    exact_policy.train()
+    assert_same(frozen, gradient(exact_policy, DAPO(), batch=batch, prefix_gradient=False)[0], GOAL)
+
+
+def test_prefixes_without_gradient_need_shared_rows(caplog):
+    recurrent = tiny(MambaForCausalLM, MambaConfig, state_size=4)
+    with pytest.raises(UpdateError, match="prefix_gradient"):
+        PolicyLoss(recurrent, None, DAPO(), settings(prefix_gradient=False), pad_id=0)
+    with pytest.raises(ConfigurationError, match="loss_scope=suffix"):
+        make_module(prefix_gradient=False, loss_scope="response")
 
 
 def test_old_log_probs_come_from_shared_rows_too(exact_policy):
@@ -115,11 +153,25 @@ def members_per_row(shared) -> list[int]:
 
 
 def test_members_share_a_row_where_the_cost_says_so():
-    cost = RowCost(attention=1e-3)
+    cost = RowCost(attention=1e-3, branch=0.1)
     assert members_per_row(shared_rows(rows(1024, [64] * 6), 10**6, cost)) == [6]
     assert members_per_row(shared_rows(rows(16, [512] * 6), 10**6, cost)) == [1] * 6
+    assert members_per_row(shared_rows(rows(16, [64, 2000]), 10**6, cost)) == [1, 1]
     assert members_per_row(shared_rows(rows(1024, [64] * 6), 10**6, RowCost(shares=False))) == [1] * 6
     assert members_per_row(shared_rows(rows(100, [20] * 4), 10**6, RowCost(longest_shared=119))) == [1] * 4
+
+
+def test_branches_cost_a_small_model_more_than_a_large_one(policy):
+    small = row_cost(policy, shares=True, full_logits=False)
+    large = row_cost(
+        tiny(MistralForCausalLM, MistralConfig, **{**ATTENTION, "hidden_size": 256, "intermediate_size": 1024}),
+        shares=True, full_logits=False,
+    )  # fmt: skip
+    assert 0.1 < small.branch < 0.3
+    assert large.branch < small.branch / 2
+    # What benchmarks/update_phase.py measured on the embedded reasoner: a gain, and a loss.
+    assert members_per_row(shared_rows(rows(182, [100] * 8), 10**6, small)) == [8]
+    assert members_per_row(shared_rows(rows(32, [190] * 8), 10**6, small)) == [1] * 8
 
 
 def test_a_group_longer_than_the_budget_is_split_by_suffixes():

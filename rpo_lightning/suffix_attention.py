@@ -1,0 +1,69 @@
+"""Attention of several suffixes to one trunk and to themselves, without a copy of the trunk for each.
+
+Attention to the trunk is computed for all suffixes at once, attention of each to itself separately, and the two
+are merged by their log-sum-exps, which is exact. So is the backward pass: given the merged output and
+log-sum-exp, each part's kernel computes its share of the gradient of the whole softmax.
+
+The CPU's flash kernels do that, grouped heads included. On other devices the caller takes ordinary masked attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class SuffixAttention(torch.autograd.Function):
+    """Causal attention of suffixes [G, heads, S, size] that all follow one trunk [1, heads, T, size]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, trunk_k: Tensor, trunk_v: Tensor, scale: float | None
+    ) -> Tensor:
+        """Output [G, heads, S, size].
+
+        Args:
+            ctx: What the backward pass needs.
+            q: Queries of the suffixes.
+            k: Their keys, of as many heads or a divisor of them.
+            v: Their values.
+            trunk_k: Keys of the trunk.
+            trunk_v: Its values.
+            scale: Factor of the scores; 1/√size if not given.
+        """
+        of_trunk, lse_of_trunk = _forward(_together(q), trunk_k, trunk_v, 0.0, False, scale=scale)
+        own, lse_of_own = _forward(q, k, v, 0.0, True, scale=scale)
+        of_trunk, lse_of_trunk = _apart(of_trunk, len(q)), _apart(lse_of_trunk, len(q))
+        lse = torch.logaddexp(lse_of_trunk, lse_of_own)
+        weights = (torch.exp(part - lse)[..., None] for part in (lse_of_trunk, lse_of_own))
+        output = sum(part * weight for part, weight in zip((of_trunk, own), weights, strict=True)).to(q.dtype)
+        ctx.save_for_backward(q, k, v, trunk_k, trunk_v, output, lse)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of queries, keys and values; the trunk's are summed over the suffixes."""
+        q, k, v, trunk_k, trunk_v, output, lse = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        q_of_trunk, k_grad, v_grad = _backward(
+            _together(gradient), _together(q), trunk_k, trunk_v, _together(output), _together(lse), 0.0, False,
+            scale=ctx.scale,
+        )  # fmt: skip
+        q_own, own_k_grad, own_v_grad = _backward(gradient, q, k, v, output, lse, 0.0, True, scale=ctx.scale)
+        return _apart(q_of_trunk, len(q)) + q_own, own_k_grad, own_v_grad, k_grad, v_grad, None
+
+
+def _together(x: Tensor) -> Tensor:
+    """[G, heads, S, …] as [1, heads, G·S, …]."""
+    return x.transpose(0, 1).flatten(1, 2)[None].contiguous()
+
+
+def _apart(x: Tensor, members: int) -> Tensor:
+    """The inverse of :func:`_together`."""
+    return x[0].unflatten(1, (members, -1)).transpose(0, 1)
