@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from rpo_lightning.errors import CacheError
 from rpo_lightning.records import Spans
 
 FORMAT_VERSION = 1
+# The "update" at which tokens that came from elsewhere were generated.
+IMPORTED_STEP = -1
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class CachedResponse:
         reward: The total reward it got.
         correct: Whether the verifier accepted it.
         finished: Whether it ended by itself.
-        spans: ``(step, count)`` runs: at which update its tokens were generated, in order.
+        spans: ``(step, count)`` runs: at which update its tokens were generated, in order; -1 for those that
+            came from elsewhere.
     """
 
     token_ids: np.ndarray
@@ -108,20 +111,26 @@ class ExperienceCache:
         Returns:
             ``entries`` and ``responses`` (counts), and over the responses: ``correct_share``, mean
             ``length``, mean ``age`` (updates since the newest tokens), and ``initial_token_share``,
-            the share of tokens that the starting policy generated.
+            the share of tokens that were there before the first update, from the starting policy or elsewhere.
         """
         responses = [e.response for e in self if e.response is not None]
         result = {"entries": float(len(self)), "responses": float(len(responses))}
         if responses:
             tokens = sum(len(r) for r in responses)
-            initial = sum(count for r in responses for made_at, count in r.spans if made_at == 0)
+            initial = sum(count for r in responses for made_at, count in r.spans if made_at <= 0)
             result |= {
                 "correct_share": sum(r.correct for r in responses) / len(responses),
                 "length": tokens / len(responses),
-                "age": sum(step - r.step for r in responses) / len(responses),
+                "age": sum(step - max(r.step, 0) for r in responses) / len(responses),
                 "initial_token_share": initial / max(tokens, 1),
             }
         return result
+
+    def forget_updates(self) -> None:
+        """Have all tokens come from elsewhere: update numbers of another run mean nothing in this one."""
+        for entry in self:
+            if entry.response is not None:
+                entry.response = replace(entry.response, spans=((IMPORTED_STEP, len(entry.response)),))
 
     # -- saving and loading ---------------------------------------------------------------------
 

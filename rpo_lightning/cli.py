@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from rpo_lightning.callbacks import (
     CompletionsCallback,
+    EvaluationResultsCallback,
     ExperienceCacheCallback,
     HuggingFaceExportCallback,
     PredictionsCallback,
@@ -36,6 +37,7 @@ class RPOCLI(LightningCLI):
         parser.add_lightning_class_args(HuggingFaceExportCallback, "export")
         parser.add_lightning_class_args(CompletionsCallback, "completions")
         parser.add_lightning_class_args(PredictionsCallback, "predictions")
+        parser.add_lightning_class_args(EvaluationResultsCallback, "results")
         parser.set_defaults({"trainer.log_every_n_steps": 1})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -49,21 +51,30 @@ class RPOCLI(LightningCLI):
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; errors that users can mend end it with one line and exit code 2."""
+    from rpo_lightning.tool_cli import COMMANDS
+
+    arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rpo_lightning").setLevel(logging.INFO)
     # Prompts are tokenised once and held in memory: loader workers would have nothing to do.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # A checkpoint is to hold the policy after its update, which is what Lightning warns of here.
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization.*")
+    # It fears that arguments are given twice; here they come from one place.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     # vLLM leaves a process group of one; what is logged over an epoch is synced anyway.
     warnings.filterwarnings("ignore", message="It is recommended to use `self.log.*sync_dist=True.*")
     try:
+        if arguments[:1] and arguments[0] in COMMANDS:
+            COMMANDS[arguments[0]](arguments[1:])
+            return
         RPOCLI(
             RPOModule,
             RPODataModule,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
+            parser_kwargs={"description": f"Lightning's commands; beside them: {', '.join(COMMANDS)}"},
             args=arguments,
         )
     except Exception as error:

@@ -13,18 +13,27 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, DistributedSampler
+from transformers import PreTrainedTokenizerBase
 
 from rpo_lightning.errors import ConfigurationError, DataError
 from rpo_lightning.prefixes import CachedPrefixes, full_path_request
 from rpo_lightning.prompts import PromptBuilder
 from rpo_lightning.records import Batch, Prompt, RolloutRequest
+from rpo_lightning.rewards.base import Verifier
 from rpo_lightning.seeds import run_seed
 from rpo_lightning.sources import DataSource, Row, as_source
 
 log = logging.getLogger(__name__)
 
 _MAX_MESSAGES = 5
+
+
+# What users write for a set of questions.
+Questions = str | DataSource | Sequence[Row]
+# Several sets by name, for evaluation.
+NamedQuestions = Questions | dict[str, str | DataSource]
 
 
 class RPODataModule(LightningDataModule):
@@ -35,8 +44,8 @@ class RPODataModule(LightningDataModule):
     Args:
         train: Training questions: a ``.jsonl`` or ``.parquet`` file, a Hugging Face data set name, a
             ``DataSource`` or rows. Empty means not set, here and below.
-        val: Questions for validation, answered without a prefix.
-        test: Questions for ``test``.
+        val: Questions for validation, answered without a prefix; several sets by name are reported one by one.
+        test: Questions for ``test``, likewise.
         predict: Questions for ``predict``.
         batch_size: Questions of one iteration, on each rank; a group of responses is sampled for each.
         eval_batch_size: Questions of one evaluation batch.
@@ -51,10 +60,10 @@ class RPODataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: str | DataSource | Sequence[Row] = "",
-        val: str | DataSource | Sequence[Row] = "",
-        test: str | DataSource | Sequence[Row] = "",
-        predict: str | DataSource | Sequence[Row] = "",
+        train: Questions = "",
+        val: NamedQuestions = "",
+        test: NamedQuestions = "",
+        predict: Questions = "",
         batch_size: int = 16,
         eval_batch_size: int = 64,
         max_prompt_tokens: int = 1024,
@@ -85,35 +94,68 @@ class RPODataModule(LightningDataModule):
         self.shuffle = shuffle
         self.prefixes: CachedPrefixes | None = None
         self.prompts: dict[str, list[Prompt]] = {}
+        self.unusable: dict[str, list[str]] = {}
 
     def setup(self, stage: str) -> None:
         """Read and tokenise the questions of a stage."""
+        stage = TrainerFn(stage).value
         for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
-            data = self.sources[split]
-            if not data or split in self.prompts:
-                continue
-            assert self.trainer is not None
-            module: Any = self.trainer.lightning_module
-            builder = PromptBuilder(
-                tokenizer=module.tokenizer,
-                verifier=module.grader.verifier,
-                max_prompt_tokens=self.max_prompt_tokens,
-                question_column=self.question_column,
-                answer_column=self.answer_column,
-                uid_column=self.uid_column,
-                system_prompt=self.system_prompt,
-                use_chat_template=self.use_chat_template,
+            for name in self._sets(split):
+                assert self.trainer is not None
+                module: Any = self.trainer.lightning_module
+                self.read(split, name, module.tokenizer, module.grader.verifier)
+
+    def _sets(self, split: str) -> dict[str, Questions]:
+        """The sets of a split by name; a single one has an empty name."""
+        data = self.sources[split]
+        if isinstance(data, dict):
+            return dict(data)
+        return {"": data} if data else {}
+
+    def read(self, split: str, name: str, tokenizer: PreTrainedTokenizerBase, verifier: Verifier) -> list[Prompt]:
+        """The prompts of a set, read once.
+
+        Args:
+            split: ``train``, ``val``, ``test`` or ``predict``.
+            name: Its name, empty where the split has but one set.
+            tokenizer: The policy's.
+            verifier: Says which gold answers can be used.
+
+        Raises:
+            DataError: The set is not given, or cannot be read.
+        """
+        key = set_key(split, name)
+        if key in self.prompts:
+            return self.prompts[key]
+        if name not in self._sets(split):
+            return self._prompts(key)
+        data = self._sets(split)[name]
+        builder = PromptBuilder(
+            tokenizer=tokenizer,
+            verifier=verifier,
+            max_prompt_tokens=self.max_prompt_tokens,
+            question_column=self.question_column,
+            answer_column=self.answer_column,
+            uid_column=self.uid_column,
+            system_prompt=self.system_prompt,
+            use_chat_template=self.use_chat_template,
+        )
+        source = as_source(data, split={"val": "test", "predict": "test"}.get(split, split))
+        self.prompts[key], report = builder.build(source)
+        self.unusable[key] = report.unusable
+        for message in report.unusable[:_MAX_MESSAGES]:
+            log.warning(message)
+        if report.unusable or report.overlong or report.duplicates:
+            log.warning(
+                f"{source!r}: {report.kept} questions kept; dropped {report.overlong} over "
+                f"{self.max_prompt_tokens} prompt tokens, {len(report.unusable)} without a usable question or gold "
+                f"answer, {report.duplicates} duplicates"
             )
-            source = as_source(data, split={"val": "test", "predict": "test"}.get(split, split))
-            self.prompts[split], report = builder.build(source)
-            for message in report.unverifiable[:_MAX_MESSAGES]:
-                log.warning(message)
-            if report.unverifiable or report.overlong or report.duplicates:
-                log.warning(
-                    f"{source!r}: {report.kept} questions kept; dropped {report.overlong} over "
-                    f"{self.max_prompt_tokens} prompt tokens, {len(report.unverifiable)} with an unusable gold answer, "
-                    f"{report.duplicates} duplicates"
-                )
+        return self.prompts[key]
+
+    def evaluation_names(self, split: str) -> list[str]:
+        """Names of the sets of ``val`` or ``test``, in the order of their loaders."""
+        return list(self._sets(split))
 
     @property
     def longest_prompt(self) -> int:
@@ -146,13 +188,13 @@ class RPODataModule(LightningDataModule):
             collate_fn=Batch,
         )
 
-    def val_dataloader(self) -> DataLoader[Prompt] | list[Any]:
-        """Batches of validation prompts, or nothing to validate on."""
-        return self._eval_loader("val") if self.sources["val"] else []
+    def val_dataloader(self) -> list[DataLoader[Prompt]]:
+        """Batches of validation prompts, a loader a set; none if there is nothing to validate on."""
+        return [self._eval_loader(set_key("val", name)) for name in self._sets("val")]
 
-    def test_dataloader(self) -> DataLoader[Prompt]:
-        """Batches of test prompts."""
-        return self._eval_loader("test")
+    def test_dataloader(self) -> list[DataLoader[Prompt]]:
+        """Batches of test prompts, a loader a set."""
+        return [self._eval_loader(set_key("test", name)) for name in self._sets("test")] or [self._eval_loader("test")]
 
     def predict_dataloader(self) -> DataLoader[Prompt]:
         """Batches of prompts to answer."""
@@ -174,6 +216,11 @@ class RPODataModule(LightningDataModule):
         if split not in self.prompts:
             raise DataError(f"data.{split} is not set: give it a file, a data set name or a data source")
         return self.prompts[split]
+
+
+def set_key(split: str, name: str) -> str:
+    """Key of a set of questions: its split, and its name if it has one."""
+    return f"{split}/{name}" if name else split
 
 
 class ResumableLoader(DataLoader[Prompt]):

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.engines.base import EngineContext, RolloutEngine, Sampling
 from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.evaluation import Evaluation
 from rpo_lightning.policies import load_policy, load_tokenizer, save_policy
 from rpo_lightning.records import Batch, Group, RolloutRequest
 from rpo_lightning.rewards import Grader
-from rpo_lightning.rollouts import evaluation_metrics, generate, score
+from rpo_lightning.rollouts import generate, score
 from rpo_lightning.seeds import SeedPurpose, derive_seed, run_seed
 from rpo_lightning.timing import PhaseTimer
 
@@ -36,6 +37,10 @@ class PolicyModule(LightningModule):
         max_response_tokens: Limit of a whole response, kept prefix included.
         eval_sampling: How evaluation answers are drawn.
         eval_samples: Answers per question in evaluation.
+
+    Attributes:
+        evaluations: What was answered in the current or last evaluation, a set of questions each.
+        answered: The groups of the last ``predict`` step.
     """
 
     def __init__(
@@ -62,6 +67,8 @@ class PolicyModule(LightningModule):
         self.eval_samples = eval_samples
         self.timer = PhaseTimer()
         self.policy_version = 0
+        self.evaluations: list[Evaluation] = []
+        self.answered: list[Group] = []
         self._policy_source = policy
 
     def configure_model(self) -> None:
@@ -113,30 +120,64 @@ class PolicyModule(LightningModule):
 
     # -- evaluation: always without a prefix -----------------------------------------------------
 
-    def validation_step(self, requests: Batch[RolloutRequest], batch_idx: int) -> None:
-        """Answer validation questions from scratch."""
-        self._evaluate("val", requests, batch_idx)
+    def on_validation_epoch_start(self) -> None:
+        """Forget earlier answers."""
+        self.evaluations = self._new_evaluations("val")
 
-    def test_step(self, requests: Batch[RolloutRequest], batch_idx: int) -> None:
+    def on_test_epoch_start(self) -> None:
+        """Forget earlier answers."""
+        self.evaluations = self._new_evaluations("test")
+
+    def validation_step(self, requests: Batch[RolloutRequest], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Answer validation questions from scratch."""
+        self._evaluate(requests, batch_idx, dataloader_idx)
+
+    def test_step(self, requests: Batch[RolloutRequest], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Answer test questions from scratch."""
-        self._evaluate("test", requests, batch_idx)
+        self._evaluate(requests, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what came out."""
+        self._log_evaluations("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log what came out."""
+        self._log_evaluations("test")
 
     def predict_step(self, requests: Batch[RolloutRequest], batch_idx: int) -> list[dict[str, Any]]:
         """Answer questions; one record an answer, with its verdict."""
-        groups = self._answer(requests, batch_idx)
+        self.answered = groups = self._answer(requests, batch_idx)
+        self.timer.take()
         return [{"uid": g.request.prompt.uid, **asdict(sample)} for g in groups for sample in g.samples]
 
     def _answer(self, requests: Batch[RolloutRequest], batch_idx: int) -> list[Group]:
         require_requests(requests)
         # The same seed at every evaluation: differences are the policy's.
         seed = derive_seed(SeedPurpose.EVALUATION, self.global_rank, batch_idx)
-        groups = self.roll_out(requests, self.eval_samples, self.eval_sampling, seed)
-        self.timer.take()  # the phases that are logged are those of training
-        return groups
+        return self.roll_out(requests, self.eval_samples, self.eval_sampling, seed)
 
-    def _evaluate(self, stage: str, requests: Batch[RolloutRequest], batch_idx: int) -> None:
-        metrics = evaluation_metrics(self._answer(requests, batch_idx), stage)
-        self.log_dict(metrics, batch_size=len(requests), on_epoch=True, prog_bar=True, sync_dist=True)
+    def _new_evaluations(self, split: str) -> list[Evaluation]:
+        names = getattr(getattr(self.trainer, "datamodule", None), "evaluation_names", lambda _: [""])(split)
+        votes = self.grader.verifier.finds_answers
+        return [Evaluation(name, self.eval_samples, votes, self.device) for name in names]
+
+    def _evaluate(self, requests: Batch[RolloutRequest], batch_idx: int, dataloader_idx: int) -> None:
+        groups = self._answer(requests, batch_idx)
+        classes = None
+        if self.eval_samples > 1 and self.grader.verifier.finds_answers:
+            classes = self.grader.answer_classes([g.samples for g in groups])
+        self.timer.take()  # the phases that are logged are those of training
+        self.evaluations[dataloader_idx].add(groups, classes)
+
+    def _log_evaluations(self, stage: str) -> None:
+        """Log every metric of every set, and their means over sets where there are several."""
+        means = {e.name: e.means() for e in self.evaluations if e.rows}
+        if not means:
+            return
+        first = next(iter(means.values()))
+        metrics = {k: sum(m[k] for m in means.values()) / len(means) for k in first}
+        metrics |= {f"{name}/{k}": value for name, m in means.items() if name for k, value in m.items()}
+        self.log_dict({f"{stage}/{k}": value for k, value in metrics.items()}, prog_bar=len(means) == 1)
 
     def save_pretrained(self, folder: str) -> None:
         """Save the policy as an ordinary Hugging Face folder."""

@@ -65,7 +65,7 @@ class CachedPrefixes:
         if entry is None or entry.response is None or entry.restart:
             return full_path_request(prompt, self.response_limit)
         response = entry.response
-        kept = self.cut.kept_tokens(entry, response, _generator(SeedPurpose.CUT, prompt.uid, entry.visits))
+        kept = self.cut.kept_tokens(entry, response, question_generator(SeedPurpose.CUT, prompt.uid, entry.visits))
         kept = min(kept, len(response) - 1, self.response_limit - 1)
         if kept <= 0:
             return full_path_request(prompt, self.response_limit)
@@ -89,7 +89,7 @@ class CachedPrefixes:
         request = group.request
         entry = self.cache.entry(request.prompt.uid)
         chosen = self.refresh.choose(
-            group, self._candidates(group), _generator(SeedPurpose.REFRESH, entry.uid, entry.visits)
+            group, self._candidates(group), question_generator(SeedPurpose.REFRESH, entry.uid, entry.visits)
         )
         if chosen is not None:
             entry.response = cached_response(group, chosen)
@@ -108,20 +108,27 @@ class CachedPrefixes:
 
     def initialise(self, group: Group) -> None:
         """Fill an entry from a group of the starting policy: its best candidate (eq. 1)."""
+        response = initial_response(group, self.keep_unfinished)
         entry = self.cache.entry(group.request.prompt.uid)
-        candidates = self._candidates(group)
-        if candidates:
-            top = max(group.rewards[i] for i in candidates)
-            rng = _generator(SeedPurpose.INITIAL_CHOICE, entry.uid, entry.visits)
-            entry.response = cached_response(group, int(rng.choice([i for i in candidates if group.rewards[i] == top])))
+        entry.response = response or entry.response
 
     def _candidates(self, group: Group) -> list[int]:
-        return [i for i, c in enumerate(group.completions) if c.finished or self.keep_unfinished]
+        return _candidates(group, self.keep_unfinished)
 
 
 def full_path_request(prompt: Prompt, response_limit: int) -> RolloutRequest:
     """A request for a whole response: what GRPO and DAPO ask without RPO."""
     return RolloutRequest(prompt=prompt, max_new_tokens=response_limit)
+
+
+def initial_response(group: Group, keep_unfinished: bool) -> CachedResponse | None:
+    """The best candidate of a group, drawn among equals; ``None`` if there is none."""
+    candidates = _candidates(group, keep_unfinished)
+    if not candidates:
+        return None
+    top = max(group.rewards[i] for i in candidates)
+    rng = question_generator(SeedPurpose.INITIAL_CHOICE, group.request.prompt.uid, 0)
+    return cached_response(group, int(rng.choice([i for i in candidates if group.rewards[i] == top])))
 
 
 def cached_response(group: Group, member: int) -> CachedResponse:
@@ -136,6 +143,11 @@ def cached_response(group: Group, member: int) -> CachedResponse:
     )
 
 
-def _generator(purpose: SeedPurpose, uid: str, visit: int) -> np.random.Generator:
+def question_generator(purpose: SeedPurpose, uid: str, visit: int) -> np.random.Generator:
+    """The generator of the run for a visit of a question."""
     digest = hashlib.blake2b(uid.encode(), digest_size=8).digest()
     return derive_generator(purpose, int.from_bytes(digest, "big"), visit)
+
+
+def _candidates(group: Group, keep_unfinished: bool) -> list[int]:
+    return [i for i, c in enumerate(group.completions) if c.finished or keep_unfinished]

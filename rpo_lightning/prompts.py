@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rpo_lightning.errors import DataError
-from rpo_lightning.records import Prompt
+from rpo_lightning.records import GoldAnswer, Prompt
 from rpo_lightning.rewards.base import Verifier
 from rpo_lightning.sources import DataSource
 
 QUESTION_COLUMNS = ("problem", "question", "prompt")
-ANSWER_COLUMNS = ("answer", "solution")
+ANSWER_COLUMNS = ("answer", "final_answer", "solution")
+TOLERANCE_COLUMN = "error"
 
 
 @dataclass
@@ -26,13 +28,13 @@ class LoadReport:
         kept: Prompts that are used.
         overlong: Prompts dropped because they exceed the limit.
         duplicates: Rows dropped because their uid had been seen.
-        unverifiable: One message for each row dropped because its gold answer cannot be compared with.
+        unusable: One message for each row dropped because its question or gold answer is missing or cannot be used.
     """
 
     kept: int = 0
     overlong: int = 0
     duplicates: int = 0
-    unverifiable: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
 
 
 class PromptBuilder:
@@ -80,19 +82,26 @@ class PromptBuilder:
         """Read a source to its end.
 
         Raises:
-            DataError: Unknown column, a row without question or answer, or nothing left to use.
+            DataError: Unknown column, or nothing left to use.
         """
         report = LoadReport()
         prompts: dict[str, Prompt] = {}
         for number, row in enumerate(source.rows(), start=1):
             where = f"{source!r}, row {number}"
             question = self._value(row, self.question_column, QUESTION_COLUMNS, "question", where)
-            answer = gold_answer(str(self._value(row, self.answer_column, ANSWER_COLUMNS, "answer", where)))
+            value = self._value(row, self.answer_column, ANSWER_COLUMNS, "answer", where)
+            if _is_empty(question) or _is_empty(value):
+                what = "question" if _is_empty(question) else "gold answer"
+                report.unusable.append(f"{where}: dropped, its {what} is empty")
+                continue
+            try:
+                answer = gold_answer(value, row.get(TOLERANCE_COLUMN))
+            except ValueError as error:
+                report.unusable.append(f"{where}: dropped, {error}")
+                continue
             problem = self.verifier.gold_problem(answer)
             if problem is not None:
-                report.unverifiable.append(
-                    f"{where}: dropped, the gold answer {answer[:60]!r} cannot be used: {problem}"
-                )
+                report.unusable.append(f"{where}: dropped, the gold answer {answer[:60]!r} cannot be used: {problem}")
                 continue
             text, token_ids = self._tokenise(question)
             if len(token_ids) > self.max_prompt_tokens:
@@ -107,7 +116,8 @@ class PromptBuilder:
         if not prompts:
             raise DataError(
                 f"{source!r}: no usable question in it ({report.overlong} over max_prompt_tokens="
-                f"{self.max_prompt_tokens}, {len(report.unverifiable)} with an unusable gold answer)"
+                f"{self.max_prompt_tokens}, {len(report.unusable)} without a usable question or gold answer)"
+                + "".join(f"; {message}" for message in report.unusable[:1])
             )
         return list(prompts.values()), report
 
@@ -119,8 +129,6 @@ class PromptBuilder:
                 f"{where}: no column {' or '.join(repr(n) for n in names)} for the {what}; it has "
                 f"{', '.join(sorted(row)) or 'none'}: set data.{what}_column"
             )
-        if row[name] is None or row[name] == "" or row[name] == []:
-            raise DataError(f"{where}: column {name!r} is empty")
         return row[name]
 
     def _tokenise(self, question: Any) -> tuple[str, list[int]]:
@@ -142,7 +150,50 @@ class PromptBuilder:
         return str(row[self.uid_column])
 
 
-def gold_answer(text: str) -> str:
-    """The final answer of a gold solution: what follows GSM8K's ``####``, else the text itself."""
+def gold_answer(value: Any, tolerance: Any = None) -> GoldAnswer:
+    r"""A gold answer in the shapes that data sets are published in.
+
+    Args:
+        value: A number; a list of parts; or text, of which the content of the last ``\boxed{}`` is taken if there
+            is one, else what follows GSM8K's ``####``, else all of it.
+        tolerance: How far numbers may be from it: a number, or text such as ``1e-2`` or ``0.1,0.2`` (one a part).
+
+    Raises:
+        ValueError: The tolerance is no number.
+    """
+    parts = value if isinstance(value, list | tuple) else [value]
+    text = ", ".join(_answer_text(part) for part in parts)
+    if _is_empty(tolerance):
+        return GoldAnswer(text)
+    try:
+        return GoldAnswer(text, tuple(float(t) for t in str(tolerance).split(",")))
+    except ValueError as error:
+        raise ValueError(f"its {TOLERANCE_COLUMN} {str(tolerance)[:40]!r} is no tolerance") from error
+
+
+def _answer_text(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    text = str(value)
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return boxed
     _, marker, final = text.rpartition("####")
     return final.strip().replace(",", "") if marker else text.strip()
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last ``\boxed{}`` with balanced braces; ``None`` if there is none."""
+    start = text.rfind("\\boxed{")
+    depth = 0
+    for index in range(start + len("\\boxed"), len(text)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(text[index], 0)
+        if depth == 0:
+            return text[start + len("\\boxed{") : index].strip()
+    return None
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return not value or any(_is_empty(part) for part in value)
+    return value is None or str(value).strip() == "" or (isinstance(value, float) and math.isnan(value))

@@ -48,6 +48,25 @@ class Batch(Generic[T]):
         return self._items[index]
 
 
+class GoldAnswer(str):
+    """A gold answer as text, and how far numbers may be from it.
+
+    Args:
+        text: The answer; several parts are separated by commas.
+        tolerances: Absolute tolerance of each part, or one for all; empty means none.
+    """
+
+    tolerances: tuple[float, ...]
+
+    def __new__(cls, text: str, tolerances: tuple[float, ...] = ()) -> GoldAnswer:  # noqa: D102
+        answer = super().__new__(cls, text)
+        answer.tolerances = tolerances
+        return answer
+
+    def __getnewargs__(self) -> tuple[str, tuple[float, ...]]:  # type: ignore[override]
+        return str(self), self.tolerances
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A question as the policy sees it.
@@ -56,7 +75,7 @@ class Prompt:
         uid: Stable identifier: a content hash, or the value of a column of the data set.
         text: The question before the chat template, for logs and reward functions.
         token_ids: The tokenised prompt, chat template included.
-        answer: The gold answer that the verifier compares with.
+        answer: The gold answer that the verifier compares with, a :class:`GoldAnswer` where it was read from data.
     """
 
     uid: str

@@ -109,13 +109,3 @@ def rollout_tokens(groups: Sequence[Group]) -> dict[str, int]:
         "prefill": sum(len(g.request.prompt.token_ids) + len(g.request.prefix_ids) for g in groups),
         "decode": sum(len(c.token_ids) for g in groups for c in g.completions),
     }
-
-
-def evaluation_metrics(groups: Sequence[Group], stage: str) -> dict[str, float]:
-    """Accuracy, length and truncated share of answers given without a prefix."""
-    samples = [s for g in groups for s in g.samples]
-    return {
-        f"{stage}/accuracy": sum(s.is_correct for s in samples) / len(samples),
-        f"{stage}/response_tokens": sum(s.length for s in samples) / len(samples),
-        f"{stage}/truncated_share": sum(not s.finished for s in samples) / len(samples),
-    }

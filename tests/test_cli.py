@@ -59,7 +59,7 @@ def test_every_config_says_what_it_is_for_and_is_accepted(config, monkeypatch):
     # Everything but the policy itself, which lies on a hub, is instantiated.
     cli = parse(config, "--model.policy", "embedded:arithmetic-reasoner")
     cache = [c for c in cli.trainer.callbacks if isinstance(c, ExperienceCacheCallback)]
-    assert len(cache) == (0 if config.stem in ("grpo", "dapo") else 1)
+    assert len(cache) == (0 if config.stem in ("grpo", "dapo", "evaluate") else 1)
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo"])

@@ -73,7 +73,7 @@ def test_a_gold_answer_that_cannot_be_compared_drops_its_row_and_names_it(tokeni
     rows = [{"question": "1", "answer": "4"}, {"question": "2", "answer": "####"}]
     prompts, report = build(rows, tokenizer, MathVerifier())
     assert len(prompts) == 1
-    assert "row 2" in report.unverifiable[0]
+    assert "row 2" in report.unusable[0]
 
 
 def test_nothing_usable_is_an_error(tokenizer):
@@ -124,7 +124,7 @@ def test_a_hugging_face_data_set_is_read_by_datasets(tmp_path):
         ('{"question": "1", "answer": "2"}\n{"question": \n', r"line 2: malformed JSON"),
         ("[1, 2]\n", r"line 1: expected a JSON object, found list"),
         ("", r"no usable question"),
-        ('{"question": "1", "answer": null}\n', r"row 1: column 'answer' is empty"),
+        ('{"question": "1", "answer": null}\n', r"row 1: dropped, its gold answer is empty"),
     ],
 )
 def test_bad_files_name_file_and_line(tmp_path, tokenizer, content, message):
@@ -145,7 +145,7 @@ def test_every_gsm8k_answer_can_be_verified(tokenizer):
     builder = PromptBuilder(tokenizer, MathVerifier(), 10_000)
     prompts, report = builder.build(JsonLines(str(GSM8K)))
     assert len(prompts) == 1319
-    assert report.unverifiable == []
+    assert report.unusable == []
     assert prompts[0].answer == "18"
 
 

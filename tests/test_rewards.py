@@ -132,7 +132,7 @@ def fail(prompt: str, response: str, answer: str) -> float:
 def test_a_call_over_the_limit_or_in_a_crashed_process_is_killed_scored_zero_and_counted():
     pool = GradingPool(workers=2, timeout_seconds=1.0)
     try:
-        values = pool.map(hang_on_two, [("q", r, "a") for r in ("1", "2", "crash", "3")])
+        values = pool.numbers(hang_on_two, [("q", r, "a") for r in ("1", "2", "crash", "3")])
     finally:
         pool.close()
     assert values == [1.0, 0.0, 0.0, 3.0]
@@ -142,7 +142,7 @@ def test_a_call_over_the_limit_or_in_a_crashed_process_is_killed_scored_zero_and
 def test_an_exception_in_a_users_function_ends_with_its_name_and_cause():
     pool = GradingPool()
     with pytest.raises(RewardError, match=r"fail raised KeyError: 'no such thing'"):
-        pool.map(fail, [("q", "r", "a")])
+        pool.numbers(fail, [("q", "r", "a")])
 
 
 def test_a_users_function_is_called_by_its_import_path(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
-"""Callbacks: experience cache, weight sync, completions, export, predictions, run summary."""
+"""Callbacks: experience cache, weight sync, completions, export, predictions, evaluation results, run summary."""
 
 from rpo_lightning.callbacks.completions import CompletionsCallback
+from rpo_lightning.callbacks.evaluation_results import EvaluationResultsCallback
 from rpo_lightning.callbacks.experience_cache import ExperienceCacheCallback
 from rpo_lightning.callbacks.export import HuggingFaceExportCallback
 from rpo_lightning.callbacks.predictions import PredictionsCallback
@@ -9,6 +10,7 @@ from rpo_lightning.callbacks.weight_sync import WeightSyncCallback
 
 __all__ = [
     "CompletionsCallback",
+    "EvaluationResultsCallback",
     "ExperienceCacheCallback",
     "HuggingFaceExportCallback",
     "PredictionsCallback",

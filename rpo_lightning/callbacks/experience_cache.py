@@ -49,7 +49,8 @@ class ExperienceCacheCallback(Callback):
         on_failure: After a group without a correct member, ``keep`` cutting its entry (paper) or
             ``restart`` the question without a prefix.
         keep_unfinished: Whether responses that ran out of budget may be cached.
-        path: A cache file to start from; with eager initialisation only what it lacks is sampled.
+        path: A cache file to start from, of whatever model with this tokenizer; with eager initialisation only what
+            it lacks is sampled.
 
     Attributes:
         initialisation_tokens: Tokens decoded by the initialisation pass.
@@ -126,6 +127,7 @@ class ExperienceCacheCallback(Callback):
             )
             if self.path is not None:
                 self.cache.load(self.path)
+                self.cache.forget_updates()
                 require_same_questions(self.cache, data.prompts["train"], self.path)
         data.prefixes = self._prefixes
 

@@ -8,5 +8,5 @@ from lightning.pytorch import Trainer
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The logger's folder, or ``default_root_dir`` where there is no logger."""
+    """The logger's folder, or ``default_root_dir`` where there is no logger. All ranks must ask for it together."""
     return Path(trainer.log_dir or trainer.default_root_dir)

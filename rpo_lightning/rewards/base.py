@@ -20,13 +20,39 @@ class Verifier(ABC):
 
     Attributes:
         isolated: Whether :meth:`verify` may hang or crash and so runs in a worker process.
+        finds_answers: Whether :meth:`final_answer` and :meth:`same` are there, which majority votes need.
     """
 
     isolated: bool = True
+    finds_answers: bool = False
 
     @abstractmethod
     def verify(self, prompt: str, response: str, answer: str) -> float:
         """Verdict in [0, 1]; 1 is right. Must be picklable where ``isolated`` is true."""
+
+    def final_answer(self, response: str) -> str | None:
+        """The final answer in a response; ``None`` if there is none."""
+        raise NotImplementedError
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two final answers are equivalent."""
+        raise NotImplementedError
+
+    def answer_classes(self, *responses: str) -> list[int]:
+        """Number the answers to one question: equivalent ones get equal numbers, a missing one -1."""
+        representatives: list[str] = []
+        classes = []
+        for response in responses:
+            answer = self.final_answer(response)
+            if answer is None:
+                classes.append(-1)
+                continue
+            known = next((i for i, other in enumerate(representatives) if self.same(other, answer)), None)
+            if known is None:
+                known = len(representatives)
+                representatives.append(answer)
+            classes.append(known)
+        return classes
 
     def gold_problem(self, answer: str) -> str | None:
         """Why a gold answer cannot be compared with, or ``None`` if it can."""

@@ -58,5 +58,5 @@ class FunctionReward(Reward):
 
     def score_groups(self, groups: Sequence[Sequence[Sample]], pool: GradingPool) -> list[list[float]]:
         """The function's values, computed in killable workers."""
-        values = iter(pool.map(self._call, [(s.prompt, s.response, s.answer) for group in groups for s in group]))
+        values = iter(pool.numbers(self._call, [(s.prompt, s.response, s.answer) for group in groups for s in group]))
         return [[next(values) for _ in group] for group in groups]

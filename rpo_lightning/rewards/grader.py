@@ -50,10 +50,18 @@ class Grader:
         """The samples with the verifier's verdicts."""
         calls = [(s.prompt, s.response, s.answer) for s in samples]
         if self.verifier.isolated:
-            verdicts = self.pool.map(self.verifier.verify, calls)
+            verdicts = self.pool.numbers(self.verifier.verify, calls)
         else:
             verdicts = [self.verifier.verify(*call) for call in calls]
         return [replace(s, correct=verdict) for s, verdict in zip(samples, verdicts, strict=True)]
+
+    def answer_classes(self, groups: Sequence[Sequence[Sample]]) -> list[list[int]]:
+        """Equal numbers for equivalent answers of a question, -1 for none; all -1 where telling took too long."""
+        calls = [tuple(s.response for s in group) for group in groups]
+        if not self.verifier.isolated:
+            return [self.verifier.answer_classes(*call) for call in calls]
+        found = self.pool.map(self.verifier.answer_classes, calls)
+        return [[-1] * len(call) if classes is None else classes for call, classes in zip(calls, found, strict=True)]
 
     def grade(self, groups: Sequence[Sequence[Sample]]) -> list[GradedGroup]:
         """Verdicts and rewards of several groups."""

@@ -11,11 +11,13 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as GradingTimeout
-from typing import Any
+from typing import Any, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
 from rpo_lightning.errors import ConfigurationError, RewardError
+
+T = TypeVar("T")
 
 
 class GradingPool:
@@ -40,7 +42,7 @@ class GradingPool:
         self.killed = 0
         self._pool: ProcessPool | None = None
 
-    def map(self, function: Callable[..., float], calls: Sequence[tuple[Any, ...]]) -> list[float]:
+    def numbers(self, function: Callable[..., float], calls: Sequence[tuple[Any, ...]]) -> list[float]:
         """Call ``function`` with each tuple of arguments.
 
         Returns:
@@ -49,20 +51,34 @@ class GradingPool:
         Raises:
             RewardError: The function raised or did not return a number.
         """
+        results = self.map(function, calls)
+        try:
+            return [0.0 if result is None else float(result) for result in results]
+        except (TypeError, ValueError) as error:
+            raise _failure(function, error) from error
+
+    def map(self, function: Callable[..., T], calls: Sequence[tuple[Any, ...]]) -> list[T | None]:
+        """Call ``function`` with each tuple of arguments.
+
+        Returns:
+            The results in order, ``None`` for calls that were killed.
+
+        Raises:
+            RewardError: The function raised.
+        """
         if self._pool is None:
             self._pool = ProcessPool(max_workers=self.workers, context=multiprocessing.get_context("fork"))
         futures = [self._pool.schedule(function, args=call, timeout=self.timeout_seconds) for call in calls]
-        results = []
+        results: list[T | None] = []
         for future in futures:
             try:
-                results.append(float(future.result()))
+                results.append(future.result())
             except (GradingTimeout, ProcessExpired):
                 self.killed += 1
-                results.append(0.0)
+                results.append(None)
             except Exception as error:
                 self.close()
-                name = getattr(function, "__qualname__", repr(function))
-                raise RewardError(f"{name} raised {type(error).__name__}: {error}") from error
+                raise _failure(function, error) from error
         return results
 
     def close(self) -> None:
@@ -74,3 +90,8 @@ class GradingPool:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}
+
+
+def _failure(function: Callable[..., Any], error: Exception) -> RewardError:
+    name = getattr(function, "__qualname__", repr(function))
+    return RewardError(f"{name} raised {type(error).__name__}: {error}")

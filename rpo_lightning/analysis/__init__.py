@@ -1,0 +1,1 @@
+"""What each part of a reasoning path does, and what a run did: segment analysis and reports."""

@@ -1,0 +1,241 @@
+"""``rpo-lightning cache …``: build, export, import, show and count experience caches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tqdm.auto import tqdm
+
+from rpo_lightning.cache import CachedResponse, CacheEntry, ExperienceCache
+from rpo_lightning.cache_exchange import exported_rows, import_responses, write_rows
+from rpo_lightning.callbacks.evaluation_results import gather_rows
+from rpo_lightning.callbacks.experience_cache import tokenizer_fingerprint
+from rpo_lightning.cuts import CutStrategy, FractionOfShortestCut
+from rpo_lightning.data import RPODataModule
+from rpo_lightning.errors import CacheError
+from rpo_lightning.policies import load_tokenizer
+from rpo_lightning.policy_module import PolicyModule
+from rpo_lightning.prefixes import initial_response, question_generator
+from rpo_lightning.prompts import QUESTION_COLUMNS
+from rpo_lightning.rollouts import decode
+from rpo_lightning.seeds import SeedPurpose
+from rpo_lightning.sources import as_source
+
+# How many tokens make an opening.
+OPENING_TOKENS = 16
+
+
+class BuildCacheCallback(Callback):
+    """Makes a cache of the best answers that ``predict`` samples to the training questions.
+
+    Args:
+        out: The cache file.
+        keep_unfinished: Whether answers that ran out of budget may be cached.
+    """
+
+    def __init__(self, out: str = "cache.parquet", keep_unfinished: bool = False) -> None:
+        self.out = out
+        self.keep_unfinished = keep_unfinished
+        self._found: list[dict[str, Any]] = []
+        self._tokens = 0
+        self._progress: Any = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a progress bar."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        total = -(-len(data.prompts["predict"]) // trainer.world_size)
+        disable = None if trainer.is_global_zero else True
+        self._progress = tqdm(total=total, desc="building the cache", unit="question", disable=disable)
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Choose the best answers of a batch."""
+        module: Any = pl_module
+        for group in module.answered:
+            uid = group.request.prompt.uid
+            self._found.append({"uid": uid, "response": initial_response(group, self.keep_unfinished)})
+            self._tokens += sum(group.lengths)
+        self._progress.update(len(module.answered))
+        self._progress.set_postfix({"tokens/s": round(self._tokens / max(self._progress.format_dict["elapsed"], 1e-9))})
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the cache."""
+        self._progress.close()
+        found = gather_rows(self._found, ("uid",))
+        if not trainer.is_global_zero:
+            return
+        module: Any = pl_module
+        cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer))
+        for row in found:
+            cache.entry(row["uid"]).response = row["response"]
+        cache.save(self.out)
+        print(_summary(cache, self.out))
+
+
+@dataclass
+class ExportSettings:
+    """Write a cache as a table with text.
+
+    Attributes:
+        path: The cache file.
+        out: A ``.parquet`` or ``.jsonl`` file, or a folder for ``datasets.load_from_disk``.
+    """
+
+    path: str
+    out: str
+
+
+@dataclass
+class ImportSettings:
+    """Make a cache of responses from elsewhere: an exported cache, or questions with solutions.
+
+    Attributes:
+        path: ``.jsonl``, ``.parquet``, or a Hugging Face name. Rows are matched with the training questions by their
+            ``uid``, or else by the question's text.
+        out: The cache file.
+        response_column: Column of the response's text.
+        question_column: Column of the question; ``problem``, ``question`` or ``prompt`` if not given.
+    """
+
+    path: str
+    out: str = "cache.parquet"
+    response_column: str = "response"
+    question_column: str | None = None
+
+
+def export(settings: ExportSettings, module: PolicyModule, data: RPODataModule) -> None:
+    """Write a cache with the texts of its questions and responses."""
+    cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer))
+    cache.load(settings.path)
+    prompts = data.read("train", "", module.tokenizer, module.grader.verifier)
+    rows = list(exported_rows(cache, module.tokenizer, {p.uid: p for p in prompts}))
+    if not rows:
+        raise CacheError(f"{settings.path}: holds no responses, so there is nothing to export")
+    write_rows(rows, settings.out)
+    print(f"{len(rows)} responses written to {settings.out}")
+
+
+def import_(settings: ImportSettings, module: PolicyModule, data: RPODataModule) -> None:
+    """Make a cache of responses from elsewhere."""
+    cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer))
+    prompts = data.read("train", "", module.tokenizer, module.grader.verifier)
+    source = as_source(settings.path, split="train")
+    columns = [settings.question_column] if settings.question_column else list(QUESTION_COLUMNS)
+    try:
+        report = import_responses(
+            cache, prompts, tqdm(source.rows(), desc="reading", unit="row", disable=None),
+            (columns, settings.response_column), module.tokenizer, module.grader, repr(source),
+        )  # fmt: skip
+    finally:
+        module.grader.pool.close()
+    if not report.responses:
+        raise CacheError(f"{source!r}: none of its rows is about one of the {len(prompts)} training questions")
+    cache.save(settings.out)
+    print(f"{report.matched} rows used, {report.unmatched} about no training question")
+    print(_summary(cache, settings.out))
+
+
+def stats(path: str, tokenizer: str) -> None:
+    """Print statistics of a cache.
+
+    Args:
+        path: The cache file.
+        tokenizer: Folder or name of the policy whose tokenizer it was made with.
+    """
+    print(_summary(_load(path, tokenizer)[0], path))
+
+
+def show(
+    path: str,
+    tokenizer: str,
+    uid: str | None = None,
+    entries: int = 3,
+    cut: CutStrategy | None = None,
+) -> None:
+    """Print entries with the parts that a cut keeps and drops.
+
+    Args:
+        path: The cache file.
+        tokenizer: Folder or name of the policy whose tokenizer it was made with.
+        uid: The question; the first ones if not given.
+        entries: How many.
+        cut: The cut strategy, with the draws of a run of seed 0; the paper's ``FractionOfShortestCut`` if not given.
+    """
+    cache, loaded = _load(path, tokenizer)
+    filled = [e for e in cache if e.response is not None]
+    chosen = [e for e in filled if e.uid == uid] if uid else filled[:entries]
+    if not chosen:
+        raise CacheError(f"{path}: no response for question {uid!r}" if uid else f"{path}: holds no responses")
+    for entry in chosen:
+        print(_shown(entry, loaded, cut or FractionOfShortestCut()))
+
+
+def _load(path: str, tokenizer: str) -> tuple[ExperienceCache, Any]:
+    loaded = load_tokenizer(tokenizer)
+    cache = ExperienceCache(tokenizer_fingerprint(loaded))
+    cache.load(path)
+    return cache, loaded
+
+
+def _shown(entry: CacheEntry, tokenizer: Any, cut: CutStrategy) -> str:
+    response = entry.response
+    assert response is not None
+    rng = question_generator(SeedPurpose.CUT, entry.uid, entry.visits)
+    kept = max(min(cut.kept_tokens(entry, response, rng), len(response) - 1), 0)
+    ids = response.token_ids.tolist()
+    verdict = f"{'right' if response.correct else 'wrong'}, reward {response.reward:g}"
+    ended = "finished" if response.finished else "cut off by its budget"
+    origins = ", ".join(f"{count} at {_made_at(step)}" for step, count in response.spans)
+    return "\n".join(
+        [
+            f"question {entry.uid}: {verdict}, {ended}, {entry.visits} visits; {len(ids)} tokens: {origins}",
+            f"  kept ({kept}):  {decode(tokenizer, ids[:kept])}",
+            f"  cut ({len(ids) - kept}):   {decode(tokenizer, ids[kept:])}",
+            "",
+        ]
+    )
+
+
+def _made_at(step: int) -> str:
+    return "elsewhere" if step < 0 else f"update {step}"
+
+
+def _summary(cache: ExperienceCache, where: str) -> str:
+    responses = [e.response for e in cache if e.response is not None]
+    lines = [f"{where}: {len(cache)} questions, {len(responses)} with a response"]
+    if responses:
+        lines += _statistics(responses, [e.visits for e in cache])
+    return "\n".join(lines)
+
+
+def _statistics(responses: list[CachedResponse], visits: list[int]) -> list[str]:
+    lengths = np.array([len(r) for r in responses])
+    newest = max(r.step for r in responses)
+    tokens = Counter[str]()
+    for response in responses:
+        for step, count in response.spans:
+            tokens["elsewhere" if step < 0 else "start" if step == 0 else "updates"] += count
+    total = max(sum(tokens.values()), 1)
+    origin = ", ".join(
+        f"{tokens[key] / total:.1%} {text}"
+        for key, text in (
+            ("start", "by the starting policy"),
+            ("updates", "by later ones"),
+            ("elsewhere", "elsewhere"),
+        )
+    )
+    openings = len({tuple(r.token_ids[:OPENING_TOKENS].tolist()) for r in responses})
+    quantiles = ", ".join(f"{q:.0f}" for q in np.percentile(lengths, [0, 25, 50, 75, 100]))
+    age = np.array([newest - r.step for r in responses])
+    return [
+        f"right                 {sum(r.correct for r in responses) / len(responses):.1%}",
+        f"finished              {sum(r.finished for r in responses) / len(responses):.1%}",
+        f"tokens                {lengths.mean():.1f} on average; quartiles {quantiles}",
+        f"age                   {age.mean():.1f} updates on average, {age.max()} at most, up to update {newest}",
+        f"tokens generated      {origin}",
+        f"distinct openings     {openings} of {len(responses)} (first {OPENING_TOKENS} tokens)",
+        f"visits                {np.mean(visits):.1f} a question on average",
+    ]

@@ -1,0 +1,166 @@
+"""Experience caches as tables with text, for people and for other programs; and traces from elsewhere as caches.
+
+An exported row is readable (``response`` is text) and complete (``token_ids`` are there too), so that it can be
+imported again without drift: ids are taken as they are and must decode to the text. Where a row has
+text alone, a teacher's solution say, it is tokenised once, here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rpo_lightning.cache import IMPORTED_STEP, CachedResponse, ExperienceCache
+from rpo_lightning.errors import CacheError
+from rpo_lightning.records import Prompt, Sample
+from rpo_lightning.rewards import Grader
+from rpo_lightning.rollouts import decode
+
+
+def exported_rows(
+    cache: ExperienceCache, tokenizer: PreTrainedTokenizerBase, questions: Mapping[str, Prompt]
+) -> Iterator[dict[str, Any]]:
+    """The responses of a cache as rows.
+
+    Args:
+        cache: The cache.
+        tokenizer: Decodes token ids.
+        questions: Prompts by uid; question and answer are empty for uids that are not there.
+    """
+    for entry in cache:
+        if entry.response is None:
+            continue
+        prompt, response = questions.get(entry.uid), entry.response
+        ids = response.token_ids.tolist()
+        yield {
+            "uid": entry.uid,
+            "question": prompt.text if prompt else None,
+            "answer": str(prompt.answer) if prompt else None,
+            "response": decode(tokenizer, ids),
+            "token_ids": ids,
+            "tokens": len(ids),
+            "reward": response.reward,
+            "correct": response.correct,
+            "finished": response.finished,
+            "step": response.step,
+            "spans": [list(span) for span in response.spans],
+            "visits": entry.visits,
+        }
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], out: str | Path) -> None:
+    """Write rows to a ``.parquet`` or ``.jsonl`` file, or else as a ``datasets`` folder.
+
+    Raises:
+        CacheError: ``datasets`` is needed and not installed.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        partial = path.with_name(path.name + ".partial")
+        pq.write_table(pa.Table.from_pylist(list(rows)), partial)
+        partial.replace(path)
+        return
+    try:
+        from datasets import Dataset
+    except ImportError as error:
+        raise CacheError(f"{out}: needs 'pip install datasets'; a .parquet file does not") from error
+    dataset = Dataset.from_list([dict(row) for row in rows])
+    if path.suffix in (".jsonl", ".json"):
+        dataset.to_json(str(path))
+    else:
+        dataset.save_to_disk(str(path))
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What became of the rows of an import.
+
+    Attributes:
+        matched: Rows whose question is a training question.
+        unmatched: Rows whose question is none, or more than one.
+        responses: Questions that have a response now.
+    """
+
+    matched: int
+    unmatched: int
+    responses: int
+
+
+def import_responses(
+    cache: ExperienceCache,
+    prompts: Sequence[Prompt],
+    rows: Iterable[Mapping[str, Any]],
+    columns: tuple[Sequence[str], str],
+    tokenizer: PreTrainedTokenizerBase,
+    grader: Grader,
+    where: str,
+) -> ImportReport:
+    """Cache responses that were made elsewhere; the best of those that a question has.
+
+    Args:
+        cache: Takes the responses.
+        prompts: The questions, as the run that will use the cache reads them.
+        rows: Rows with a response each, and the ``uid`` or the text of its question.
+        columns: Columns that may hold the question, and the one that holds the response's text.
+        tokenizer: The policy's.
+        grader: Grades the responses.
+        where: Names the source in messages.
+
+    Raises:
+        CacheError: A row has no response, or token ids that are not this tokenizer's.
+    """
+    known = {p.uid: p for p in prompts}
+    texts = Counter(p.text for p in prompts)
+    by_text = {p.text: p for p in prompts if texts[p.text] == 1}
+    question_columns, response_column = columns
+    found: list[tuple[Prompt, list[int]]] = []
+    unmatched = 0
+    for number, row in enumerate(rows, start=1):
+        text = next((str(row[c]) for c in question_columns if row.get(c) is not None), "")
+        prompt = known.get(str(row.get("uid"))) or by_text.get(text)
+        if prompt is None:
+            unmatched += 1
+            continue
+        found.append((prompt, _token_ids(row, response_column, tokenizer, f"{where}, row {number}")))
+    for prompt, response in _graded(found, tokenizer, grader):
+        entry = cache.entry(prompt.uid)
+        if entry.response is None or entry.response.reward < response.reward:
+            entry.response = response
+    return ImportReport(len(found), unmatched, sum(e.response is not None for e in cache))
+
+
+def _graded(
+    found: Sequence[tuple[Prompt, list[int]]], tokenizer: PreTrainedTokenizerBase, grader: Grader
+) -> Iterator[tuple[Prompt, CachedResponse]]:
+    end = tokenizer.eos_token_id
+    groups = [[Sample(p.text, decode(tokenizer, i), p.answer, len(i), i[-1] == end)] for p, i in found]
+    for (prompt, ids), graded in zip(found, grader.grade(groups) if groups else [], strict=True):
+        sample, spans = graded.samples[0], ((IMPORTED_STEP, len(ids)),)
+        array = np.asarray(ids, dtype=np.int32)
+        yield prompt, CachedResponse(array, graded.rewards[0], sample.is_correct, sample.finished, spans)
+
+
+def _token_ids(row: Mapping[str, Any], column: str, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
+    text = row.get(column)
+    if row.get("token_ids") is not None:
+        ids = [int(i) for i in row["token_ids"]]
+        if not ids or max(ids) >= len(tokenizer) or (text is not None and decode(tokenizer, ids) != text):
+            raise CacheError(
+                f"{where}: its token ids are not this tokenizer's (they do not decode to its {column!r}); "
+                "drop the column 'token_ids' to have the text tokenised"
+            )
+        return ids
+    if not text:
+        raise CacheError(f"{where}: no {column!r} in it, and no token ids; name the column with --response_column")
+    ids = list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+    return [*ids, int(tokenizer.eos_token_id)] if tokenizer.eos_token_id is not None else ids

@@ -1,0 +1,126 @@
+"""One evaluation of one set of questions: its metrics with intervals, and its answered questions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torchmetrics import MetricCollection
+
+from rpo_lightning.evaluation.metrics import (
+    AverageAtK,
+    MajorityAtK,
+    PassAtK,
+    QuestionMean,
+    QuestionMetric,
+    bootstrap_means,
+    question_key,
+)
+from rpo_lightning.records import Group
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over questions with its bootstrap interval.
+
+    Attributes:
+        value: The mean.
+        low: Lower end of the interval of 95 %.
+        high: Upper end.
+        resampled: Means of the resamples.
+    """
+
+    value: float
+    low: float
+    high: float
+    resampled: np.ndarray
+
+    @classmethod
+    def of(cls, value: float, resampled: np.ndarray) -> Estimate:
+        """The interval between percentiles of the resamples."""
+        low, high = np.percentile(resampled, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
+        return cls(value, float(low), float(high), resampled)
+
+
+class Evaluation:
+    """Collects the answers to a set of questions.
+
+    Args:
+        name: Name of the set; empty where there is but one.
+        samples: Answers to each question (N).
+        votes: Whether equivalent answers can be told, so that a majority can be found.
+        device: Where metrics are kept, which is where ranks can exchange them.
+    """
+
+    def __init__(self, name: str, samples: int, votes: bool, device: torch.device) -> None:
+        self.name = name
+        self.rows: list[dict[str, Any]] = []
+        metrics: dict[str, QuestionMetric] = {"accuracy": AverageAtK()}
+        if samples > 1:
+            powers = [2**i for i in range(1, samples.bit_length())]
+            metrics |= {f"pass@{k}": PassAtK(k) for k in sorted({*powers, samples}) if k <= samples}
+            if votes:
+                metrics[f"majority@{samples}"] = MajorityAtK()
+        # Equal states after one update would be taken for equal metrics, hence no compute groups.
+        self._verdicts = MetricCollection(metrics, compute_groups=False).to(device)  # type: ignore[arg-type]
+        self._quantities = {"response_tokens": QuestionMean().to(device), "truncated_share": QuestionMean().to(device)}
+
+    def add(self, groups: Sequence[Group], classes: Sequence[Sequence[int]] | None = None) -> None:
+        """Add answered questions.
+
+        Args:
+            groups: The questions' answers, graded.
+            classes: Equal numbers for equivalent answers of a question, where they can be told.
+        """
+        keys = torch.tensor([question_key(g.request.prompt.uid) for g in groups])
+        correct = torch.tensor([[s.is_correct for s in g.samples] for g in groups])
+        voted = torch.tensor(classes) if classes else torch.full(correct.shape, -1)
+        self._verdicts.update(keys=keys, correct=correct, classes=voted)
+        lengths = torch.tensor([[float(s.length) for s in g.samples] for g in groups])
+        truncated = torch.tensor([[float(not s.finished) for s in g.samples] for g in groups])
+        self._quantities["response_tokens"].update(keys, lengths)
+        self._quantities["truncated_share"].update(keys, truncated)
+        self.rows += [self._row(g, c) for g, c in zip(groups, voted.tolist(), strict=True)]
+
+    def means(self) -> dict[str, float]:
+        """Every metric, over all ranks."""
+        return {name: float(metric.compute()) for name, metric in self._metrics().items()}
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Every metric with its interval, over all ranks."""
+        values = {name: metric.values() for name, metric in self._metrics().items()}
+        return {name: Estimate.of(float(v.mean()), bootstrap_means(v)) for name, v in values.items()}
+
+    def _metrics(self) -> dict[str, Any]:
+        return {**dict(self._verdicts.items()), **self._quantities}
+
+    def _row(self, group: Group, classes: Sequence[int]) -> dict[str, Any]:
+        prompt = group.request.prompt
+        return {
+            "set": self.name,
+            "uid": prompt.uid,
+            "question": prompt.text,
+            "gold_answer": str(prompt.answer),
+            "responses": [s.response for s in group.samples],
+            "correct": [s.is_correct for s in group.samples],
+            "answer_classes": list(classes),
+            "tokens": [s.length for s in group.samples],
+            "finished": [s.finished for s in group.samples],
+        }
+
+
+def average(estimates: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Estimate]:
+    """The unweighted mean over sets of the metrics that all of them have, as the field reports it."""
+    sets = list(estimates.values())
+    common = [name for name in sets[0] if all(name in other for other in sets)]
+    return {
+        name: Estimate.of(
+            float(np.mean([s[name].value for s in sets])), np.mean([s[name].resampled for s in sets], axis=0)
+        )
+        for name in common
+    }

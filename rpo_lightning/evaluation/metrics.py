@@ -1,0 +1,150 @@
+"""Metrics over questions with several sampled answers each, as torchmetrics.
+
+Every metric is a mean over questions of a value per question. Values are kept with their question's key, so
+that each question counts once: distributed samplers repeat questions to give all ranks equally many.
+
+Sizes: Q questions, N answers to each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from rpo_lightning.errors import ConfigurationError
+
+
+class QuestionMetric(Metric):
+    """Base class: keeps a value per question; its mean is the metric."""
+
+    full_state_update = False
+    is_differentiable = False
+    keys: list[Tensor]
+    per_question: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("keys", [], dist_reduce_fx="cat")
+        self.add_state("per_question", [], dist_reduce_fx="cat")
+
+    @abstractmethod
+    def update(self, *_: Any, **__: Any) -> None:
+        """Add questions."""
+
+    def add(self, keys: Tensor, values: Tensor) -> None:
+        """Keep values [Q] of questions with these keys [Q]."""
+        self.keys.append(keys.to(self.device))
+        self.per_question.append(values.to(device=self.device, dtype=torch.float64))
+
+    def compute(self) -> Tensor:
+        """The mean over questions."""
+        return self._unique().mean()
+
+    def values(self) -> Tensor:
+        """The value of every question of all ranks, in the order of their keys."""
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=True):
+            return self._unique()
+
+    def _unique(self) -> Tensor:
+        keys = dim_zero_cat(self.keys)
+        order = keys.argsort(stable=True)
+        first = torch.ones_like(order, dtype=torch.bool)
+        first[1:] = keys[order][1:] != keys[order][:-1]
+        values: Tensor = dim_zero_cat(self.per_question)[order][first]
+        return values
+
+
+class AverageAtK(QuestionMetric):
+    """avg@k: the share of right answers among all that were sampled."""
+
+    higher_is_better = True
+
+    def update(self, keys: Tensor, correct: Tensor) -> None:
+        """Add questions with keys [Q] and verdicts [Q, N]."""
+        self.add(keys, correct.double().mean(1))
+
+
+class PassAtK(QuestionMetric):
+    """pass@k: the chance that one of k answers is right, estimated without bias from N ≥ k (Chen et al. 2021, eq. 1).
+
+    Args:
+        k: Answers that are looked at.
+        kwargs: See ``torchmetrics.Metric``.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, k: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if k < 1:
+            raise ConfigurationError(f"pass@k needs k of at least 1, got {k}")
+        self.k = k
+
+    def update(self, keys: Tensor, correct: Tensor) -> None:
+        """Add questions with keys [Q] and verdicts [Q, N].
+
+        Raises:
+            ConfigurationError: There are fewer than k answers.
+        """
+        count = correct.shape[1]
+        if count < self.k:
+            raise ConfigurationError(f"pass@{self.k} needs at least {self.k} answers a question, there are {count}")
+        right = correct.sum(1).double()
+        # 1 - C(N - c, k) / C(N, k), as a product over the drawn answers.
+        missed = torch.ones_like(right)
+        for drawn in range(self.k):
+            missed *= ((count - right - drawn) / (count - drawn)).clamp(min=0.0)
+        self.add(keys, 1.0 - missed)
+
+
+class MajorityAtK(QuestionMetric):
+    """majority@k: whether the answer that most responses agree on is right; a tie counts by its share of right ones."""
+
+    higher_is_better = True
+
+    def update(self, keys: Tensor, correct: Tensor, classes: Tensor) -> None:
+        """Add questions.
+
+        Args:
+            keys: Of the questions, [Q].
+            correct: Verdicts, [Q, N].
+            classes: Equal numbers for equivalent answers, [Q, N]; -1 for a response without an answer, which
+                has no vote.
+        """
+        self.add(keys, torch.tensor([_majority(c, r) for c, r in zip(classes.tolist(), correct.tolist(), strict=True)]))
+
+
+class QuestionMean(QuestionMetric):
+    """The mean of any quantity of the answers."""
+
+    def update(self, keys: Tensor, quantity: Tensor) -> None:
+        """Add questions with keys [Q] and quantities [Q, N]."""
+        self.add(keys, quantity.double().mean(1))
+
+
+def question_key(uid: str) -> int:
+    """A question's key: 63 bits of a hash of its uid."""
+    return int.from_bytes(hashlib.blake2b(uid.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def bootstrap_means(values: Tensor, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """Means of resamples of the questions, drawn with replacement, [resamples]."""
+    array = values.cpu().numpy()
+    rng = np.random.default_rng(seed)
+    return np.asarray([array[rng.integers(len(array), size=len(array))].mean() for _ in range(resamples)])
+
+
+def _majority(classes: list[int], correct: list[bool]) -> float:
+    votes = {c: classes.count(c) for c in classes if c >= 0}
+    if not votes:
+        return 0.0
+    elected = {c for c, count in votes.items() if count == max(votes.values())}
+    verdicts = [float(right) for c, right in zip(classes, correct, strict=True) if c in elected]
+    return sum(verdicts) / len(verdicts)
