@@ -19,47 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 from endless import load_endless
+from filled_cache import FilledCache
 from lightning.pytorch import Callback, Trainer
 from machine import hardware
 
-from rpo_lightning import ExperienceCacheCallback, RPODataModule, RPOModule, VLLMEngine
-from rpo_lightning.cache import CachedResponse, CacheEntry
-from rpo_lightning.cuts import CutStrategy
-from rpo_lightning.refresh import EpsilonGreedyRefresh
+from rpo_lightning import RPODataModule, RPOModule, VLLMEngine
 from rpo_lightning.rewards import ExactMatchVerifier, UniformRandomReward
 from rpo_lightning.timing import PHASES
 
 ROOT = Path(__file__).parents[1]
 PROMPT, GROUP = 64, 6
 ARMS = ("full", "rpo", "rpo_plain_rows")
-
-
-class FixedCut(CutStrategy):
-    """Cut the same number of tokens from every response."""
-
-    def __init__(self, cut: int) -> None:
-        self.cut = cut
-
-    def kept_tokens(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
-        """All but the cut."""
-        return len(response) - self.cut
-
-
-class FilledCache(ExperienceCacheCallback):
-    """A cache that begins with a response of random tokens for every question."""
-
-    def __init__(self, length: int, cut: int) -> None:
-        super().__init__(
-            cut=FixedCut(cut), refresh=EpsilonGreedyRefresh(0.0), initialisation="lazy", keep_unfinished=True
-        )  # fmt: skip
-        self.length = length
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Fill it."""
-        generator = np.random.default_rng(0)
-        for prompt in trainer.datamodule.prompts["train"]:  # type: ignore[attr-defined]
-            ids = generator.integers(100, 40_000, self.length).astype(np.int32)
-            self.cache.entry(prompt.uid).response = CachedResponse(ids, 0.0, True, True, ((0, self.length),))
 
 
 class Recorder(Callback):

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import platform
+import resource
 import threading
 from pathlib import Path
 
@@ -54,3 +55,10 @@ class PeakMemory:
         process = psutil.Process()
         while not self._done.wait(self._interval):
             self._peak = max(self._peak, process.memory_info().rss)
+
+
+def peak_bytes(before: int) -> int:
+    """Most memory this process ever held: CUDA's own count, or its size beyond ``before`` bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before

@@ -2,10 +2,11 @@
 
 ``python benchmarks/update_phase.py`` measures one DAPO update (no optimizer step) of SmolLM2-135M
 (``make smollm2``) on one group after a prompt of 32 tokens and a kept prefix of P tokens, with G suffixes
-of S tokens: seconds, peak memory, and the largest differences of log-probs and gradients. "plain" has a
-row per response and the same output head; "shared" has one row per group whatever it costs; what the
-automatic choice does is told beside. The token ratio is what sharing saves at best. Plain and shared
-alternate, medians. The last line is JSON. ``--quick`` takes three cells and one repetition.
+of S tokens, and of the embedded reasoner in some cells: seconds, peak memory, and the largest differences of
+log-probs and gradients. "plain" has a row per response and the same output head; "shared" has one row per
+group whatever it costs; what the automatic choice does is told beside. The token ratio is what sharing saves
+at best. Plain and shared alternate, medians. The last line is JSON. ``--quick`` takes three cells of SmolLM2
+and one repetition.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from rpo_lightning.update import PolicyLoss, UpdateSettings
 ROOT = Path(__file__).parents[1]
 PROMPT = 32
 CELLS = list(product((0, 256, 1024, 2048), (64, 128), (6, 16)))
+# The embedded reasoner, for which long suffixes are dearer in a shared row than what sharing saves.
+REASONER = "embedded:arithmetic-reasoner"
+REASONER_CELLS = [(240, 10, 8), (200, 50, 8), (150, 100, 8), (0, 190, 8)]
 QUICK = [(0, 64, 6), (256, 64, 6), (1024, 64, 6)]
 
 
@@ -57,8 +61,10 @@ def make_group(prefix: int, suffix: int, size: int, vocabulary: int) -> Group:
     """A group of random tokens with alternating rewards."""
     generator = torch.Generator().manual_seed(prefix + suffix + size)
 
+    least, most = min(100, vocabulary // 2), min(vocabulary, 40_000)
+
     def ids(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(100, min(vocabulary, 40_000), (count,), generator=generator).tolist())
+        return tuple(torch.randint(least, most, (count,), generator=generator).tolist())
 
     request = RolloutRequest(Prompt("q", "", ids(PROMPT), ""), ids(prefix), suffix)
     completions = [Completion(ids(suffix), (0.0,) * suffix, True) for _ in range(size)]
@@ -148,17 +154,25 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three cells, one repetition")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "update_phase.json")
     arguments = parser.parse_args()
-    policy: Any = load_policy(arguments.model)
-    policy.to(device="cuda" if on_gpu else "cpu", dtype=getattr(torch, arguments.dtype))
     repetitions = 1 if arguments.quick else arguments.repetitions
-    run(policy, make_group(64, 32, 2, policy.config.vocab_size), True, arguments.micro_batch_tokens)  # first touches
-    cells = []
-    for prefix, suffix, size in QUICK if arguments.quick else CELLS:
-        cells.append(measure(policy, prefix, suffix, size, repetitions, arguments.micro_batch_tokens))
-        print(cells[-1], flush=True)
+    measured: dict[str, list[Cell]] = {}
+    for name, cells in ((REASONER, REASONER_CELLS), (arguments.model, QUICK if arguments.quick else CELLS)):
+        policy: Any = load_policy(name)
+        policy.to(device="cuda" if on_gpu else "cpu", dtype=getattr(torch, arguments.dtype))
+        run(policy, make_group(64, 32, 2, policy.config.vocab_size), True, arguments.micro_batch_tokens)  # first touch
+        measured[name] = []
+        for prefix, suffix, size in cells:
+            times = 15 if name == REASONER else repetitions
+            measured[name].append(measure(policy, prefix, suffix, size, times, arguments.micro_batch_tokens))
+            print(measured[name][-1], flush=True)
     setting = f"{arguments.dtype}, micro-batches of {arguments.micro_batch_tokens} tokens, median of {repetitions}"
-    print(f"\n{hardware()}; {setting}\n\n{table(cells)}\n")
-    record = {"hardware": hardware(), "setting": setting, "cells": [asdict(c) for c in cells]}
+    print(f"\n{hardware()}; {setting}\n")
+    for name, of_model in measured.items():
+        print(f"{Path(name).name}\n\n{table(of_model)}\n")
+    record = {
+        "hardware": hardware(), "setting": setting, "cells": [asdict(c) for c in measured[arguments.model]],
+        "reasoner_cells": [asdict(c) for c in measured[REASONER]],
+    }  # fmt: skip
     if not arguments.quick:
         arguments.out.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record))

@@ -5,11 +5,13 @@ A question is a chain such as ``49a-1b*9c-8=`` (start at 49; step a subtracts 1;
 
     a49-1=48b48*9=32c32-8=24#24
 
-With 24 steps it is about 190 tokens long against an answer of three. One character is one token.
+With 24 steps it is about 190 tokens long against an answer of three. One character is one token. The
+embedded reasoner knows the first 26 step names; longer chains need one made for them (``make_reasoner``).
 """
 
 from __future__ import annotations
 
+import string
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -18,7 +20,7 @@ import numpy as np
 from rpo_lightning.errors import ConfigurationError
 from rpo_lightning.sources import DataSource
 
-STEP_NAMES = "abcdefghijklmnopqrstuvwxyz"
+STEP_NAMES = string.ascii_letters + "αβγδεζηθικλμνξοπρστυφχψω" + "абвгдежзийклмнопрстуфхцчшщъыьэюя"
 MODULUS = 100
 _APPLY = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}
 
@@ -69,7 +71,7 @@ class ArithmeticChain(DataSource):
 
     Args:
         size: How many problems.
-        operations: Steps of each problem, at most 26.
+        operations: Steps of each problem; at most 26 for the embedded reasoner, 108 in all.
         seed: Different seeds give disjoint sets for all practical purposes.
     """
 

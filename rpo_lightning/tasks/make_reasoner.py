@@ -11,6 +11,7 @@ part of an hour, and other hardware rounds differently, so the weights will not 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -22,26 +23,28 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from rpo_lightning.engines.base import GenerationRequest, Sampling
 from rpo_lightning.engines.transformers_engine import TransformersEngine
-from rpo_lightning.policies import save_policy
+from rpo_lightning.policies import load_policy, load_tokenizer, save_policy
 from rpo_lightning.rollouts import decode
 from rpo_lightning.tasks.arithmetic import STEP_NAMES, draw_problem
 
-CHARACTERS = "0123456789" + STEP_NAMES + "+-*=#"
-# Correct chains: (operations, most updates); the last stage ends at this sampled accuracy.
-CURRICULUM = ((3, 200), (8, 200), (24, 2000))
+OPERATIONS = 24
+# Correct chains: (operations, most updates), then those of full length, up to this sampled accuracy.
+CURRICULUM = ((3, 200), (8, 200))
+FULL_LENGTH_UPDATES = 2000
 SUFFICIENT_ACCURACY = 0.3
-# Careless chains of the full length, with a decaying learning rate.
+# Careless chains of the full length, with a decaying learning rate: a third has no step left out.
 CARELESS_UPDATES = 600
-LEFT_OUT_SHARE = 0.045
+CARELESS_SUCCESS = 1 / 3
 LEARNING_RATE = 3e-3
 WARMUP_UPDATES = 50
-BATCH_SIZE = 64
+BATCH_OPERATIONS = 64 * 24
 EVALUATION_PROBLEMS = 256
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(operations: int = OPERATIONS) -> PreTrainedTokenizerFast:
     """One character, one token; ``^`` opens a prompt and ``$`` ends a response."""
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "^", "$", "<unk>", *CHARACTERS])}
+    characters = "0123456789" + STEP_NAMES[: max(operations, 26)] + "+-*=#"
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "^", "$", "<unk>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -51,16 +54,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, operations: int = OPERATIONS) -> LlamaForCausalLM:
     """A small Llama with tied embeddings."""
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=48,
+            vocab_size=16 * math.ceil(len(tokenizer) / 16),
             hidden_size=96,
             intermediate_size=256,
             num_hidden_layers=3,
             num_attention_heads=3,  # head_dim 32: the smallest that the usual attention kernels take
-            max_position_embeddings=1024,
+            max_position_embeddings=1024 * math.ceil(14 * operations / 1024),
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -69,12 +72,28 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
+def continue_from(start: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Copy the weights of a reasoner for shorter chains; step names that it lacks begin like its own names."""
+    known = load_tokenizer(str(start)).get_vocab()
+    state: Any = load_policy(str(start)).state_dict()
+    old = state.pop("model.embed_tokens.weight")
+    state.pop("lm_head.weight", None)
+    names = old[[known[n] for n in STEP_NAMES if n in known]]
+    with torch.no_grad():
+        embeddings = cast(Any, model).get_input_embeddings().weight
+        embeddings.copy_(names.mean(0) + names.std(0) * torch.randn_like(embeddings))
+        for token, index in tokenizer.get_vocab().items():
+            if token in known:
+                embeddings[index] = old[known[token]]
+    model.load_state_dict(state, strict=False)
+
+
 def training_batch(
     rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, operations: int, left_out_share: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Padded token ids and labels (prompts masked), both [B, T]."""
     rows, labels = [], []
-    for _ in range(BATCH_SIZE):
+    for _ in range(max(BATCH_OPERATIONS // max(operations, OPERATIONS), 1)):
         problem = draw_problem(rng, operations)
         solution = problem.solution(left_out=np.flatnonzero(rng.random(operations) < left_out_share))
         prompt = tokenizer(problem.question)["input_ids"]
@@ -95,7 +114,7 @@ def sampled_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
     engine = TransformersEngine(max_sequences=256)
     engine.attach(model, tokenizer)
     engine.load_weights(model, version=0)
-    requests = [GenerationRequest(tuple(tokenizer(p.question)["input_ids"]), 1, 320) for p in problems]
+    requests = [GenerationRequest(tuple(tokenizer(p.question)["input_ids"]), 1, 14 * operations) for p in problems]
     outputs = engine.generate(requests, Sampling(), seed=seed)
     texts = [decode(tokenizer, c[0].token_ids) for c in outputs]
     right = [t.rpartition("#")[2] == p.answer for t, p in zip(texts, problems, strict=True)]
@@ -149,16 +168,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "arithmetic_reasoner")
     parser.add_argument("--seed", type=int, default=6)
+    parser.add_argument("--operations", type=int, default=OPERATIONS)
+    parser.add_argument("--start", type=Path, help="a reasoner to continue from, instead of the curriculum")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
+    tokenizer = make_tokenizer(args.operations)
+    model = make_model(tokenizer, args.operations)
+    if args.start:
+        continue_from(args.start, model, tokenizer)
     cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
     teaching = Teaching(model, tokenizer, np.random.default_rng(args.seed))
-    for operations, updates in CURRICULUM:
-        is_last = operations == CURRICULUM[-1][0]
-        teaching.run(operations, updates, 0.0, decays=False, sufficient=SUFFICIENT_ACCURACY if is_last else 2.0)
-    teaching.run(CURRICULUM[-1][0], CARELESS_UPDATES, LEFT_OUT_SHARE, decays=True)
+    for operations, updates in () if args.start else CURRICULUM:
+        teaching.run(operations, updates, 0.0, decays=False)
+    teaching.run(args.operations, FULL_LENGTH_UPDATES, 0.0, decays=False, sufficient=SUFFICIENT_ACCURACY)
+    left_out_share = 1 - CARELESS_SUCCESS ** (1 / args.operations)
+    teaching.run(args.operations, CARELESS_UPDATES, left_out_share, decays=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_policy(model, tokenizer, args.out)
     print(f"saved {sum(p.numel() for p in model.parameters()):,} parameters to {args.out}")

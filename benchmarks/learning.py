@@ -1,0 +1,149 @@
+"""Learning curves of full-path RL and RPO on the embedded task, at three lengths of the chain of thought.
+
+``python benchmarks/learning.py --length 200`` runs every arm of ``ARMS`` with five seeds (three at 400 and 800
+tokens) on ``configs/quickstart.yaml``, each run in a process of one thread. Arms differ in the overrides listed
+alone. Answers to held-out questions are sampled at T = 1 without a prefix, four to a question, every ten
+updates. Runs are appended to ``learning.jsonl`` as they end and are not repeated, so that the script can be
+stopped and called again; ``--report`` makes the tables and pictures of what is there. ``--quick`` runs two arms
+for two updates and keeps nothing.
+
+Longer chains need a reasoner of their own (``make_reasoner --operations``), which is made in ``models/`` at first.
+"Seconds" are processor seconds of a one-thread process without its evaluations: other runs at the same time
+disturb them less than the clock. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from learning_report import write_report
+from machine import hardware
+
+ROOT = Path(__file__).parents[1]
+RUNS = ROOT / "benchmarks" / "learning.jsonl"
+UPDATES, EVALUATE_EVERY = 40, 10
+# Tokens of a chain: operations of a problem, the longest response, seeds.
+LENGTHS = {200: (24, 320, 5), 400: (50, 670, 3), 800: (100, 1340, 3)}
+
+FULL_PATH = ["--cache=null"]
+LENGTH_AWARE = ['--model.rewards=[{"class_path": "LengthAwareAccuracyReward"}]']
+PAPER = ["--cache.cut=FractionOfShortestCut", "--cache.refresh=EpsilonGreedyRefresh", "--cache.initialisation=eager"]
+OBJECTIVE = ["--model.objective=GRPO"]
+DAPO = ["--model.dynamic_sampling=DynamicSampling"]
+
+
+def shape(questions: int, group: int) -> list[str]:
+    """Another division of a batch into questions and members."""
+    return [f"--data.batch_size={questions}", f"--model.group_size={group}"]
+
+
+BASIC: dict[str, list[str]] = {
+    "GRPO, full path": [*OBJECTIVE, *FULL_PATH],
+    "RPO, budget m (published code)": [
+        *OBJECTIVE, *PAPER, "--cache.budget=CutPlusSlackBudget", "--cache.budget.slack=1",
+        "--cache.keep_unfinished=true",
+    ],
+    "RPO, free budget": [*OBJECTIVE, *PAPER, "--cache.budget=FullBudget"],
+    "RPO, anchored": OBJECTIVE,
+}  # fmt: skip
+ARMS: dict[str, list[str]] = {
+    **BASIC,
+    **{f"{name}, length-aware": [*overrides, *LENGTH_AWARE] for name, overrides in BASIC.items()},
+    "GRPO, full path capped at a quarter": [*OBJECTIVE, *FULL_PATH, "--model.max_response_tokens={quarter}"],
+    "DAPO, full path": [*DAPO, *FULL_PATH],
+    "DAPO, RPO anchored": DAPO,
+    "GRPO, full path, 32 x 4": [*OBJECTIVE, *FULL_PATH, *shape(32, 4)],
+    "GRPO, full path, 8 x 16": [*OBJECTIVE, *FULL_PATH, *shape(8, 16)],
+    "RPO, anchored, 32 x 4": [*OBJECTIVE, *shape(32, 4)],
+    "RPO, anchored, prefix without gradient": [*OBJECTIVE, "--model.prefix_gradient=false"],
+}
+
+
+def policy_for(length: int) -> str:
+    """The reasoner for chains of this length, made if it is not there."""
+    operations = LENGTHS[length][0]
+    if length == min(LENGTHS):
+        return "embedded:arithmetic-reasoner"
+    folder = ROOT / "models" / f"arithmetic-reasoner-{operations}"
+    if not folder.exists():
+        shorter = max(n for n in LENGTHS if n < length)
+        subprocess.run(
+            [sys.executable, "-m", "rpo_lightning.tasks.make_reasoner", f"--operations={operations}",
+             f"--start={policy_for(shorter)}", f"--out={folder}"], check=True,
+        )  # fmt: skip
+    return str(folder)
+
+
+def run(length: int, arm: str, seed: int, updates: int, problems: int) -> dict[str, Any]:
+    """One run in a process of its own."""
+    operations, longest, _ = LENGTHS[length]
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = {"class_path": "learning_curve.CurveRecorder", "init_args": {"path": f"{folder}/curve.json"}}
+        command = [
+            sys.executable, "-m", "rpo_lightning", "fit", f"--config={ROOT}/configs/quickstart.yaml",
+            f"--model.policy={policy_for(length)}", f"--model.max_response_tokens={longest}", "--model.eval_samples=4",
+            f"--data.train.operations={operations}", f"--data.val.operations={operations}",
+            f"--data.val.size={problems}",
+            f"--seed_everything={seed}", f"--trainer.max_steps={updates}", "--trainer.enable_progress_bar=false",
+            f"--trainer.val_check_interval={EVALUATE_EVERY}", f"--trainer.logger.init_args.save_dir={folder}",
+            f"--trainer.callbacks=[{json.dumps(recorder)}]", "--completions.every_n_batches=1000",
+            *(o.format(quarter=longest // 4) for o in ARMS[arm]),
+        ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmarks")}
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+        if done.returncode:
+            raise SystemExit(f"{arm}, seed {seed}: failed\n{done.stderr[-2000:]}")
+        curve = json.loads((Path(folder) / "curve.json").read_text())
+    return {"length": length, "arm": arm, "seed": seed, "hardware": hardware(), "curve": curve}
+
+
+def recorded() -> list[dict[str, Any]]:
+    """The runs so far."""
+    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+
+
+def run_missing(lengths: list[int], arms: list[str], processes: int) -> None:
+    """Run what has not been run yet, first seeds first."""
+    there = {(r["length"], r["arm"], r["seed"]) for r in recorded()}
+    for length in lengths:
+        policy_for(length)
+        seeds = range(LENGTHS[length][2])
+        wanted = [(length, arm, seed) for seed in seeds for arm in arms if (length, arm, seed) not in there]
+        with ThreadPoolExecutor(processes) as pool:
+            for future in [pool.submit(run, *key, UPDATES, 128) for key in wanted]:
+                result = future.result()
+                with RUNS.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+                last = result["curve"][-1]
+                print(f"{result['length']} tokens, {result['arm']}, seed {result['seed']}: {last}", flush=True)
+
+
+def main() -> None:
+    """Run and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, nargs="+", choices=list(LENGTHS), default=list(LENGTHS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--quick", action="store_true", help="two arms, two updates, nothing is kept")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        runs = [run(min(LENGTHS), arm, 0, 2, 16) for arm in ("GRPO, full path", "RPO, anchored")]
+        folder = Path(tempfile.mkdtemp())
+    else:
+        if not arguments.report:
+            run_missing(arguments.length, arguments.arms, arguments.processes)
+        runs, folder = recorded(), ROOT / "benchmarks"
+    print(json.dumps({"arms": write_report(runs, folder)}))
+
+
+if __name__ == "__main__":
+    main()

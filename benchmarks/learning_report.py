@@ -1,0 +1,105 @@
+"""Tables and pictures of the runs of ``learning.py``."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+# Curves by seed.
+Curves = dict[int, list[dict[str, float]]]
+BASELINE = "GRPO, full path"
+AXES = {
+    "update": ("updates", 1),
+    "decoded_tokens": ("decoded tokens, thousands", 1e3),
+    "processed_tokens": ("processed tokens, thousands", 1e3),
+    "cpu_seconds": ("processor seconds", 1),
+}
+# Two-sided 95 % quantiles of Student's t by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
+def write_report(runs: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """Print a table and draw a picture for every length; returns the figures of the tables."""
+    figures = {}
+    for length in sorted({r["length"] for r in runs}):
+        arms: dict[str, Curves] = defaultdict(dict)
+        for run in runs:
+            if run["length"] == length:
+                arms[run["arm"]][run["seed"]] = run["curve"]
+        figures[str(length)] = {arm: figures_of(curves, arms.get(BASELINE, {})) for arm, curves in arms.items()}
+        hardware = sorted({r["hardware"] for r in runs if r["length"] == length})
+        print(f"\nabout {length} tokens; {'; '.join(hardware)}\n\n{table(figures[str(length)])}\n")
+        draw(arms, f"embedded task, chains of about {length} tokens", folder / f"learning_{length}.png")
+    return figures
+
+
+def figures_of(
+    curves: dict[int, list[dict[str, float]]], baseline: dict[int, list[dict[str, float]]]
+) -> dict[str, Any]:
+    """Ends of an arm's curves over seeds, and the paired difference of accuracy from the baseline."""
+    ends = {seed: curve[-1] for seed, curve in curves.items()}
+    paired = [ends[seed]["accuracy"] - baseline[seed][-1]["accuracy"] for seed in ends if seed in baseline]
+    half_width = STUDENT[len(paired) - 1] * stdev(paired) / len(paired) ** 0.5 if 1 < len(paired) <= 5 else None
+
+    def spread(name: str) -> tuple[float, float]:
+        values = [end[name] for end in ends.values()]
+        return mean(values), stdev(values) if len(values) > 1 else 0.0
+
+    names = ("accuracy", "pass@4", "decoded_tokens", "processed_tokens", "cpu_seconds")
+    return {
+        "seeds": len(ends),
+        "before": mean(curve[0]["accuracy"] for curve in curves.values()),
+        **{name: spread(name) for name in names},
+        "difference": mean(paired) if paired else None,
+        "half_width": half_width,
+    }
+
+
+def table(arms: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table, mean ± standard deviation over seeds."""
+    lines = [
+        "| arm | seeds | accuracy | pass@4 | decoded tokens | processed tokens | processor s | "
+        "accuracy − full path, paired |",
+        "|" + " --- |" * 8,
+    ]
+    for name, arm in arms.items():
+        thousands = [f"{arm[c][0] / 1e3:,.0f}k" for c in ("decoded_tokens", "processed_tokens")]
+        difference = "" if arm["difference"] is None or name == BASELINE else f"{arm['difference']:+.3f}"
+        difference += f" ± {arm['half_width']:.3f}" if difference and arm["half_width"] is not None else ""
+        cells = [f"{arm[c][0]:.3f} ± {arm[c][1]:.3f}" for c in ("accuracy", "pass@4")]
+        lines.append(
+            f"| {name} | {arm['seeds']} | {' | '.join(cells)} | {' | '.join(thousands)} | "
+            f"{arm['cpu_seconds'][0]:.0f} | {difference} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(arms: dict[str, Curves], title: str, path: Path) -> None:
+    """Accuracy against every measure of work; the band is a standard deviation over seeds."""
+    figure, axes = plt.subplots(1, len(AXES), figsize=(18, 6.5), sharey=True)
+    colours = plt.get_cmap("tab20")
+    for index, (name, curves) in enumerate(arms.items()):
+        points = min(len(curve) for curve in curves.values())
+        accuracy = np.array([[p["accuracy"] for p in curve[:points]] for curve in curves.values()])
+        centre, spread = accuracy.mean(0), accuracy.std(0, ddof=1) if len(accuracy) > 1 else accuracy.std(0)
+        style = "-" if "full path" in name else "--"
+        for axis, (key, (label, unit)) in zip(axes, AXES.items(), strict=True):
+            work = np.array([[p[key] for p in curve[:points]] for curve in curves.values()]).mean(0) / unit
+            axis.plot(work, centre, style, color=colours(index), marker=".", label=f"{name} ({len(curves)})")
+            axis.fill_between(work, centre - spread, centre + spread, color=colours(index), alpha=0.08, linewidth=0)
+            axis.set_xlabel(label)
+            axis.grid(alpha=0.3)
+    axes[0].set_ylabel("held-out accuracy without a prefix")
+    figure.suptitle(f"{title}: mean and standard deviation over seeds (number of seeds in brackets)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=8)
+    figure.tight_layout(rect=(0, 0.16, 1, 0.97))
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
