@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from rpo_lightning.errors import CacheError
+from rpo_lightning.files import replacing
 from rpo_lightning.records import Spans
 
 FORMAT_VERSION = 1
@@ -204,11 +205,8 @@ class ExperienceCache:
                 "state": pa.array(state["state"], pa.string()),
             }
         ).replace_schema_metadata({"version": str(FORMAT_VERSION), "tokenizer": self.tokenizer_fingerprint})
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        pq.write_table(table, partial)
-        partial.replace(path)
+        with replacing(path) as partial:
+            pq.write_table(table, partial)
 
     def load(self, path: str | Path) -> None:
         """Replace the contents by a saved file.

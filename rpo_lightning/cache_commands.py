@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from rpo_lightning.cache import CachedResponse, CacheEntry, ExperienceCache
 from rpo_lightning.cache_exchange import exported_rows, import_responses, write_rows
-from rpo_lightning.callbacks.evaluation_results import gather_rows
 from rpo_lightning.callbacks.experience_cache import tokenizer_fingerprint
+from rpo_lightning.callbacks.gathering import gather_rows
 from rpo_lightning.cuts import CutStrategy, FractionOfShortestCut
 from rpo_lightning.data import RPODataModule
 from rpo_lightning.errors import CacheError
@@ -41,15 +41,6 @@ class BuildCacheCallback(Callback):
         self.out = out
         self.keep_unfinished = keep_unfinished
         self._found: list[dict[str, Any]] = []
-        self._tokens = 0
-        self._progress: Any = None
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start a progress bar."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        total = -(-len(data.prompts["predict"]) // trainer.world_size)
-        disable = None if trainer.is_global_zero else True
-        self._progress = tqdm(total=total, desc="building the cache", unit="question", disable=disable)
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Choose the best answers of a batch."""
@@ -57,13 +48,9 @@ class BuildCacheCallback(Callback):
         for group in module.answered:
             uid = group.request.prompt.uid
             self._found.append({"uid": uid, "response": initial_response(group, self.keep_unfinished)})
-            self._tokens += sum(group.lengths)
-        self._progress.update(len(module.answered))
-        self._progress.set_postfix({"tokens/s": round(self._tokens / max(self._progress.format_dict["elapsed"], 1e-9))})
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the cache."""
-        self._progress.close()
         found = gather_rows(self._found, ("uid",))
         if not trainer.is_global_zero:
             return
@@ -127,14 +114,18 @@ def import_(settings: ImportSettings, module: PolicyModule, data: RPODataModule)
     try:
         report = import_responses(
             cache, prompts, tqdm(source.rows(), desc="reading", unit="row", disable=None),
-            (columns, settings.response_column), module.tokenizer, module.grader, repr(source),
+            (columns, settings.response_column), module.tokenizer, module.grader,
+            module.max_response_tokens, repr(source),
         )  # fmt: skip
     finally:
         module.grader.pool.close()
     if not report.responses:
         raise CacheError(f"{source!r}: none of its rows is about one of the {len(prompts)} training questions")
     cache.save(settings.out)
-    print(f"{report.matched} rows used, {report.unmatched} about no training question")
+    print(
+        f"{report.matched} rows used; left out: {report.unmatched} about no training question, {report.overlong} over "
+        f"model.max_response_tokens={module.max_response_tokens}"
+    )
     print(_summary(cache, settings.out))
 
 

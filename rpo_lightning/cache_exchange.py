@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rpo_lightning.cache import IMPORTED_STEP, CachedResponse, ExperienceCache
 from rpo_lightning.errors import CacheError
+from rpo_lightning.files import write_parquet
 from rpo_lightning.records import Prompt, Sample
 from rpo_lightning.rewards import Grader
 from rpo_lightning.rollouts import decode
@@ -60,15 +61,10 @@ def write_rows(rows: Sequence[Mapping[str, Any]], out: str | Path) -> None:
     Raises:
         CacheError: ``datasets`` is needed and not installed.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        partial = path.with_name(path.name + ".partial")
-        pq.write_table(pa.Table.from_pylist(list(rows)), partial)
-        partial.replace(path)
+        write_parquet(rows, path)
         return
     try:
         from datasets import Dataset
@@ -88,11 +84,13 @@ class ImportReport:
     Attributes:
         matched: Rows whose question is a training question.
         unmatched: Rows whose question is none, or more than one.
+        overlong: Rows whose response is over the limit.
         responses: Questions that have a response now.
     """
 
     matched: int
     unmatched: int
+    overlong: int
     responses: int
 
 
@@ -103,6 +101,7 @@ def import_responses(
     columns: tuple[Sequence[str], str],
     tokenizer: PreTrainedTokenizerBase,
     grader: Grader,
+    response_limit: int,
     where: str,
 ) -> ImportReport:
     """Cache responses that were made elsewhere; the best of those that a question has.
@@ -114,6 +113,7 @@ def import_responses(
         columns: Columns that may hold the question, and the one that holds the response's text.
         tokenizer: The policy's.
         grader: Grades the responses.
+        response_limit: Longer responses are left out: a run could not continue them.
         where: Names the source in messages.
 
     Raises:
@@ -123,28 +123,36 @@ def import_responses(
     texts = Counter(p.text for p in prompts)
     by_text = {p.text: p for p in prompts if texts[p.text] == 1}
     question_columns, response_column = columns
-    found: list[tuple[Prompt, list[int]]] = []
-    unmatched = 0
+    found: list[_Response] = []
+    unmatched = overlong = 0
     for number, row in enumerate(rows, start=1):
         text = next((str(row[c]) for c in question_columns if row.get(c) is not None), "")
         prompt = known.get(str(row.get("uid"))) or by_text.get(text)
         if prompt is None:
             unmatched += 1
             continue
-        found.append((prompt, _token_ids(row, response_column, tokenizer, f"{where}, row {number}")))
+        ids = _token_ids(row, response_column, tokenizer, f"{where}, row {number}")
+        if len(ids) > response_limit:
+            overlong += 1
+            continue
+        # Whether text without ids was finished is not known; it is taken to be.
+        found.append((prompt, ids, bool(row.get("finished", ids[-1] == tokenizer.eos_token_id))))
     for prompt, response in _graded(found, tokenizer, grader):
         entry = cache.entry(prompt.uid)
         if entry.response is None or entry.response.reward < response.reward:
             entry.response = response
-    return ImportReport(len(found), unmatched, sum(e.response is not None for e in cache))
+    return ImportReport(len(found), unmatched, overlong, sum(e.response is not None for e in cache))
+
+
+# A question, a response's token ids, and whether it had ended by itself.
+_Response = tuple[Prompt, list[int], bool]
 
 
 def _graded(
-    found: Sequence[tuple[Prompt, list[int]]], tokenizer: PreTrainedTokenizerBase, grader: Grader
+    found: Sequence[_Response], tokenizer: PreTrainedTokenizerBase, grader: Grader
 ) -> Iterator[tuple[Prompt, CachedResponse]]:
-    end = tokenizer.eos_token_id
-    groups = [[Sample(p.text, decode(tokenizer, i), p.answer, len(i), i[-1] == end)] for p, i in found]
-    for (prompt, ids), graded in zip(found, grader.grade(groups) if groups else [], strict=True):
+    groups = [[Sample(p.text, decode(tokenizer, i), p.answer, len(i), finished)] for p, i, finished in found]
+    for (prompt, ids, _), graded in zip(found, grader.grade(groups) if groups else [], strict=True):
         sample, spans = graded.samples[0], ((IMPORTED_STEP, len(ids)),)
         array = np.asarray(ids, dtype=np.int32)
         yield prompt, CachedResponse(array, graded.rewards[0], sample.is_correct, sample.finished, spans)

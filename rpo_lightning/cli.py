@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from transformers.utils.logging import disable_progress_bar
 
 from rpo_lightning.callbacks import (
     CompletionsCallback,
@@ -42,6 +43,8 @@ class RPOCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Put the cache callback first: it records groups before others look at the cache."""
+        if self._get(self.config_init, "trainer.enable_progress_bar") is None and not sys.stdout.isatty():
+            kwargs["enable_progress_bar"] = False
         trainer = super().instantiate_trainer(**kwargs)
         cache = self._get(self.config_init, "cache")
         if cache is not None:
@@ -54,6 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
     from rpo_lightning.tool_cli import COMMANDS
 
     arguments = sys.argv[1:] if arguments is None else arguments
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # transformers' own, while weights are loaded
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rpo_lightning").setLevel(logging.INFO)
     # Prompts are tokenised once and held in memory: loader workers would have nothing to do.

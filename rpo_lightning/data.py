@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rpo_lightning.errors import ConfigurationError, DataError
 from rpo_lightning.prefixes import CachedPrefixes, full_path_request
-from rpo_lightning.prompts import PromptBuilder
+from rpo_lightning.prompts import LoadReport, PromptBuilder
 from rpo_lightning.records import Batch, Prompt, RolloutRequest
 from rpo_lightning.rewards.base import Verifier
 from rpo_lightning.seeds import run_seed
@@ -94,7 +94,7 @@ class RPODataModule(LightningDataModule):
         self.shuffle = shuffle
         self.prefixes: CachedPrefixes | None = None
         self.prompts: dict[str, list[Prompt]] = {}
-        self.unusable: dict[str, list[str]] = {}
+        self.reports: dict[str, LoadReport] = {}
 
     def setup(self, stage: str) -> None:
         """Read and tokenise the questions of a stage."""
@@ -142,7 +142,7 @@ class RPODataModule(LightningDataModule):
         )
         source = as_source(data, split={"val": "test", "predict": "test"}.get(split, split))
         self.prompts[key], report = builder.build(source)
-        self.unusable[key] = report.unusable
+        self.reports[key] = report
         for message in report.unusable[:_MAX_MESSAGES]:
             log.warning(message)
         if report.unusable or report.overlong or report.duplicates:
@@ -189,12 +189,15 @@ class RPODataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> list[DataLoader[Prompt]]:
-        """Batches of validation prompts, a loader a set; none if there is nothing to validate on."""
+        """Batches of validation prompts, a loader a set; none if a training run has nothing to validate on."""
+        assert self.trainer is not None
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            return [self._eval_loader(set_key("val", name)) for name in self._sets("val") or [""]]
         return [self._eval_loader(set_key("val", name)) for name in self._sets("val")]
 
     def test_dataloader(self) -> list[DataLoader[Prompt]]:
         """Batches of test prompts, a loader a set."""
-        return [self._eval_loader(set_key("test", name)) for name in self._sets("test")] or [self._eval_loader("test")]
+        return [self._eval_loader(set_key("test", name)) for name in self._sets("test") or [""]]
 
     def predict_dataloader(self) -> DataLoader[Prompt]:
         """Batches of prompts to answer."""
@@ -210,7 +213,19 @@ class RPODataModule(LightningDataModule):
         return Batch([full_path_request(prompt, module.max_response_tokens) for prompt in batch])
 
     def _eval_loader(self, split: str) -> DataLoader[Prompt]:
-        return DataLoader(self._prompts(split), batch_size=self.eval_batch_size, collate_fn=Batch)  # type: ignore[arg-type]
+        """Equally many batches on all ranks, by repeating questions: engines over several ranks need it."""
+        assert self.trainer is not None
+        prompts: Any = self._prompts(split)
+        world_size = self.trainer.world_size
+        sampler: DistributedSampler[Prompt] = DistributedSampler(
+            prompts, world_size, self.trainer.global_rank, shuffle=False
+        )
+        return DataLoader(
+            prompts,
+            batch_size=self.eval_batch_size,
+            sampler=sampler if world_size > 1 else None,
+            collate_fn=Batch,
+        )
 
     def _prompts(self, split: str) -> list[Prompt]:
         if split not in self.prompts:

@@ -7,6 +7,8 @@ line and nothing else.
 
 from __future__ import annotations
 
+import importlib.util
+
 
 class RPOError(Exception):
     """Base of every error that the package raises on purpose."""
@@ -18,6 +20,17 @@ class ConfigurationError(RPOError):
 
 class DataError(RPOError):
     """A data set that cannot be read: missing file, unknown column, malformed row."""
+
+
+def require_modules(extra: str, *names: str) -> None:
+    """Check that the modules of an extra are installed.
+
+    Raises:
+        ConfigurationError: One is not.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigurationError(f"{missing[0]} is not installed: pip install 'rpo-lightning[{extra}]'")
 
 
 class CacheError(RPOError):

@@ -116,7 +116,8 @@ def _trial(model: Any, shared: bool, full_logits: bool) -> Tensor:
     try:
         device = next(model.parameters()).device
         # Lightning builds models under its own default device, which need not be the model's.
-        with torch.no_grad(), device:
+        # Autocast is off: the tolerance is that of the model's own precision.
+        with torch.no_grad(), device, torch.autocast(device.type, enabled=False):
             return token_logprobs(model, batch, 1.0, 0, device, full_logits).logprobs_BS
     finally:
         model.train(was_training)

@@ -216,6 +216,8 @@ class RPOModule(PolicyModule):
         metrics |= {f"time/{phase}": seconds for phase, seconds in self.phase_seconds.items()}
         metrics |= {f"tokens/{phase}": float(tokens) for phase, tokens in self.phase_tokens.items()}
         self.log("reward/mean", metrics.pop("reward/mean"), prog_bar=True, batch_size=len(requests))
+        rate = self.phase_tokens["decode"] / max(self.phase_seconds["prefill"] + self.phase_seconds["decode"], 1e-9)
+        self.log("rollout/tokens_per_second", rate, prog_bar=True, batch_size=len(requests))
         self.log_dict(metrics, batch_size=len(requests))
 
     def _collect(self, groups: list[Group], size: int) -> tuple[list[Group], list[Group]]:

@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 # Logits of one chunk: 2**26 fp32 numbers are 256 MiB.
 CHUNK_ELEMENTS = 2**26
+# Positions whose entropies are computed at once.
+_ENTROPY_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -91,18 +94,22 @@ class _TokenScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_KV: Tensor, token_K: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(logits_KV.dtype, torch.float32)
-        scaled_KV = logits_KV if temperature == 1 else logits_KV / temperature
-        logprobs_KV = torch.log_softmax(scaled_KV, -1, dtype=dtype)
+        scaled_KV = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
+        if temperature != 1:
+            scaled_KV = scaled_KV / temperature
+        logprobs_KV = torch.log_softmax(scaled_KV, -1)
+        logprobs_K = logprobs_KV.gather(-1, token_K[:, None]).squeeze(-1)
         probs_KV = logprobs_KV.exp()
-        # A batch of products: the elementwise one is never held.
-        entropy_K = -torch.bmm(probs_KV[:, None], logprobs_KV[:, :, None]).flatten()
+        del scaled_KV, logprobs_KV
+        # entr(0) is 0, for tokens that a model rules out; in parts, since it makes another tensor.
+        entropy_K = torch.cat([torch.special.entr(part).sum(-1) for part in probs_KV.split(_ENTROPY_ROWS)])
         ctx.save_for_backward(probs_KV, token_K)
         ctx.temperature, ctx.dtype = temperature, logits_KV.dtype
         ctx.mark_non_differentiable(entropy_K)
-        return logprobs_KV.gather(-1, token_K[:, None]).squeeze(-1), entropy_K
+        return logprobs_K, entropy_K
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
         probs_KV, token_K = ctx.saved_tensors
         gradient_K = gradients[0][:, None] / ctx.temperature

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.engines.base import EngineContext, RolloutEngine, Sampling
@@ -41,6 +42,7 @@ class PolicyModule(LightningModule):
     Attributes:
         evaluations: What was answered in the current or last evaluation, a set of questions each.
         answered: The groups of the last ``predict`` step.
+        decoded_tokens: Tokens sampled so far, for whatever purpose.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class PolicyModule(LightningModule):
         self.policy_version = 0
         self.evaluations: list[Evaluation] = []
         self.answered: list[Group] = []
+        self.decoded_tokens = 0
         self._policy_source = policy
 
     def configure_model(self) -> None:
@@ -115,6 +118,7 @@ class PolicyModule(LightningModule):
         with self.timer("decode"):
             completions = generate(self.engine, requests, samples, sampling, seed)
         self.timer.move("decode", "prefill", self.engine.prefill_share())
+        self.decoded_tokens += sum(len(c.token_ids) for group in completions for c in group)
         with self.timer("reward"):
             return score(self.grader, self.tokenizer, requests, completions, step=self.global_step)
 
@@ -148,30 +152,39 @@ class PolicyModule(LightningModule):
         """Answer questions; one record an answer, with its verdict."""
         self.answered = groups = self._answer(requests, batch_idx)
         self.timer.take()
-        return [{"uid": g.request.prompt.uid, **asdict(sample)} for g in groups for sample in g.samples]
+        return [
+            {"uid": g.request.prompt.uid, "sample": i, **asdict(sample)}
+            for g in groups
+            for i, sample in enumerate(g.samples)
+        ]
 
-    def _answer(self, requests: Batch[RolloutRequest], batch_idx: int) -> list[Group]:
+    def _answer(self, requests: Batch[RolloutRequest], batch_idx: int, dataloader_idx: int = 0) -> list[Group]:
         require_requests(requests)
         # The same seed at every evaluation: differences are the policy's.
-        seed = derive_seed(SeedPurpose.EVALUATION, self.global_rank, batch_idx)
+        parts = (batch_idx, dataloader_idx) if dataloader_idx else (batch_idx,)
+        seed = derive_seed(SeedPurpose.EVALUATION, self.global_rank, *parts)
         return self.roll_out(requests, self.eval_samples, self.eval_sampling, seed)
 
     def _new_evaluations(self, split: str) -> list[Evaluation]:
         names = getattr(getattr(self.trainer, "datamodule", None), "evaluation_names", lambda _: [""])(split)
         votes = self.grader.verifier.finds_answers
-        return [Evaluation(name, self.eval_samples, votes, self.device) for name in names]
+        keeps_answers = self.trainer.state.fn != TrainerFn.FITTING
+        return [Evaluation(name, self.eval_samples, votes, self.device, keeps_answers) for name in names]
 
     def _evaluate(self, requests: Batch[RolloutRequest], batch_idx: int, dataloader_idx: int) -> None:
-        groups = self._answer(requests, batch_idx)
+        before = self.decoded_tokens
+        groups = self._answer(requests, batch_idx, dataloader_idx)
         classes = None
         if self.eval_samples > 1 and self.grader.verifier.finds_answers:
             classes = self.grader.answer_classes([g.samples for g in groups])
-        self.timer.take()  # the phases that are logged are those of training
+        seconds = sum(self.timer.take().values())  # the phases that are logged are those of training
         self.evaluations[dataloader_idx].add(groups, classes)
+        rate = (self.decoded_tokens - before) / max(seconds, 1e-9)
+        self.log("tokens/s", rate, batch_size=1, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
     def _log_evaluations(self, stage: str) -> None:
         """Log every metric of every set, and their means over sets where there are several."""
-        means = {e.name: e.means() for e in self.evaluations if e.rows}
+        means = {e.name: e.means() for e in self.evaluations if e.questions}
         if not means:
             return
         first = next(iter(means.values()))

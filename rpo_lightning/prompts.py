@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from rpo_lightning.sources import DataSource
 
 QUESTION_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "final_answer", "solution")
+# Only of rows with a "final_answer": elsewhere the name means other things.
 TOLERANCE_COLUMN = "error"
 
 
@@ -35,6 +37,12 @@ class LoadReport:
     overlong: int = 0
     duplicates: int = 0
     unusable: list[str] = field(default_factory=list)
+
+    def messages(self) -> list[str]:
+        """Everything that was left out."""
+        counted = [f"{self.overlong} prompts over data.max_prompt_tokens"] if self.overlong else []
+        counted += [f"{self.duplicates} repeated questions"] if self.duplicates else []
+        return [*self.unusable, *counted]
 
 
 class PromptBuilder:
@@ -95,7 +103,7 @@ class PromptBuilder:
                 report.unusable.append(f"{where}: dropped, its {what} is empty")
                 continue
             try:
-                answer = gold_answer(value, row.get(TOLERANCE_COLUMN))
+                answer = gold_answer(value, row.get(TOLERANCE_COLUMN) if "final_answer" in row else None)
             except ValueError as error:
                 report.unusable.append(f"{where}: dropped, {error}")
                 continue
@@ -159,21 +167,23 @@ def gold_answer(value: Any, tolerance: Any = None) -> GoldAnswer:
         tolerance: How far numbers may be from it: a number, or text such as ``1e-2`` or ``0.1,0.2`` (one a part).
 
     Raises:
-        ValueError: The tolerance is no number.
+        ValueError: The tolerance is no number, negative or infinite.
     """
-    parts = value if isinstance(value, list | tuple) else [value]
-    text = ", ".join(_answer_text(part) for part in parts)
+    parts = [_answer_text(part) for part in (value if isinstance(value, list | tuple) else [value])]
     if _is_empty(tolerance):
-        return GoldAnswer(text)
+        return GoldAnswer(*parts)
     try:
-        return GoldAnswer(text, tuple(float(t) for t in str(tolerance).split(",")))
-    except ValueError as error:
-        raise ValueError(f"its {TOLERANCE_COLUMN} {str(tolerance)[:40]!r} is no tolerance") from error
+        tolerances = tuple(float(t) for t in str(tolerance).split(","))
+    except ValueError:
+        tolerances = (math.nan,)
+    if not all(0 <= t < math.inf for t in tolerances):
+        raise ValueError(f"its {TOLERANCE_COLUMN} {str(tolerance)[:40]!r} is no tolerance")
+    return GoldAnswer(*parts, tolerances=tolerances)
 
 
 def _answer_text(value: Any) -> str:
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else format(Decimal(repr(value)), "f")
     text = str(value)
     boxed = last_boxed(text)
     if boxed is not None:

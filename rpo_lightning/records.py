@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -52,19 +52,20 @@ class GoldAnswer(str):
     """A gold answer as text, and how far numbers may be from it.
 
     Args:
-        text: The answer; several parts are separated by commas.
+        parts: Its parts, all of which are asked for; the text joins them by commas.
         tolerances: Absolute tolerance of each part, or one for all; empty means none.
     """
 
+    parts: tuple[str, ...]
     tolerances: tuple[float, ...]
 
-    def __new__(cls, text: str, tolerances: tuple[float, ...] = ()) -> GoldAnswer:  # noqa: D102
-        answer = super().__new__(cls, text)
-        answer.tolerances = tolerances
+    def __new__(cls, *parts: str, tolerances: tuple[float, ...] = ()) -> GoldAnswer:  # noqa: D102
+        answer = super().__new__(cls, ", ".join(parts))
+        answer.parts, answer.tolerances = parts, tolerances
         return answer
 
-    def __getnewargs__(self) -> tuple[str, tuple[float, ...]]:  # type: ignore[override]
-        return str(self), self.tolerances
+    def __getnewargs_ex__(self) -> tuple[tuple[str, ...], dict[str, Any]]:
+        return self.parts, {"tolerances": self.tolerances}
 
 
 @dataclass(frozen=True)

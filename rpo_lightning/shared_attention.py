@@ -127,6 +127,7 @@ def shared_prefix_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
+    query, key, value = _same_dtype(query, key, value)
     if freeze_into is not None:
         freeze_into[int(module.layer_idx)] = (key.detach(), value.detach())  # type: ignore[arg-type]
     pieces = []
@@ -143,6 +144,13 @@ def shared_prefix_attention(
             own = (q[:, :, queries:], k[:, :, keys:], v[:, :, keys:])
             pieces.append(_suffixes(own, k[:, :, :keys], v[:, :, :keys], span, scaling))
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast rotary embeddings leave queries and keys in fp32; kernels want one dtype."""
+    device = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[-1].dtype
+    return tuple(x.to(dtype) for x in tensors)
 
 
 def _trunk(q: Tensor, k: Tensor, v: Tensor, span: Span, scaling: float | None) -> Tensor:

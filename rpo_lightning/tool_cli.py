@@ -23,6 +23,7 @@ from rpo_lightning.cache_commands import (
     show,
     stats,
 )
+from rpo_lightning.callbacks.progress import AnswerProgressCallback
 from rpo_lightning.cli import RPOCLI
 from rpo_lightning.data import RPODataModule
 from rpo_lightning.errors import ConfigurationError
@@ -44,6 +45,7 @@ class ToolCLI(RPOCLI):
     """
 
     def __init__(self, name: str, model_class: type[RPOModule], added_class: type, arguments: list[str]) -> None:
+        self._name = name
         self._added_class = added_class
         self.added: Any = None
         super().__init__(
@@ -67,7 +69,8 @@ class ToolCLI(RPOCLI):
         trainer: Any = super().instantiate_trainer(**kwargs)
         names = inspect.signature(self._added_class).parameters
         self.added = self._added_class(**{name: self._get(self.config_init, name) for name in names})
-        trainer.callbacks = [self.added] if isinstance(self.added, Callback) else []
+        trainer.callbacks = [AnswerProgressCallback(self._name)]
+        trainer.callbacks += [self.added] if isinstance(self.added, Callback) else []
         trainer.loggers = []
         return cast(Trainer, trainer)
 

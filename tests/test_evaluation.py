@@ -100,6 +100,18 @@ def test_bootstrap_intervals_are_those_of_the_normal_law_where_it_holds():
     assert estimate.value - estimate.low == pytest.approx(half_width, rel=0.1)
 
 
+def test_the_interval_of_an_average_over_sets_does_not_cancel_their_noise():
+    values = {"a": [0.0, 1.0] * 50, "b": [1.0, 0.0] * 50}
+    estimates = {}
+    for name, correct in values.items():
+        evaluation = Evaluation(name, samples=1, votes=False, device=torch.device("cpu"))
+        evaluation.add([make_group([c], uid=f"{i:03d}") for i, c in enumerate(correct)])
+        estimates[name] = evaluation.estimates()
+    of_average = average(estimates)["accuracy"]
+    expected = 2 * 1.96 * (0.25 / 100 / 2) ** 0.5  # independent sets
+    assert of_average.high - of_average.low == pytest.approx(expected, rel=0.15)
+
+
 def test_the_table_names_sets_their_mean_and_rows_that_were_not_scored():
     def estimate(value):
         return {"accuracy": Estimate.of(value, bootstrap_means(torch.tensor([value, value]).double()))}
@@ -150,6 +162,14 @@ def test_boxes_within_boxes():
         ("5", None, "\\boxed{5 \\text{ km/h}}", True),
         ("2,3", None, "\\boxed{3, 2}", True),
         ("5", "0.5", "\\boxed{x}", False),
+        (["1.0", "1.05"], "0.1", "\\boxed{1.0, 7}", False),  # one number cannot stand for two
+        ("(1.0,2.0)", "0.1", "\\boxed{(1.05,2.0)}", True),
+        ("(1.0,2.0)", "0.1", "\\boxed{(2.0,1.05)}", False),
+        ("3.14", "1e-2", "\\boxed{x=3.145}", True),
+        ("1,234", "5", "\\boxed{1236}", True),
+        ("\\$5", None, "\\boxed{5}", True),
+        ("4.5e33", None, "\\boxed{4.5 \\times 10^{33}}", True),
+        (1e-05, None, "\\boxed{10^{-5}}", True),
     ],
 )
 def test_tolerances_units_and_several_answers(gold, tolerance, response, right):
@@ -208,7 +228,7 @@ def _shapes(tmp_path, monkeypatch):
 
 EVALUATE = [
     "--model.policy", REASONER, "--model.rewards", '[{"class_path": "AccuracyReward"}]', "--model.max_response_tokens",
-    "24", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--trainer.logger", "false",
+    "24", "--trainer.accelerator", "cpu", "--trainer.logger", "false",
 ]  # fmt: skip
 
 
@@ -248,6 +268,7 @@ def test_greedy_answers_give_the_same_table_on_one_rank_and_on_two():
             command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
+        assert "%|" not in done.stdout + done.stderr  # no bars where there is no terminal
         tables.append(Path("evaluation.md").read_text())
         assert len(pd.read_parquet("evaluation.parquet")) == 5
     assert "| all | 5 | 0 |" in tables[0]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rpo_lightning.logprobs import token_logprobs
 from rpo_lightning.objectives import CISPO, DAPO, GRPO, GSPO, Objective
+from rpo_lightning.output_head import token_scores
 from rpo_lightning.rows import Row, SharedRow, rows_of
 from rpo_lightning.shared_attention import IMPLEMENTATION
 from rpo_lightning.update import PolicyLoss, UpdateSettings
@@ -179,3 +180,25 @@ def test_frozen_log_probs_make_the_ratio_and_equal_the_policy_that_sampled(polic
     with torch.no_grad():
         policy.model.norm.weight.mul_(1.5)
     assert loss.backward(batch, lambda x: x.backward())["loss/ratio_deviation_max"] > 0.01
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_those_of_the_distribution_in_full_precision(temperature, dtype):
+    """Also where logits are bf16, autocast is on, and the model rules a token out."""
+    logits = (10 * torch.randn(5, 40)).to(dtype)
+    logits[0, 3] = -torch.inf
+    tokens = torch.arange(5) + 4
+    exact = logits.double().detach().requires_grad_()
+    distribution = torch.distributions.Categorical(logits=exact / temperature, validate_args=False)
+    logits = logits.detach().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logprobs, entropy = token_scores(logits, tokens, temperature)
+    torch.testing.assert_close(logprobs, distribution.log_prob(tokens).float(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(entropy, distribution.entropy().float(), atol=1e-4, rtol=1e-4)
+    weights = torch.randn(5)
+    (logprobs * weights).sum().backward()
+    (distribution.log_prob(tokens) * weights).sum().backward()
+    torch.testing.assert_close(
+        logits.grad.float(), exact.grad.float(), atol=1e-2 if dtype != torch.float32 else 1e-5, rtol=1e-2
+    )

@@ -139,6 +139,17 @@ def test_a_call_over_the_limit_or_in_a_crashed_process_is_killed_scored_zero_and
     assert pool.killed == 2
 
 
+def forget_to_return(prompt: str, response: str, answer: str) -> None:
+    return None
+
+
+def test_a_reward_that_is_no_number_is_an_error_and_not_a_zero():
+    pool = GradingPool()
+    with pytest.raises(RewardError, match="forget_to_return raised TypeError"):
+        pool.numbers(forget_to_return, [("q", "r", "a")])
+    pool.close()
+
+
 def test_an_exception_in_a_users_function_ends_with_its_name_and_cause():
     pool = GradingPool()
     with pytest.raises(RewardError, match=r"fail raised KeyError: 'no such thing'"):

@@ -69,6 +69,25 @@ def test_shared_rows_give_the_gradient_of_plain_rows(exact_policy, objective, sc
     assert_same(plain, split, GOAL)
 
 
+@pytest.mark.parametrize("prefix_gradient", [True, False])
+def test_shared_rows_work_under_bf16_autocast(policy, prefix_gradient):
+    def under_autocast(**changes):
+        policy.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            gradients, metrics = gradient(policy, DAPO(), **changes)
+        return torch.cat([g.flatten() for g in gradients.values()]), metrics
+
+    exact, _ = gradient(policy, DAPO(), prefix_gradient=prefix_gradient)
+    exact = torch.cat([g.flatten() for g in exact.values()])
+    shared, metrics = under_autocast(prefix_gradient=prefix_gradient)
+    assert metrics["tokens"] == 31
+    plain, _ = under_autocast(share_prefixes=False)
+    cosine = torch.nn.functional.cosine_similarity
+    assert cosine(shared, exact, dim=0) > 0.99
+    if prefix_gradient:
+        assert cosine(shared, plain, dim=0) > 0.99
+
+
 def test_without_prefix_gradient_only_the_prefix_keys_and_values_are_constants(exact_policy):
     """Against the model itself, continuing a cache that was filled without gradient, one member at a time."""
     batch = groups()

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from rpo_lightning.callbacks.completions import COMPLETIONS_FILE
 from rpo_lightning.callbacks.run_summary import SUMMARY_FILE
-from rpo_lightning.errors import DataError
+from rpo_lightning.errors import DataError, require_modules
+from rpo_lightning.files import replacing
 
 REPORT_FILE = "report.html"
 METRICS_FILE = "metrics.csv"
@@ -83,6 +82,8 @@ def write_report(run: str) -> None:
     Args:
         run: Folder of the run, with ``metrics.csv`` or ``summary.json`` in it.
     """
+    require_modules("analysis", "jinja2", "matplotlib", "pandas")
+    import pandas as pd
     from jinja2 import Environment, PackageLoader, select_autoescape
 
     folder = Path(run)
@@ -104,20 +105,20 @@ def write_report(run: str) -> None:
     page = environment.get_template("report.html.j2").render(
         name=str(folder), summary=summary, pictures=pictures, completions=read_completions(folder)
     )
-    partial = folder / (REPORT_FILE + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(folder / REPORT_FILE)
+    with replacing(folder / REPORT_FILE) as partial:
+        partial.write_text(page, encoding="utf-8")
     print(f"report written to {folder / REPORT_FILE}")
 
 
-def has_data(metrics: pd.DataFrame, panel: Panel) -> bool:
+def has_data(metrics: Any, panel: Panel) -> bool:
     """Whether any column of a panel was logged."""
     return any(c in metrics and metrics[c].notna().any() for c, _ in panel.columns)
 
 
-def draw(metrics: pd.DataFrame, panel: Panel) -> str:
+def draw(metrics: Any, panel: Panel) -> str:
     """A panel as a PNG, base64."""
     import matplotlib
+    import pandas as pd
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from rpo_lightning.analysis.segments import accuracy_of, grouped_by_first_answer
 from rpo_lightning.analysis.similarity import TextSimilarity, TfidfSimilarity
-from rpo_lightning.callbacks.evaluation_results import gather_rows
+from rpo_lightning.callbacks.gathering import gather_rows
+from rpo_lightning.errors import require_modules
+from rpo_lightning.evaluation.evaluation import INTERVAL
 from rpo_lightning.evaluation.metrics import bootstrap_means
+from rpo_lightning.files import write_parquet
 
 RESULTS_FILE = "segments.parquet"
 PICTURE_FILE = "segments.png"
@@ -41,6 +42,11 @@ class SegmentResultsCallback(BasePredictionWriter):
         self.similarity = similarity or TfidfSimilarity()
         self.title = title
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out what is missing before anything is sampled."""
+        require_modules("analysis", "matplotlib")
+        self.similarity.prepare()
+
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
@@ -48,11 +54,8 @@ class SegmentResultsCallback(BasePredictionWriter):
         rows = gather_rows([row for batch in predictions for row in batch], ("uid", "kept"))
         if not trainer.is_global_zero:
             return
+        write_parquet(rows, self.out / RESULTS_FILE)
         alike = similarities([r for r in rows if r["answers"]], self.similarity)
-        self.out.mkdir(parents=True, exist_ok=True)
-        partial = self.out / (RESULTS_FILE + ".partial")
-        pq.write_table(pa.Table.from_pylist(rows), partial)
-        partial.replace(self.out / RESULTS_FILE)
         draw(rows, alike, self.title, self.out / PICTURE_FILE)
         print(f"{len({r['uid'] for r in rows})} questions, {len(rows)} cuts: {self.out / RESULTS_FILE}")
         print(f"picture: {self.out / PICTURE_FILE}")
@@ -118,6 +121,6 @@ def _binned(rows: Sequence[dict[str, Any]], bin_of: Any) -> dict[float, list[flo
 def _line(axis: Any, bins: dict[float, list[float]], label: str) -> None:
     positions = list(bins)
     centre = [float(np.mean(values)) for values in bins.values()]
-    bands = [np.percentile(bootstrap_means(torch.tensor(v)), [2.5, 97.5]) for v in bins.values()]
+    bands = [np.percentile(bootstrap_means(torch.tensor(v)), INTERVAL) for v in bins.values()]
     (line,) = axis.plot(positions, centre, marker="o", label=label)
     axis.fill_between(positions, [b[0] for b in bands], [b[1] for b in bands], color=line.get_color(), alpha=0.15)

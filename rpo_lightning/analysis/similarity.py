@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.errors import ConfigurationError, require_modules
 
 
 class TextSimilarity(ABC):
     """Mean cosine similarity of pairs of texts."""
+
+    def prepare(self) -> None:  # noqa: B027 (optional)
+        """Load what is needed, or say that it is missing."""
 
     def fit(self, texts: Sequence[str]) -> None:  # noqa: B027 (optional)
         """See typical texts, for measures that weigh features by how common they are."""
@@ -47,6 +50,10 @@ class TfidfSimilarity(TextSimilarity):
         self.longest = longest
         self._vectorizer: Any = None
 
+    def prepare(self) -> None:
+        """Check that scikit-learn is there."""
+        require_modules("analysis", "sklearn")
+
     def fit(self, texts: Sequence[str]) -> None:
         """Learn the weights."""
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -72,6 +79,10 @@ class EmbeddingSimilarity(TextSimilarity):
         self.model = model
         self.batch_size = batch_size
         self._loaded: tuple[Any, Any] | None = None
+
+    def prepare(self) -> None:
+        """Load the model."""
+        self._load()
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Mean-pooled last hidden states, normalised."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-from rpo_lightning.callbacks.run_folder import run_folder
+from rpo_lightning.callbacks.run_folder import RunFolderCallback
 from rpo_lightning.errors import ConfigurationError
 from rpo_lightning.records import Group
 from rpo_lightning.rollouts import decode
@@ -17,7 +17,7 @@ COMPLETIONS_FILE = "completions.jsonl"
 COLUMNS = ("step", "uid", "prompt", "answer", "prefix", "suffix", "reward", "correct", "finished")
 
 
-class CompletionsCallback(Callback):
+class CompletionsCallback(RunFolderCallback):
     """Logs some completions of a training batch, kept prefix and generated suffix apart.
 
     Rows are appended to ``completions.jsonl`` in the run's folder, and shown as a table in
@@ -44,7 +44,7 @@ class CompletionsCallback(Callback):
         if not trainer.is_global_zero or (module.iteration - 1) % self.every_n_batches:
             return
         rows = [row for g in module.groups[: self.groups] for row in self._rows(g, module.tokenizer)]
-        path = run_folder(trainer) / COMPLETIONS_FILE
+        path = self.folder / COMPLETIONS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -13,12 +13,12 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rpo_lightning.cache import ExperienceCache
-from rpo_lightning.callbacks.run_folder import run_folder
+from rpo_lightning.callbacks.run_folder import RunFolderCallback
 from rpo_lightning.callbacks.weight_sync import sync_engine
 from rpo_lightning.cuts import CutStrategy, FractionOfShortestCut, FullBudget, SuffixBudget
 from rpo_lightning.engines.base import Sampling
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 CACHE_FILE = "cache.parquet"
 
 
-class ExperienceCacheCallback(Callback):
+class ExperienceCacheCallback(RunFolderCallback):
     """Maintains the experience cache and serves prefixes from it.
 
     Args:
@@ -107,6 +107,7 @@ class ExperienceCacheCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the cache and hand it to the data module."""
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
         data: Any = getattr(trainer, "datamodule", None)
@@ -137,11 +138,12 @@ class ExperienceCacheCallback(Callback):
         if self._is_restored:
             require_same_questions(self.cache, data.prompts["train"], "the checkpoint's cache")
         elif self.initialisation == "eager":
-            missing = [p for p in data.prompts["train"] if p.uid not in self.cache]
+            known = {entry.uid for entry in self.cache if entry.response is not None}
+            missing = [p for p in data.prompts["train"] if p.uid not in known]
             if missing:
                 sync_engine(trainer)
                 self._initialise(pl_module, missing)
-                path = run_folder(trainer) / CACHE_FILE
+                path = self.folder / CACHE_FILE
                 self.cache.save(path)
                 log.info(f"cache initialised with {self.initialisation_tokens} decoded tokens, saved to {path}")
 
@@ -159,12 +161,12 @@ class ExperienceCacheCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the cache into the run's folder."""
         if trainer.is_global_zero:
-            self.cache.save(run_folder(trainer) / CACHE_FILE)
+            self.cache.save(self.folder / CACHE_FILE)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what has been gathered."""
         if trainer.is_global_zero and self._prefixes is not None and len(self.cache):
-            self.cache.save(run_folder(trainer) / CACHE_FILE)
+            self.cache.save(self.folder / CACHE_FILE)
 
     def state_dict(self) -> dict[str, Any]:
         """The cache, for the checkpoint."""

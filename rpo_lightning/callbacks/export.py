@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
-from rpo_lightning.callbacks.run_folder import run_folder
+from rpo_lightning.callbacks.run_folder import RunFolderCallback
 
 log = logging.getLogger(__name__)
 
 POLICY_FOLDER = "policy"
 
 
-class HuggingFaceExportCallback(Callback):
+class HuggingFaceExportCallback(RunFolderCallback):
     """Writes ``<run>/policy`` at the end, and ``<run>/policy-step=N`` on the way if asked.
 
     Args:
@@ -40,6 +40,6 @@ class HuggingFaceExportCallback(Callback):
 
     def _export(self, trainer: Trainer, module: Any, name: str) -> None:
         if trainer.is_global_zero:
-            folder = run_folder(trainer) / name
+            folder = self.folder / name
             module.save_pretrained(folder)
             log.info(f"saved the policy to {folder}")

@@ -9,7 +9,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from rpo_lightning.callbacks.gathering import gather_rows
 from rpo_lightning.callbacks.run_folder import run_folder
+from rpo_lightning.files import replacing
 
 PREDICTIONS_FILE = "predictions.jsonl"
 
@@ -23,10 +25,11 @@ class PredictionsCallback(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Write the file of this rank."""
-        name = PREDICTIONS_FILE if trainer.world_size == 1 else f"rank{trainer.global_rank}-{PREDICTIONS_FILE}"
-        path = run_folder(trainer) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for batch in predictions for row in batch)
-        print(f"{sum(len(batch) for batch in predictions)} answers written to {path}")
+        """Write the answers of all ranks."""
+        path = run_folder(trainer) / PREDICTIONS_FILE
+        rows = gather_rows([row for batch in predictions for row in batch], ("uid", "sample"))
+        if not trainer.is_global_zero:
+            return
+        with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        print(f"{len(rows)} answers written to {path}")

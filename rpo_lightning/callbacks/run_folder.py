@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 def run_folder(trainer: Trainer) -> Path:
     """The logger's folder, or ``default_root_dir`` where there is no logger. All ranks must ask for it together."""
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+class RunFolderCallback(Callback):
+    """A callback that writes into the run's folder, which all ranks look up when the run is set up.
+
+    Attributes:
+        folder: The run's folder.
+    """
+
+    folder: Path
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look the folder up."""
+        self.folder = run_folder(trainer)

@@ -11,18 +11,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from rpo_lightning.callbacks.experience_cache import CACHE_FILE, ExperienceCacheCallback
 from rpo_lightning.callbacks.export import POLICY_FOLDER, HuggingFaceExportCallback
-from rpo_lightning.callbacks.run_folder import run_folder
+from rpo_lightning.callbacks.run_folder import RunFolderCallback
+from rpo_lightning.files import replacing
 from rpo_lightning.timing import PHASES
 
 SUMMARY_FILE = "summary.json"
 
 
-class RunSummaryCallback(Callback):
+class RunSummaryCallback(RunFolderCallback):
     """Counts tokens, remembers accuracies, and writes ``summary.json`` into the run's folder.
 
     It also has the run end with a validation, whatever ended it.
@@ -76,13 +77,10 @@ class RunSummaryCallback(Callback):
         if not trainer.is_global_zero:
             return
         self.seconds += time.perf_counter() - self._started
-        folder = run_folder(trainer)
         summary = self.summary(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / (SUMMARY_FILE + ".partial")
-        partial.write_text(json.dumps(summary, indent=2) + "\n")
-        partial.replace(folder / SUMMARY_FILE)
-        print(_screen(summary, self._files(trainer, folder)), flush=True)
+        with replacing(self.folder / SUMMARY_FILE) as partial:
+            partial.write_text(json.dumps(summary, indent=2) + "\n")
+        print(_screen(summary, self._files(trainer)), flush=True)
 
     def summary(self, trainer: Trainer) -> dict[str, Any]:
         """The figures of the run so far."""
@@ -137,16 +135,16 @@ class RunSummaryCallback(Callback):
         self.phase_seconds = dict(state_dict["phase_seconds"])
         self.phase_tokens = dict(state_dict["phase_tokens"])
 
-    def _files(self, trainer: Trainer, folder: Path) -> dict[str, Path]:
+    def _files(self, trainer: Trainer) -> dict[str, Path]:
         kinds = {type(c) for c in trainer.callbacks}  # type: ignore[attr-defined]
         files = {}
         if HuggingFaceExportCallback in kinds:
-            files["policy"] = folder / POLICY_FOLDER
+            files["policy"] = self.folder / POLICY_FOLDER
         if any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
-            files["metrics"] = folder / "metrics.csv"
+            files["metrics"] = self.folder / "metrics.csv"
         if ExperienceCacheCallback in kinds:
-            files["cache"] = folder / CACHE_FILE
-        return files | {"summary": folder / SUMMARY_FILE}
+            files["cache"] = self.folder / CACHE_FILE
+        return files | {"summary": self.folder / SUMMARY_FILE}
 
 
 def _screen(summary: dict[str, Any], files: dict[str, Path]) -> str:

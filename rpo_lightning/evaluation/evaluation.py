@@ -22,6 +22,8 @@ from rpo_lightning.evaluation.metrics import (
 from rpo_lightning.records import Group
 
 CONFIDENCE = 0.95
+# The percentiles of resampled means that bound the interval.
+INTERVAL = (50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE))
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Estimate:
     @classmethod
     def of(cls, value: float, resampled: np.ndarray) -> Estimate:
         """The interval between percentiles of the resamples."""
-        low, high = np.percentile(resampled, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
+        low, high = np.percentile(resampled, INTERVAL)
         return cls(value, float(low), float(high), resampled)
 
 
@@ -55,10 +57,17 @@ class Evaluation:
         samples: Answers to each question (N).
         votes: Whether equivalent answers can be told, so that a majority can be found.
         device: Where metrics are kept, which is where ranks can exchange them.
+        keeps_answers: Whether :attr:`rows` are kept, which validations within a training run do not need.
+
+    Attributes:
+        questions: How many have been answered on this rank.
+        rows: A record of each.
     """
 
-    def __init__(self, name: str, samples: int, votes: bool, device: torch.device) -> None:
+    def __init__(self, name: str, samples: int, votes: bool, device: torch.device, keeps_answers: bool = True) -> None:
         self.name = name
+        self.questions = 0
+        self._keeps_answers = keeps_answers
         self.rows: list[dict[str, Any]] = []
         metrics: dict[str, QuestionMetric] = {"accuracy": AverageAtK()}
         if samples > 1:
@@ -85,7 +94,9 @@ class Evaluation:
         truncated = torch.tensor([[float(not s.finished) for s in g.samples] for g in groups])
         self._quantities["response_tokens"].update(keys, lengths)
         self._quantities["truncated_share"].update(keys, truncated)
-        self.rows += [self._row(g, c) for g, c in zip(groups, voted.tolist(), strict=True)]
+        self.questions += len(groups)
+        if self._keeps_answers:
+            self.rows += [self._row(g, c) for g, c in zip(groups, voted.tolist(), strict=True)]
 
     def means(self) -> dict[str, float]:
         """Every metric, over all ranks."""
@@ -94,7 +105,9 @@ class Evaluation:
     def estimates(self) -> dict[str, Estimate]:
         """Every metric with its interval, over all ranks."""
         values = {name: metric.values() for name, metric in self._metrics().items()}
-        return {name: Estimate.of(float(v.mean()), bootstrap_means(v)) for name, v in values.items()}
+        # Sets of equal size must not share their draws, or the interval of their average would be wrong.
+        seed = question_key(self.name)
+        return {name: Estimate.of(float(v.mean()), bootstrap_means(v, seed=seed)) for name, v in values.items()}
 
     def _metrics(self) -> dict[str, Any]:
         return {**dict(self._verdicts.items()), **self._quantities}

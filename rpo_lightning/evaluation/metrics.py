@@ -41,7 +41,8 @@ class QuestionMetric(Metric):
     def add(self, keys: Tensor, values: Tensor) -> None:
         """Keep values [Q] of questions with these keys [Q]."""
         self.keys.append(keys.to(self.device))
-        self.per_question.append(values.to(device=self.device, dtype=torch.float64))
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self.per_question.append(values.to(dtype).to(self.device))
 
     def compute(self) -> Tensor:
         """The mean over questions."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 from rpo_lightning.records import Sample
 from rpo_lightning.rewards.pool import GradingPool
@@ -30,17 +31,17 @@ class Verifier(ABC):
     def verify(self, prompt: str, response: str, answer: str) -> float:
         """Verdict in [0, 1]; 1 is right. Must be picklable where ``isolated`` is true."""
 
-    def final_answer(self, response: str) -> str | None:
-        """The final answer in a response; ``None`` if there is none."""
+    def final_answer(self, response: str) -> Any:
+        """The final answer in a response, in whatever form :meth:`same` compares; ``None`` if there is none."""
         raise NotImplementedError
 
-    def same(self, first: str, second: str) -> bool:
+    def same(self, first: Any, second: Any) -> bool:
         """Whether two final answers are equivalent."""
         raise NotImplementedError
 
     def answer_classes(self, *responses: str) -> list[int]:
         """Number the answers to one question: equivalent ones get equal numbers, a missing one -1."""
-        representatives: list[str] = []
+        representatives: list[Any] = []
         classes = []
         for response in responses:
             answer = self.final_answer(response)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,8 @@ from rpo_lightning.errors import ConfigurationError
 from rpo_lightning.records import Sample
 from rpo_lightning.rewards.base import Reward, Verifier
 from rpo_lightning.rewards.pool import GradingPool
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,11 @@ class Grader:
         calls = [tuple(s.response for s in group) for group in groups]
         if not self.verifier.isolated:
             return [self.verifier.answer_classes(*call) for call in calls]
-        found = self.pool.map(self.verifier.answer_classes, calls)
+        # Answers are compared with one another, so the limit grows with their number.
+        found = self.pool.map(self.verifier.answer_classes, calls, killed=None, limits=len(calls[0]) if calls else 1)
+        undetermined = sum(classes is None for classes in found)
+        if undetermined:
+            log.warning(f"answers to {undetermined} questions took too long to compare: they have no vote")
         return [[-1] * len(call) if classes is None else classes for call, classes in zip(calls, found, strict=True)]
 
     def grade(self, groups: Sequence[Sequence[Sample]]) -> list[GradedGroup]:

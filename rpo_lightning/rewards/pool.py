@@ -18,6 +18,7 @@ from pebble import ProcessExpired, ProcessPool
 from rpo_lightning.errors import ConfigurationError, RewardError
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 
 class GradingPool:
@@ -51,31 +52,39 @@ class GradingPool:
         Raises:
             RewardError: The function raised or did not return a number.
         """
-        results = self.map(function, calls)
+        results = self.map(function, calls, killed=0.0)
         try:
-            return [0.0 if result is None else float(result) for result in results]
+            return [float(result) for result in results]
         except (TypeError, ValueError) as error:
             raise _failure(function, error) from error
 
-    def map(self, function: Callable[..., T], calls: Sequence[tuple[Any, ...]]) -> list[T | None]:
+    def map(
+        self, function: Callable[..., T], calls: Sequence[tuple[Any, ...]], killed: K, limits: float = 1.0
+    ) -> list[T | K]:
         """Call ``function`` with each tuple of arguments.
 
+        Args:
+            function: What to call.
+            calls: Its arguments.
+            killed: Stands for the result of a call that was killed.
+            limits: How many times the limit a call may take.
+
         Returns:
-            The results in order, ``None`` for calls that were killed.
+            The results in order.
 
         Raises:
             RewardError: The function raised.
         """
         if self._pool is None:
             self._pool = ProcessPool(max_workers=self.workers, context=multiprocessing.get_context("fork"))
-        futures = [self._pool.schedule(function, args=call, timeout=self.timeout_seconds) for call in calls]
-        results: list[T | None] = []
+        futures = [self._pool.schedule(function, args=call, timeout=self.timeout_seconds * limits) for call in calls]
+        results: list[T | K] = []
         for future in futures:
             try:
                 results.append(future.result())
             except (GradingTimeout, ProcessExpired):
                 self.killed += 1
-                results.append(None)
+                results.append(killed)
             except Exception as error:
                 self.close()
                 raise _failure(function, error) from error

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
+from rpo_lightning.records import GoldAnswer
 from rpo_lightning.rewards.base import Verifier
 from rpo_lightning.rewards.functions import import_function
 
+# 4.5e33, which would be read as a multiple of Euler's number.
+_EXPONENTIAL = re.compile(r"([+-]?\d+(?:\.\d+)?)[eE]([+-]?\d+)")
+_MATH_MODE = re.compile(r"(?<!\\)\$")
+# So many parts of an answer are matched in every order.
+_MOST_ORDERS = 6
 _ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
@@ -26,17 +33,16 @@ class MathVerifier(Verifier):
     def verify(self, prompt: str, response: str, answer: str) -> float:
         """1.0 if the response's final expression equals the gold answer, or is within its tolerances."""
         given = _parse(final_part(response))
-        tolerances = getattr(answer, "tolerances", ())
-        return float(_equal(_parse(_as_latex(answer)), given) or _is_within(tolerances, answer, given))
+        gold = _parse(_as_latex(answer))
+        return float(_equal(gold, given) or (isinstance(answer, GoldAnswer) and _is_within(answer, gold, given)))
 
-    def final_answer(self, response: str) -> str | None:
-        """The text of the final expression."""
-        found = _parse(final_part(response))
-        return str(found[-1]) if found else None
+    def final_answer(self, response: str) -> list[Any] | None:
+        """The final expression and its text."""
+        return _parse(final_part(response)) or None
 
-    def same(self, first: str, second: str) -> bool:
-        """Mathematical equivalence."""
-        return _equal(_parse(_as_latex(first)), _parse(_as_latex(second)))
+    def same(self, first: list[Any], second: list[Any]) -> bool:
+        """Mathematical equivalence in either direction."""
+        return first[-1] == second[-1] or _equal(first, second) or _equal(second, first)
 
     def gold_problem(self, answer: str) -> str | None:
         """Whether math-verify finds an expression in the gold answer."""
@@ -102,7 +108,10 @@ def final_part(response: str) -> str:
 
 def _as_latex(answer: str) -> str:
     r"""Gold answers come bare (``\frac12``), boxed or in dollars; bare ones parse best when boxed."""
-    return answer if "\\boxed" in answer or "$" in answer else f"\\boxed{{{answer}}}"
+    exponential = _EXPONENTIAL.fullmatch(answer.strip())
+    if exponential:
+        answer = rf"{exponential[1]} \times 10^{{{int(exponential[2])}}}"
+    return answer if "\\boxed" in answer or _MATH_MODE.search(answer) else f"\\boxed{{{answer}}}"
 
 
 def _parse(text: str) -> list[Any]:
@@ -118,26 +127,30 @@ def _equal(gold: list[Any], given: list[Any]) -> bool:
     return bool(verify(gold, given, timeout_seconds=None))
 
 
-def _is_within(tolerances: Sequence[float], answer: str, given: list[Any]) -> bool:
-    """Whether the numbers of a gold answer and those given are as many, and each has one within its tolerance."""
-    if not tolerances or not given:
+def _is_within(answer: GoldAnswer, gold: list[Any], given: list[Any]) -> bool:
+    """Whether the numbers given can be paired with the gold ones so that each is within its tolerance."""
+    golds, found = _numbers(gold), _numbers(given)
+    if len(answer.parts) > 1:
+        of_parts = [_numbers(_parse(_as_latex(part))) for part in answer.parts]
+        golds = [n for numbers in of_parts for n in numbers or [math.nan]]
+    if not answer.tolerances or not golds or not found or len(found) != len(golds):
         return False
-    golds = [_numbers(_parse(_as_latex(part))) for part in answer.split(",")]
-    found = _numbers(given)
-    if found is None or len(found) != len(golds):
-        return False
-    limits = list(tolerances) if len(tolerances) == len(golds) else [max(tolerances)] * len(golds)
-    return all(
-        gold is not None and len(gold) == 1 and any(abs(gold[0] - x) <= limit for x in found)
-        for gold, limit in zip(golds, limits, strict=True)
-    )
+    limits = answer.tolerances if len(answer.tolerances) == len(golds) else [max(answer.tolerances)] * len(golds)
+    is_ordered = len(answer.parts) == 1 and gold[0].__class__.__name__ in ("Tuple", "Interval")
+    orders = [found] if is_ordered or len(found) > _MOST_ORDERS else itertools.permutations(found)
+    return any(all(abs(g - x) <= limit for g, x, limit in zip(golds, order, limits, strict=True)) for order in orders)
 
 
 def _numbers(parsed: list[Any]) -> list[float] | None:
     """The numbers of a parsed answer, of which there are several in a set; ``None`` if it is anything else."""
     if not parsed or isinstance(parsed[0], str):
         return None
-    elements = list(parsed[0].args) if parsed[0].__class__.__name__ in ("FiniteSet", "Tuple") else [parsed[0]]
+    expression = parsed[0].rhs if parsed[0].__class__.__name__ == "Equality" else parsed[0]
+    kind = expression.__class__.__name__
+    if kind == "Interval":  # how (1, 2) is read
+        elements = [expression.start, expression.end]
+    else:
+        elements = list(expression.args) if kind in ("FiniteSet", "Tuple") else [expression]
     if not all(getattr(e, "is_number", False) and getattr(e, "is_real", False) for e in elements):
         return None
     return [float(e) for e in elements]
