@@ -27,6 +27,11 @@ from rpo_lightning.data import RPODataModule
 from rpo_lightning.errors import RPOError
 from rpo_lightning.module import RPOModule
 
+log = logging.getLogger(__name__)
+
+# Whole numbers given for these arrive as floats, of which 1.0 means all.
+_LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches")
+
 
 class RPOCLI(LightningCLI):
     """LightningCLI with an optional experience cache and the callbacks every run wants."""
@@ -45,6 +50,11 @@ class RPOCLI(LightningCLI):
         """Put the cache callback first: it records groups before others look at the cache."""
         if self._get(self.config_init, "trainer.enable_progress_bar") is None and not sys.stdout.isatty():
             kwargs["enable_progress_bar"] = False
+        for name in _LIMITS:
+            if self._get(self.config_init, f"trainer.{name}") == 1.0:
+                log.warning(
+                    f"trainer.{name}: 1 is read as 1.0, which is all batches; use 2 and batches of half the size"
+                )
         trainer = super().instantiate_trainer(**kwargs)
         cache = self._get(self.config_init, "cache")
         if cache is not None:

@@ -62,6 +62,15 @@ def test_every_config_says_what_it_is_for_and_is_accepted(config, monkeypatch):
     assert len(cache) == (0 if config.stem in ("grpo", "dapo", "evaluate") else 1)
 
 
+def test_a_limit_of_one_batch_is_told_to_be_all_of_them(caplog):
+    cli = parse(ROOT / "configs" / "quickstart.yaml", "--trainer.limit_test_batches", "1")
+    assert "trainer.limit_test_batches: 1 is read as 1.0" in caplog.text
+    assert cli.trainer.limit_test_batches == 1.0
+    caplog.clear()
+    cli = parse(ROOT / "configs" / "quickstart.yaml", "--trainer.limit_test_batches", "2")
+    assert "is read as" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["grpo", "dapo"])
 def test_rpo_and_its_baseline_differ_in_the_cache_alone(name):
     baseline, rpo = (yaml.safe_load((ROOT / "configs" / f"{n}.yaml").read_text()) for n in (name, f"{name}_rpo"))
