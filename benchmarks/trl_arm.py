@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import psutil
 import torch
 from datasets import Dataset
 from machine import peak_bytes
+from text_reward import text_reward
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -57,8 +57,8 @@ class NotingTrainer(GRPOTrainer):
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
-    """A number in [0, 1) that depends on the text alone."""
-    return [zlib.crc32(text.encode()) % 1000 / 1000 for text in completions]
+    """The same number as on the other side."""
+    return [text_reward(text) for text in completions]
 
 
 def main(settings: dict[str, Any]) -> dict[str, Any]:

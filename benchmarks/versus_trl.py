@@ -30,6 +30,7 @@ import torch
 from filled_cache import FilledCache
 from lightning.pytorch import Callback, Trainer
 from machine import hardware, peak_bytes
+from text_reward import text_reward
 
 from rpo_lightning import RPODataModule, RPOModule
 from rpo_lightning.engines.base import EngineContext, GenerationRequest, RolloutEngine, Sampling
@@ -94,10 +95,8 @@ class Clock(Callback):
 
 
 def reward(prompt: str, response: str, answer: str) -> float:
-    """The same number as ``trl_arm.reward``."""
-    import zlib
-
-    return zlib.crc32(response.encode()) % 1000 / 1000
+    """The same number as on TRL's side."""
+    return text_reward(response)
 
 
 def train(settings: dict[str, Any]) -> dict[str, Any]:

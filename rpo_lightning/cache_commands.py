@@ -19,10 +19,9 @@ from rpo_lightning.data import RPODataModule
 from rpo_lightning.errors import CacheError
 from rpo_lightning.policies import load_tokenizer
 from rpo_lightning.policy_module import PolicyModule
-from rpo_lightning.prefixes import initial_response, question_generator
+from rpo_lightning.prefixes import drawn_prefix, initial_response
 from rpo_lightning.prompts import QUESTION_COLUMNS
 from rpo_lightning.rollouts import decode
-from rpo_lightning.seeds import SeedPurpose
 from rpo_lightning.sources import as_source
 
 # How many tokens make an opening.
@@ -174,8 +173,7 @@ def _load(path: str, tokenizer: str) -> tuple[ExperienceCache, Any]:
 def _shown(entry: CacheEntry, tokenizer: Any, cut: CutStrategy) -> str:
     response = entry.response
     assert response is not None
-    rng = question_generator(SeedPurpose.CUT, entry.uid, entry.visits)
-    kept = max(min(cut.kept_tokens(entry, response, rng), len(response) - 1), 0)
+    kept = drawn_prefix(cut, entry, response)
     ids = response.token_ids.tolist()
     verdict = f"{'right' if response.correct else 'wrong'}, reward {response.reward:g}"
     ended = "finished" if response.finished else "cut off by its budget"

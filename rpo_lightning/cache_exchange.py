@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rpo_lightning.cache import IMPORTED_STEP, CachedResponse, ExperienceCache
 from rpo_lightning.errors import CacheError
-from rpo_lightning.files import write_parquet
+from rpo_lightning.files import write_json_lines, write_parquet
 from rpo_lightning.records import Prompt, Sample
 from rpo_lightning.rewards import Grader
 from rpo_lightning.rollouts import decode
@@ -62,19 +62,15 @@ def write_rows(rows: Sequence[Mapping[str, Any]], out: str | Path) -> None:
         CacheError: ``datasets`` is needed and not installed.
     """
     path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        write_parquet(rows, path)
-        return
+        return write_parquet(rows, path)
+    if path.suffix in (".jsonl", ".json"):
+        return write_json_lines(rows, path)
     try:
         from datasets import Dataset
     except ImportError as error:
-        raise CacheError(f"{out}: needs 'pip install datasets'; a .parquet file does not") from error
-    dataset = Dataset.from_list([dict(row) for row in rows])
-    if path.suffix in (".jsonl", ".json"):
-        dataset.to_json(str(path))
-    else:
-        dataset.save_to_disk(str(path))
+        raise CacheError(f"{out}: a folder needs 'pip install datasets'; .parquet and .jsonl do not") from error
+    Dataset.from_list([dict(row) for row in rows]).save_to_disk(str(path))
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ class RPODataModule(LightningDataModule):
             system_prompt=self.system_prompt,
             use_chat_template=self.use_chat_template,
         )
-        source = as_source(data, split={"val": "test", "predict": "test"}.get(split, split))
+        source = as_source(data, hub_split(split))
         self.prompts[key], report = builder.build(source)
         self.reports[key] = report
         for message in report.unusable[:_MAX_MESSAGES]:
@@ -231,6 +231,11 @@ class RPODataModule(LightningDataModule):
         if split not in self.prompts:
             raise DataError(f"data.{split} is not set: give it a file, a data set name or a data source")
         return self.prompts[split]
+
+
+def hub_split(split: str) -> str:
+    """The split of a bare data set name that ours is read from."""
+    return "train" if split == "train" else "test"
 
 
 def set_key(split: str, name: str) -> str:

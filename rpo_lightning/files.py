@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ def write_parquet(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 
     with replacing(path) as partial:
         pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), partial)
+
+
+def write_json_lines(rows: Iterable[Mapping[str, Any]], path: str | Path) -> None:
+    """Write rows as a JSON Lines file."""
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 @contextmanager

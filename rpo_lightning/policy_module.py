@@ -167,18 +167,17 @@ class PolicyModule(LightningModule):
 
     def _new_evaluations(self, split: str) -> list[Evaluation]:
         names = getattr(getattr(self.trainer, "datamodule", None), "evaluation_names", lambda _: [""])(split)
-        votes = self.grader.verifier.finds_answers
+        votes = self.grader.finds_answers
         keeps_answers = self.trainer.state.fn != TrainerFn.FITTING
         return [Evaluation(name, self.eval_samples, votes, self.device, keeps_answers) for name in names]
 
     def _evaluate(self, requests: Batch[RolloutRequest], batch_idx: int, dataloader_idx: int) -> None:
         before = self.decoded_tokens
         groups = self._answer(requests, batch_idx, dataloader_idx)
-        classes = None
-        if self.eval_samples > 1 and self.grader.verifier.finds_answers:
-            classes = self.grader.answer_classes([g.samples for g in groups])
+        evaluation = self.evaluations[dataloader_idx]
+        classes = self.grader.answer_classes([g.samples for g in groups]) if evaluation.votes else None
         seconds = sum(self.timer.take().values())  # the phases that are logged are those of training
-        self.evaluations[dataloader_idx].add(groups, classes)
+        evaluation.add(groups, classes)
         rate = (self.decoded_tokens - before) / max(seconds, 1e-9)
         self.log("tokens/s", rate, batch_size=1, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 

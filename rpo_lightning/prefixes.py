@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from rpo_lightning.cache import CachedResponse, ExperienceCache, cut_spans, extend_spans
+from rpo_lightning.cache import CachedResponse, CacheEntry, ExperienceCache, cut_spans, extend_spans
 from rpo_lightning.cuts import CutStrategy, GroupOutcome, SuffixBudget
 from rpo_lightning.errors import ConfigurationError
 from rpo_lightning.records import Group, Prompt, RolloutRequest
@@ -65,9 +65,8 @@ class CachedPrefixes:
         if entry is None or entry.response is None or entry.restart:
             return full_path_request(prompt, self.response_limit)
         response = entry.response
-        kept = self.cut.kept_tokens(entry, response, question_generator(SeedPurpose.CUT, prompt.uid, entry.visits))
-        kept = min(kept, len(response) - 1, self.response_limit - 1)
-        if kept <= 0:
+        kept = min(drawn_prefix(self.cut, entry, response), self.response_limit - 1)
+        if kept == 0:
             return full_path_request(prompt, self.response_limit)
         cut = len(response) - kept
         tokens = min(self.budget.tokens(kept, cut, self.response_limit), self.response_limit - kept)
@@ -114,6 +113,12 @@ class CachedPrefixes:
 
     def _candidates(self, group: Group) -> list[int]:
         return _candidates(group, self.keep_unfinished)
+
+
+def drawn_prefix(cut: CutStrategy, entry: CacheEntry, response: CachedResponse) -> int:
+    """Tokens of an entry's response that a cut keeps at the next visit; at least one is always regenerated."""
+    kept = cut.kept_tokens(entry, response, question_generator(SeedPurpose.CUT, entry.uid, entry.visits))
+    return max(min(kept, len(response) - 1), 0)
 
 
 def full_path_request(prompt: Prompt, response_limit: int) -> RolloutRequest:

@@ -25,7 +25,7 @@ from rpo_lightning.cache_commands import (
 )
 from rpo_lightning.callbacks.progress import AnswerProgressCallback
 from rpo_lightning.cli import RPOCLI
-from rpo_lightning.data import RPODataModule
+from rpo_lightning.data import RPODataModule, hub_split
 from rpo_lightning.errors import ConfigurationError
 from rpo_lightning.module import RPOModule
 from rpo_lightning.sources import as_source
@@ -83,7 +83,7 @@ class ToolCLI(RPOCLI):
         data = sources[chosen]
         if isinstance(data, dict):
             raise ConfigurationError(f"data.{chosen} has several sets; this command takes one")
-        sources["predict"] = as_source(data, split={"val": "test", "predict": "test"}.get(chosen, chosen))
+        sources["predict"] = as_source(data, hub_split(chosen))
         self.trainer.predict(self.model, datamodule=self.datamodule, return_predictions=False)
 
 

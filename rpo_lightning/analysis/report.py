@@ -80,7 +80,7 @@ def write_report(run: str) -> None:
     """Write ``report.html`` into a run's folder.
 
     Args:
-        run: Folder of the run, with ``metrics.csv`` or ``summary.json`` in it.
+        run: Folder of the run, with ``metrics.csv`` in it; other files are used where they are there.
     """
     require_modules("analysis", "jinja2", "matplotlib", "pandas")
     import pandas as pd

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -15,8 +14,7 @@ from rpo_lightning.analysis.segments import accuracy_of, grouped_by_first_answer
 from rpo_lightning.analysis.similarity import TextSimilarity, TfidfSimilarity
 from rpo_lightning.callbacks.gathering import gather_rows
 from rpo_lightning.errors import require_modules
-from rpo_lightning.evaluation.evaluation import INTERVAL
-from rpo_lightning.evaluation.metrics import bootstrap_means
+from rpo_lightning.evaluation import Estimate
 from rpo_lightning.files import write_parquet
 
 RESULTS_FILE = "segments.parquet"
@@ -120,7 +118,7 @@ def _binned(rows: Sequence[dict[str, Any]], bin_of: Any) -> dict[float, list[flo
 
 def _line(axis: Any, bins: dict[float, list[float]], label: str) -> None:
     positions = list(bins)
-    centre = [float(np.mean(values)) for values in bins.values()]
-    bands = [np.percentile(bootstrap_means(torch.tensor(v)), INTERVAL) for v in bins.values()]
-    (line,) = axis.plot(positions, centre, marker="o", label=label)
-    axis.fill_between(positions, [b[0] for b in bands], [b[1] for b in bands], color=line.get_color(), alpha=0.15)
+    estimates = [Estimate.of_values(torch.tensor(values)) for values in bins.values()]
+    (line,) = axis.plot(positions, [e.value for e in estimates], marker="o", label=label)
+    band = ([e.low for e in estimates], [e.high for e in estimates])
+    axis.fill_between(positions, *band, color=line.get_color(), alpha=0.15)

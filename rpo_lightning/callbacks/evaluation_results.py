@@ -12,7 +12,7 @@ from rpo_lightning.callbacks.run_folder import RunFolderCallback
 from rpo_lightning.data import set_key
 from rpo_lightning.evaluation import Estimate
 from rpo_lightning.evaluation.evaluation import CONFIDENCE, average
-from rpo_lightning.files import write_parquet
+from rpo_lightning.files import replacing, write_parquet
 from rpo_lightning.prompts import LoadReport
 
 RESULTS_FILE = "evaluation.parquet"
@@ -45,10 +45,10 @@ class EvaluationResultsCallback(RunFolderCallback):
         counts = {name: sum(row["set"] == name for row in rows) for name in estimates}
         reports = getattr(getattr(trainer, "datamodule", None), "reports", {})
         dropped = {name: reports.get(set_key(split, name), LoadReport()).messages() for name in estimates}
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_parquet(rows, self.folder / RESULTS_FILE)
         table = evaluation_table(estimates, counts, dropped)
-        (self.folder / TABLE_FILE).write_text(table + "\n", encoding="utf-8")
+        with replacing(self.folder / TABLE_FILE) as partial:
+            partial.write_text(table + "\n", encoding="utf-8")
         print(f"\n{table}\n\nanswers: {self.folder / RESULTS_FILE}\ntable:   {self.folder / TABLE_FILE}", flush=True)
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from rpo_lightning.cache import ExperienceCache
+from rpo_lightning.callbacks.progress import AnswerBar
 from rpo_lightning.callbacks.run_folder import RunFolderCallback
 from rpo_lightning.callbacks.weight_sync import sync_engine
 from rpo_lightning.cuts import CutStrategy, FractionOfShortestCut, FullBudget, SuffixBudget
@@ -187,15 +187,16 @@ class ExperienceCacheCallback(RunFolderCallback):
         """Sample the starting policy (eq. 1). Nothing says that what it answers is right."""
         module.timer.take()  # whatever came before is not part of it
         sampling = self.initial_sampling or module.sampling
-        with tqdm(total=len(prompts), desc="filling the cache", unit="question", disable=None) as progress:
-            for start in range(0, len(prompts), self.initial_batch_size):
-                batch = prompts[start : start + self.initial_batch_size]
-                requests = [full_path_request(p, module.max_response_tokens) for p in batch]
-                seed = derive_seed(SeedPurpose.INITIALISATION, start)
-                for group in module.roll_out(requests, self.initial_samples, sampling, seed):
-                    self._served.initialise(group)
-                    self.initialisation_tokens += sum(len(c.token_ids) for c in group.completions)
-                progress.update(len(batch))
+        bar = AnswerBar("filling the cache", len(prompts), module.trainer.is_global_zero)
+        for start in range(0, len(prompts), self.initial_batch_size):
+            batch = prompts[start : start + self.initial_batch_size]
+            requests = [full_path_request(p, module.max_response_tokens) for p in batch]
+            seed = derive_seed(SeedPurpose.INITIALISATION, start)
+            for group in module.roll_out(requests, self.initial_samples, sampling, seed):
+                self._served.initialise(group)
+                self.initialisation_tokens += sum(len(c.token_ids) for c in group.completions)
+            bar.update(len(batch), self.initialisation_tokens)
+        bar.close()
         self.initialisation_seconds = sum(module.timer.take().values())
 
 

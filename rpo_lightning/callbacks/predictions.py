@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from rpo_lightning.callbacks.gathering import gather_rows
 from rpo_lightning.callbacks.run_folder import run_folder
-from rpo_lightning.files import replacing
+from rpo_lightning.files import write_json_lines
 
 PREDICTIONS_FILE = "predictions.jsonl"
 
@@ -30,6 +29,5 @@ class PredictionsCallback(BasePredictionWriter):
         rows = gather_rows([row for batch in predictions for row in batch], ("uid", "sample"))
         if not trainer.is_global_zero:
             return
-        with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_json_lines(rows, path)
         print(f"{len(rows)} answers written to {path}")

@@ -8,6 +8,33 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm.auto import tqdm
 
 
+class AnswerBar:
+    """A bar over questions.
+
+    Args:
+        task: What the bar calls it.
+        questions: How many there are.
+        visible: Whether this rank shows it.
+    """
+
+    def __init__(self, task: str, questions: int, visible: bool = True) -> None:
+        self._bar = tqdm(total=questions, desc=task, unit="question", disable=None if visible else True)
+
+    def update(self, questions: int, tokens: int) -> None:
+        """Move on.
+
+        Args:
+            questions: Answered since the last call.
+            tokens: Sampled since the bar was opened.
+        """
+        self._bar.set_postfix({"tokens/s": round(tokens / max(self._bar.format_dict["elapsed"], 1e-9))}, refresh=False)
+        self._bar.update(questions)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+
 class AnswerProgressCallback(Callback):
     """Shows how far ``predict`` has come.
 
@@ -17,7 +44,7 @@ class AnswerProgressCallback(Callback):
 
     def __init__(self, task: str) -> None:
         self.task = task
-        self._bar: Any = None
+        self._bar: AnswerBar | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar."""
@@ -25,17 +52,17 @@ class AnswerProgressCallback(Callback):
         questions = -(-len(data.prompts["predict"]) // trainer.world_size)
         batches: Any = trainer.num_predict_batches
         total = min(questions, int(sum(batches)) * data.eval_batch_size)
-        self._bar = tqdm(total=total, desc=self.task, unit="question", disable=None if trainer.is_global_zero else True)
+        self._bar = AnswerBar(self.task, total, trainer.is_global_zero)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Move on."""
+        assert self._bar is not None
         module: Any = pl_module
-        self._bar.update(len(batch))
-        elapsed = self._bar.format_dict["elapsed"]
-        self._bar.set_postfix({"tokens/s": round(module.decoded_tokens / max(elapsed, 1e-9))})
+        self._bar.update(len(batch), module.decoded_tokens)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""
+        assert self._bar is not None
         self._bar.close()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchmetrics import MetricCollection
 
 from rpo_lightning.evaluation.metrics import (
@@ -22,8 +23,6 @@ from rpo_lightning.evaluation.metrics import (
 from rpo_lightning.records import Group
 
 CONFIDENCE = 0.95
-# The percentiles of resampled means that bound the interval.
-INTERVAL = (50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE))
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,14 @@ class Estimate:
     resampled: np.ndarray
 
     @classmethod
+    def of_values(cls, values: Tensor, seed: int = 0) -> Estimate:
+        """Mean and interval of the values of questions, [Q]."""
+        return cls.of(float(values.mean()), bootstrap_means(values, seed=seed))
+
+    @classmethod
     def of(cls, value: float, resampled: np.ndarray) -> Estimate:
         """The interval between percentiles of the resamples."""
-        low, high = np.percentile(resampled, INTERVAL)
+        low, high = np.percentile(resampled, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
         return cls(value, float(low), float(high), resampled)
 
 
@@ -61,19 +65,21 @@ class Evaluation:
 
     Attributes:
         questions: How many have been answered on this rank.
+        votes: Whether a majority is found.
         rows: A record of each.
     """
 
     def __init__(self, name: str, samples: int, votes: bool, device: torch.device, keeps_answers: bool = True) -> None:
         self.name = name
         self.questions = 0
+        self.votes = votes and samples > 1
         self._keeps_answers = keeps_answers
         self.rows: list[dict[str, Any]] = []
         metrics: dict[str, QuestionMetric] = {"accuracy": AverageAtK()}
         if samples > 1:
             powers = [2**i for i in range(1, samples.bit_length())]
             metrics |= {f"pass@{k}": PassAtK(k) for k in sorted({*powers, samples}) if k <= samples}
-            if votes:
+            if self.votes:
                 metrics[f"majority@{samples}"] = MajorityAtK()
         # Equal states after one update would be taken for equal metrics, hence no compute groups.
         self._verdicts = MetricCollection(metrics, compute_groups=False).to(device)  # type: ignore[arg-type]
@@ -107,7 +113,7 @@ class Evaluation:
         values = {name: metric.values() for name, metric in self._metrics().items()}
         # Sets of equal size must not share their draws, or the interval of their average would be wrong.
         seed = question_key(self.name)
-        return {name: Estimate.of(float(v.mean()), bootstrap_means(v, seed=seed)) for name, v in values.items()}
+        return {name: Estimate.of_values(v, seed) for name, v in values.items()}
 
     def _metrics(self) -> dict[str, Any]:
         return {**dict(self._verdicts.items()), **self._quantities}

@@ -21,23 +21,29 @@ class Verifier(ABC):
 
     Attributes:
         isolated: Whether :meth:`verify` may hang or crash and so runs in a worker process.
-        finds_answers: Whether :meth:`final_answer` and :meth:`same` are there, which majority votes need.
     """
 
     isolated: bool = True
-    finds_answers: bool = False
 
     @abstractmethod
     def verify(self, prompt: str, response: str, answer: str) -> float:
         """Verdict in [0, 1]; 1 is right. Must be picklable where ``isolated`` is true."""
 
+    def gold_problem(self, answer: str) -> str | None:
+        """Why a gold answer cannot be compared with, or ``None`` if it can."""
+        return None if answer.strip() else "it is empty"
+
+
+class AnswerVerifier(Verifier):
+    """A verifier that can tell final answers and compare them, which majority votes need."""
+
+    @abstractmethod
     def final_answer(self, response: str) -> Any:
         """The final answer in a response, in whatever form :meth:`same` compares; ``None`` if there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def same(self, first: Any, second: Any) -> bool:
         """Whether two final answers are equivalent."""
-        raise NotImplementedError
 
     def answer_classes(self, *responses: str) -> list[int]:
         """Number the answers to one question: equivalent ones get equal numbers, a missing one -1."""
@@ -54,10 +60,6 @@ class Verifier(ABC):
                 representatives.append(answer)
             classes.append(known)
         return classes
-
-    def gold_problem(self, answer: str) -> str | None:
-        """Why a gold answer cannot be compared with, or ``None`` if it can."""
-        return None if answer.strip() else "it is empty"
 
 
 class Reward(ABC):

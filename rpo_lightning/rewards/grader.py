@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from rpo_lightning.errors import ConfigurationError
 from rpo_lightning.records import Sample
-from rpo_lightning.rewards.base import Reward, Verifier
+from rpo_lightning.rewards.base import AnswerVerifier, Reward, Verifier
 from rpo_lightning.rewards.pool import GradingPool
 
 log = logging.getLogger(__name__)
@@ -58,8 +58,14 @@ class Grader:
             verdicts = [self.verifier.verify(*call) for call in calls]
         return [replace(s, correct=verdict) for s, verdict in zip(samples, verdicts, strict=True)]
 
+    @property
+    def finds_answers(self) -> bool:
+        """Whether equivalent answers can be told."""
+        return isinstance(self.verifier, AnswerVerifier)
+
     def answer_classes(self, groups: Sequence[Sequence[Sample]]) -> list[list[int]]:
         """Equal numbers for equivalent answers of a question, -1 for none; all -1 where telling took too long."""
+        assert isinstance(self.verifier, AnswerVerifier)
         calls = [tuple(s.response for s in group) for group in groups]
         if not self.verifier.isolated:
             return [self.verifier.answer_classes(*call) for call in calls]

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from rpo_lightning.records import GoldAnswer
-from rpo_lightning.rewards.base import Verifier
+from rpo_lightning.rewards.base import AnswerVerifier, Verifier
 from rpo_lightning.rewards.functions import import_function
 
 # 4.5e33, which would be read as a multiple of Euler's number.
@@ -20,7 +20,7 @@ _MOST_ORDERS = 6
 _ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
-class MathVerifier(Verifier):
+class MathVerifier(AnswerVerifier):
     r"""Mathematical equivalence by ``math-verify``.
 
     Looks at the last ``<answer>`` block if there is one, else at what follows ``</think>``, else at
@@ -28,7 +28,6 @@ class MathVerifier(Verifier):
     """
 
     isolated = True
-    finds_answers = True
 
     def verify(self, prompt: str, response: str, answer: str) -> float:
         """1.0 if the response's final expression equals the gold answer, or is within its tolerances."""
@@ -52,7 +51,7 @@ class MathVerifier(Verifier):
         return "math-verify finds no expression in it"
 
 
-class ExactMatchVerifier(Verifier):
+class ExactMatchVerifier(AnswerVerifier):
     """String equality of what follows the last marker.
 
     Args:
@@ -60,7 +59,6 @@ class ExactMatchVerifier(Verifier):
     """
 
     isolated = False
-    finds_answers = True
 
     def __init__(self, marker: str = "#") -> None:
         self.marker = marker

@@ -6,6 +6,9 @@ step, and solves about a third of fresh problems at temperature 1: a reward sign
 unlearn. The result, weights and tokenizer in the ordinary Hugging Face files, is what ships in
 ``rpo_lightning/tasks/arithmetic_reasoner``; it was made on a GPU in four minutes. A CPU takes the better
 part of an hour, and other hardware rounds differently, so the weights will not be the same bit for bit.
+
+``--operations N`` makes one for longer chains; ``--start FOLDER`` continues from a reasoner for shorter ones, which
+knows what a step is and learns new step names and larger distances.
 """
 
 from __future__ import annotations
