@@ -40,7 +40,7 @@ class Recorder(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Note seconds and tokens."""
-        self.iterations.append({"seconds": dict(pl_module.phase_seconds), "tokens": dict(pl_module.phase_tokens)})
+        self.iterations.append({"seconds": pl_module.record.phase_seconds, "tokens": pl_module.record.phase_tokens})
 
 
 def run(arm: str, arguments: argparse.Namespace, length: int) -> dict[str, Any]:

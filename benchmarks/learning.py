@@ -30,6 +30,8 @@ from machine import hardware
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "benchmarks" / "learning.jsonl"
 UPDATES, EVALUATE_EVERY = 40, 10
+# Answers sampled together, of which an evaluation has many.
+EVALUATED_AT_ONCE = 512
 # Tokens of a chain: operations of a problem, the longest response, seeds.
 LENGTHS = {200: (24, 320, 5), 400: (50, 670, 3), 800: (100, 1340, 3)}
 
@@ -92,6 +94,7 @@ def run(length: int, arm: str, seed: int, updates: int, problems: int) -> dict[s
             f"--model.policy={policy_for(length)}", f"--model.max_response_tokens={longest}", "--model.eval_samples=4",
             f"--data.train.operations={operations}", f"--data.val.operations={operations}",
             f"--data.val.size={problems}",
+            "--model.engine=TransformersEngine", f"--model.engine.max_sequences={EVALUATED_AT_ONCE}",
             f"--seed_everything={seed}", f"--trainer.max_steps={updates}", "--trainer.enable_progress_bar=false",
             f"--trainer.val_check_interval={EVALUATE_EVERY}", f"--trainer.logger.init_args.save_dir={folder}",
             f"--trainer.callbacks=[{json.dumps(recorder)}]", "--completions.every_n_batches=1000",

@@ -33,7 +33,7 @@ class CurveRecorder(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Count tokens."""
-        tokens = pl_module.phase_tokens
+        tokens = pl_module.record.phase_tokens
         self.decoded += tokens["decode"]
         self.processed += tokens["prefill"] + tokens["decode"] + tokens.get("update", 0)
 

@@ -77,7 +77,7 @@ def gradient(policy: Any, groups: list[Group], exact: bool) -> Tensor:
     """The gradient of DAPO's loss, flat."""
     settings = UpdateSettings("suffix", "group", 1.0, 8192, False, prefix_gradient=exact)
     policy.zero_grad(set_to_none=True)
-    PolicyLoss(policy, None, DAPO(), settings, pad_id=0).backward(groups, lambda x: x.backward())
+    PolicyLoss(policy, None, DAPO(), settings, pad_id=0).backward(groups, lambda x, _: x.backward())
     return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
 

@@ -95,6 +95,7 @@ class RPODataModule(LightningDataModule):
         self.prefixes: CachedPrefixes | None = None
         self.prompts: dict[str, list[Prompt]] = {}
         self.reports: dict[str, LoadReport] = {}
+        self._saved_questions: int | None = None
 
     def setup(self, stage: str) -> None:
         """Read and tokenise the questions of a stage."""
@@ -161,6 +162,34 @@ class RPODataModule(LightningDataModule):
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt that has been read."""
         return max((len(p.token_ids) for prompts in self.prompts.values() for p in prompts), default=0)
+
+    def state_dict(self) -> dict[str, int]:
+        """Questions of an iteration on all ranks: the unit in which the trainer's progress is counted."""
+        return {"questions": self._questions_per_iteration()}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Remember the unit of the checkpoint that is restored."""
+        self._saved_questions = state_dict["questions"]
+
+    def adopt_position(self) -> None:
+        """Count the batches of the epoch anew where a checkpoint comes from other ranks or batches.
+
+        Ranks take turns in the shuffled order, so that what has been trained on is its beginning. Where that
+        is no whole number of batches, a few questions come again.
+        """
+        saved, now = self._saved_questions, self._questions_per_iteration()
+        self._saved_questions = None
+        if saved is None or saved == now:
+            return
+        assert self.trainer is not None
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        moved = progress.processed - progress.processed * saved // now
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(progress, name, getattr(progress, name) - moved)
+
+    def _questions_per_iteration(self) -> int:
+        assert self.trainer is not None
+        return self.batch_size * self.trainer.world_size
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of prompts; the last incomplete one is dropped."""

@@ -65,10 +65,14 @@ class GroupBuffer:
         """The waiting groups as primitives."""
         return {"refills": self.refills, "groups": [asdict(g) for g in self.groups]}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the waiting groups."""
-        self.refills = state["refills"]
-        self.groups = [_group(g) for g in state["groups"]]
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]], rank: int = 0, ranks: int = 1) -> None:
+        """Restore the waiting groups of all ranks that saved some, dealt out anew where there are more or fewer now."""
+        self.refills = max(state["refills"] for state in states)
+        if len(states) == ranks:
+            waiting = states[rank]["groups"]
+        else:
+            waiting = [group for state in states for group in state["groups"]][rank::ranks]
+        self.groups = [_group(g) for g in waiting]
 
 
 def _group(state: Mapping[str, Any]) -> Group:

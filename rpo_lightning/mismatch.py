@@ -7,7 +7,6 @@ what it should, shows here first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rpo_lightning.errors import ConfigurationError, EngineError
+from rpo_lightning.ranks import Ranks
 
 _HISTORY = 20
 
@@ -38,14 +38,11 @@ class Mismatch:
         maxima = torch.stack([absolute_N.max(), ratio_N.max(), (-ratio_N).max()])
         self._maxima = torch.maximum(self._maxima, maxima)
 
-    def metrics(self, reduce: Callable[[Tensor, str], Tensor] = lambda x, _: x) -> dict[str, float]:
-        """Mean and largest |difference| in nats, and statistics of the raw ratio; ``mismatch/…``.
-
-        Args:
-            reduce: Reduces a tensor over ranks by ``sum`` or ``max``.
-        """
-        tokens, absolute, ratio, square = reduce(self._sums, "sum").tolist()
-        largest, ratio_max, negative_min = reduce(self._maxima, "max").tolist()
+    def metrics(self, ranks: Ranks | None = None) -> dict[str, float]:
+        """Mean and largest |difference| in nats, and statistics of the raw ratio over all ranks; ``mismatch/…``."""
+        ranks = ranks or Ranks()
+        tokens, absolute, ratio, square = ranks.sum(self._sums).tolist()
+        largest, ratio_max, negative_min = ranks.max(self._maxima).tolist()
         if not tokens:
             return {}
         mean = ratio / tokens

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from itertools import pairwise
 from typing import Any, cast
 
@@ -21,20 +20,25 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rpo_lightning.accumulation import GradientAccumulation, accumulation_for
+from rpo_lightning.adapters import LoRA, has_adapter
 from rpo_lightning.advantages import AdvantageScale
 from rpo_lightning.dynamic_sampling import DynamicSampling, GroupBuffer
 from rpo_lightning.engines.base import RolloutEngine, Sampling
 from rpo_lightning.engines.transformers_engine import TransformersEngine
-from rpo_lightning.errors import ConfigurationError, UpdateError
-from rpo_lightning.generator_states import generator_states, set_generator_states
+from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.generator_states import set_generator_states
 from rpo_lightning.importance import ImportanceCorrection, TokenTruncated
+from rpo_lightning.iteration import IterationRecord
 from rpo_lightning.mismatch import MismatchBound, MismatchGuard
 from rpo_lightning.objectives import DAPO, Objective
 from rpo_lightning.policy_module import PolicyModule, require_requests
 from rpo_lightning.records import Batch, Group, RolloutRequest
+from rpo_lightning.reference import FrozenCopy, ReferencePolicy, WithoutAdapter
 from rpo_lightning.rewards import Grader, GradingPool, MathVerifier, Reward, Verifier
 from rpo_lightning.rollouts import rollout_metrics, rollout_tokens
 from rpo_lightning.rows import LossScope
+from rpo_lightning.run_state import gathered_state, restore_state
 from rpo_lightning.schedules import LearningRateSchedule
 from rpo_lightning.seeds import SeedPurpose, derive_seed
 from rpo_lightning.update import PolicyLoss, UpdateSettings
@@ -75,6 +79,9 @@ class RPOModule(PolicyModule):
         lr_schedule: Learning-rate schedule over the updates.
         gradient_checkpointing: Recompute activations in the backward pass.
         grading: The pool of grading processes.
+        adapter: Train a low-rank adapter instead of the policy's weights.
+        accumulate_sharded: With FSDP2, reduce gradients after every micro-batch instead of once an update: more
+            traffic, and no rank holds a whole gradient.
     """
 
     def __init__(
@@ -106,6 +113,8 @@ class RPOModule(PolicyModule):
         lr_schedule: LearningRateSchedule = LearningRateSchedule(),
         gradient_checkpointing: bool = False,
         grading: GradingPool | None = None,
+        adapter: LoRA | None = None,
+        accumulate_sharded: bool = False,
     ) -> None:
         _require_at_least(2, group_size=group_size)
         _require_at_least(
@@ -132,6 +141,7 @@ class RPOModule(PolicyModule):
             max_response_tokens=max_response_tokens,
             eval_sampling=eval_sampling or sampling,
             eval_samples=eval_samples,
+            adapter=adapter,
         )
         self.automatic_optimization = False
         self.objective = objective or DAPO()
@@ -143,6 +153,7 @@ class RPOModule(PolicyModule):
         self.optimizer_factory = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-6))
         self.lr_schedule = lr_schedule
         self.gradient_checkpointing = gradient_checkpointing
+        self.accumulate_sharded = accumulate_sharded
         self.buffer = GroupBuffer(dynamic_sampling) if dynamic_sampling else None
         caveat = self.engine.logprob_caveat(sampling)
         if caveat is not None:
@@ -159,28 +170,30 @@ class RPOModule(PolicyModule):
         )
         self.guard = MismatchGuard(mismatch_bound)
         self.groups: list[Group] = []
-        self.phase_seconds: dict[str, float] = {}
-        self.phase_tokens: dict[str, int] = {}
+        self.record = IterationRecord({}, {}, {}, 0)
         self.iteration = 0
         self._loss: PolicyLoss | None = None
+        self._accumulation: GradientAccumulation | None = None
         self._generator_states: dict[str, Any] | None = None
 
     # -- set-up ----------------------------------------------------------------------------------
 
-    def configure_model(self) -> None:
-        """Load the policy, and the reference model where the objective needs one."""
-        super().configure_model()
-        if self._loss is not None:
-            return
+    def prepare_policy(self) -> list[PreTrainedModel]:
+        """Make the loss, and the reference policy where the objective needs one."""
         policy = cast(PreTrainedModel, self.policy)
-        reference = None
-        if self.objective.beta > 0:
+        copies: list[PreTrainedModel] = []
+        reference: ReferencePolicy | None = None
+        if self.objective.beta > 0 and has_adapter(policy):
+            reference = WithoutAdapter(policy)
+        elif self.objective.beta > 0:
             # A copy, not a second load: "the starting policy" is what was loaded here.
-            reference = copy.deepcopy(policy).eval().requires_grad_(False)
+            copies = [copy.deepcopy(policy)]
+            reference = FrozenCopy(copies[0])
         if self.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        self._loss = PolicyLoss(policy, reference, self.objective, self.update_settings, pad_id, self.timer)
+        self._loss = PolicyLoss(policy, reference, self.objective, self.update_settings, pad_id, self.timer, self.ranks)
+        return copies
 
     def configure_optimizers(self) -> Any:
         """The optimizer and the schedule over the run's updates."""
@@ -193,32 +206,40 @@ class RPOModule(PolicyModule):
         return {"optimizer": optimizer, "lr_scheduler": self.lr_schedule.build(optimizer, updates)}
 
     def on_fit_start(self) -> None:
-        """Move the reference model, which is no part of the checkpoint, to the policy's device."""
-        if self._loss is not None and self._loss.reference is not None:
-            cast(Any, self._loss.reference).to(self.device)
+        """Choose how gradients are accumulated."""
+        self._accumulation = accumulation_for(self.trainer.strategy, self)
 
     # -- one iteration ---------------------------------------------------------------------------
 
     def training_step(self, requests: Batch[RolloutRequest], batch_idx: int) -> None:
         """Roll out, score, and update the policy unless dynamic sampling asks for more groups."""
         require_requests(requests)
+        assert self._loss is not None
         seed = derive_seed(SeedPurpose.TRAINING, self.global_rank, self.iteration)
         self.engine.metrics()  # those of validation are not this iteration's
         self.groups = self.roll_out(requests, self.group_size, self.sampling, seed)
         self.iteration += 1
-        self.phase_tokens = rollout_tokens(self.groups)
         metrics = rollout_metrics(self.groups) | self.engine.metrics()
         metrics["reward/grading_killed"] = float(self.grader.pool.killed)
         batch, surplus = self._collect(self.groups, size=len(requests))
-        if batch:
-            metrics |= self._update(batch, surplus)
-        self.phase_seconds = self.timer.take()
-        metrics |= {f"time/{phase}": seconds for phase, seconds in self.phase_seconds.items()}
-        metrics |= {f"tokens/{phase}": float(tokens) for phase, tokens in self.phase_tokens.items()}
-        self.log("reward/mean", metrics.pop("reward/mean"), prog_bar=True, batch_size=len(requests))
-        rate = self.phase_tokens["decode"] / max(self.phase_seconds["prefill"] + self.phase_seconds["decode"], 1e-9)
-        self.log("rollout/tokens_per_second", rate, prog_bar=True, batch_size=len(requests))
-        self.log_dict(metrics, batch_size=len(requests))
+        processed = self._loss.processed_tokens
+        of_update = self._update(batch, surplus) if self._is_needed_anywhere(batch) else {}
+        tokens = rollout_tokens(self.groups) | {"update": self._loss.processed_tokens - processed}
+        samples = sum(len(g.completions) for g in self.groups)
+        self.record = IterationRecord(metrics, self.timer.take(), tokens, samples).over(self.ranks)
+        self._log(of_update, len(requests))
+
+    def _log(self, of_update: dict[str, float], size: int) -> None:
+        metrics = self.record.logged() | of_update
+        seconds = self.record.phase_seconds
+        rate = self.record.phase_tokens["decode"] / max(seconds["prefill"] + seconds["decode"], 1e-9)
+        self.log("reward/mean", metrics.pop("reward/mean"), prog_bar=True, batch_size=size)
+        self.log("rollout/tokens_per_second", rate, prog_bar=True, batch_size=size)
+        self.log_dict(metrics, batch_size=size)
+
+    def _is_needed_anywhere(self, batch: list[Group]) -> bool:
+        """Whether any rank has groups to train on: then all of them make the update."""
+        return bool(self.trainer.strategy.reduce_boolean_decision(bool(batch), all=False))
 
     def _collect(self, groups: list[Group], size: int) -> tuple[list[Group], list[Group]]:
         """Groups to train on now (none: draw more first), and those that wait for the next update."""
@@ -237,78 +258,62 @@ class RPOModule(PolicyModule):
         assert self._loss is not None
         with self.timer("sync"):
             self.engine.sleep()
-        minibatches = _split(groups, self.minibatches_per_pass) * self.passes_per_rollout
-        stale = [*groups, *surplus] if len(minibatches) > 1 else surplus
-        if stale:
+        parts = min(self.minibatches_per_pass, self.ranks.most(len(groups)))
+        minibatches = _split(groups, parts) * self.passes_per_rollout
+        waiting = [*groups, *surplus] if len(minibatches) > 1 else surplus
+        if len(minibatches) > 1 or self.buffer is not None:
             with self.timer("old_logprobs"):
-                self._loss.freeze_old_logprobs(stale)
+                self._loss.freeze_old_logprobs(waiting)
         metrics: dict[str, float] = {}
-        before = self._loss.processed_tokens
         with self.timer("update"):
             for minibatch in minibatches:
                 metrics = self._step(minibatch)
-        self.phase_tokens["update"] = self._loss.processed_tokens - before
         return metrics
 
     def _step(self, groups: list[Group]) -> dict[str, float]:
         """One optimizer step."""
         assert self._loss is not None
-        assert self.policy is not None
+        assert self._accumulation is not None
         optimizer: Any = self.optimizers()
-        strategy = self.trainer.strategy
         optimizer.zero_grad()
-        metrics = self._loss.backward(
-            groups,
-            backward=self.manual_backward,
-            reduce=lambda x, how: strategy.reduce(x.to(self.device), reduce_op=how).cpu(),
-            world_size=self.trainer.world_size,
-        )
+        metrics = self._loss.backward(groups, self._accumulation.backward)
         if "mismatch/logprob_mean" in metrics:
             self.guard.check(metrics["mismatch/logprob_mean"], self.global_step)
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-        if not math.isfinite(norm):
-            raise UpdateError(
-                f"update {self.global_step}: the gradient norm is {float(norm)}; the policy was left as it was. "
-                "Lower the learning rate, or resume from an earlier checkpoint"
-            )
-        optimizer.step()
+        norm = self._accumulation.step(optimizer, self.max_grad_norm)
         self.policy_version += 1
         scheduler: Any = self.lr_schedulers()
-        metrics |= {"loss/grad_norm": float(norm), "loss/learning_rate": scheduler.get_last_lr()[0]}
+        metrics |= {"loss/grad_norm": norm, "loss/learning_rate": scheduler.get_last_lr()[0]}
         scheduler.step()
         return metrics
 
     # -- checkpoints -----------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the state dict does not hold: counters, buffered groups, generator states."""
-        checkpoint["rpo"] = {
-            "iteration": self.iteration,
-            "buffer": self.buffer.state_dict() if self.buffer else None,
-            "guard": self.guard.state_dict(),
-            "generators": generator_states(),
-        }
+        """Add what the state dict does not hold, and leave out what does not train."""
+        if self.adapter is not None:
+            trained = {f"policy.{name}" for name, p in cast(Any, self.policy).named_parameters() if p.requires_grad}
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["rpo"] = gathered_state(self.iteration, self.guard, self.buffer, self.ranks)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what :meth:`on_save_checkpoint` added."""
+        """Restore what :meth:`on_save_checkpoint` added, for whatever number of ranks."""
         state = checkpoint["rpo"]
         self.iteration = state["iteration"]
-        self._generator_states = state["generators"]
-        self.guard.load_state_dict(state["guard"])
         self.policy_version += 1  # the policy is about to be another one
-        if self.buffer is not None and state["buffer"] is not None:
-            self.buffer.load_state_dict(state["buffer"])
+        self._generator_states = restore_state(state, self.guard, self.buffer, self.ranks)
 
     def on_train_start(self) -> None:
-        """Put the generators where the checkpoint left them."""
+        """Put data and generators where the checkpoint left them."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "adopt_position"):
+            data.adopt_position()
         if self._generator_states is not None:
             set_generator_states(self._generator_states)
             self._generator_states = None
 
 
 def _split(groups: list[Group], parts: int) -> list[list[Group]]:
-    """Split into at most ``parts`` consecutive lists of nearly equal size."""
-    parts = min(parts, len(groups))
+    """Split into consecutive lists of nearly equal size, empty ones where there are fewer groups than parts."""
     bounds = [round(i * len(groups) / parts) for i in range(parts + 1)]
     return [groups[a:b] for a, b in pairwise(bounds)]
 

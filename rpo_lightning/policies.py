@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.files import replacing_folder
 
 EMBEDDED_PREFIX = "embedded:"
 _EMBEDDED_FOLDERS = {"arithmetic-reasoner": Path(__file__).parent / "tasks" / "arithmetic_reasoner"}
@@ -47,14 +48,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def load_policy(name: str) -> PreTrainedModel:
+def load_policy(name: str, **options: Any) -> PreTrainedModel:
     """Load a causal language model in torch's default dtype, ready to be trained.
+
+    Args:
+        name: A folder, a hub name, or an embedded model.
+        **options: What else ``from_pretrained`` takes, such as a quantisation.
 
     Raises:
         ConfigurationError: There is none at that place.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolve_policy(name), dtype=torch.get_default_dtype())
+        model = AutoModelForCausalLM.from_pretrained(resolve_policy(name), dtype=torch.get_default_dtype(), **options)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"model.policy={name}: no causal language model found there (neither a folder nor a reachable hub name)"
@@ -64,11 +69,7 @@ def load_policy(name: str) -> PreTrainedModel:
 
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
     """Write an ordinary Hugging Face folder, replacing an earlier one only once the new one is whole."""
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    policy.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)
-    return folder
+    with replacing_folder(folder) as partial:
+        policy.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return Path(folder)

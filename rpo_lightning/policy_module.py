@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,10 +15,14 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rpo_lightning.adapters import LoRA
 from rpo_lightning.engines.base import EngineContext, RolloutEngine, Sampling
 from rpo_lightning.errors import ConfigurationError
 from rpo_lightning.evaluation import Evaluation
-from rpo_lightning.policies import load_policy, load_tokenizer, save_policy
+from rpo_lightning.export import export_policy
+from rpo_lightning.placement import placement_for
+from rpo_lightning.policies import load_policy, load_tokenizer
+from rpo_lightning.ranks import Ranks
 from rpo_lightning.records import Batch, Group, RolloutRequest
 from rpo_lightning.rewards import Grader
 from rpo_lightning.rollouts import generate, score
@@ -38,6 +43,7 @@ class PolicyModule(LightningModule):
         max_response_tokens: Limit of a whole response, kept prefix included.
         eval_sampling: How evaluation answers are drawn.
         eval_samples: Answers per question in evaluation.
+        adapter: A low-rank adapter that is trained instead of the policy's weights.
 
     Attributes:
         evaluations: What was answered in the current or last evaluation, a set of questions each.
@@ -54,6 +60,7 @@ class PolicyModule(LightningModule):
         max_response_tokens: int,
         eval_sampling: Sampling,
         eval_samples: int,
+        adapter: LoRA | None = None,
     ) -> None:
         super().__init__()
         if isinstance(policy, str):
@@ -67,6 +74,10 @@ class PolicyModule(LightningModule):
         self.max_response_tokens = max_response_tokens
         self.eval_sampling = eval_sampling
         self.eval_samples = eval_samples
+        self.adapter = adapter
+        # A checkpoint holds what trains: frozen weights are those of the starting policy.
+        self.strict_loading = adapter is None
+        self.ranks = Ranks()
         self.timer = PhaseTimer()
         self.policy_version = 0
         self.evaluations: list[Evaluation] = []
@@ -75,11 +86,26 @@ class PolicyModule(LightningModule):
         self._policy_source = policy
 
     def configure_model(self) -> None:
-        """Load the policy and introduce the engine to it and to the run."""
+        """Load the policy, shard it where the strategy does, and introduce the engine to it and to the run."""
+        self.ranks = Ranks(None if self._trainer is None else self._trainer.strategy)
         if self.policy is None:
-            source = self._policy_source
-            self.policy = (load_policy(source) if isinstance(source, str) else source).train()
+            placement = placement_for(self._trainer)
+            with placement.loading():
+                self.policy = self._load()
+                others = self.prepare_policy()
+            for model in (self.policy, *others):
+                placement.place(model)
         self.engine.attach(self.policy, self.tokenizer, self._engine_context())
+
+    def _load(self) -> PreTrainedModel:
+        source, adapter = self._policy_source, self.adapter
+        options = adapter.loading_options() if adapter else {}
+        policy = load_policy(source, **options) if isinstance(source, str) else source
+        return (adapter.apply(policy) if adapter else policy).train()
+
+    def prepare_policy(self) -> list[PreTrainedModel]:
+        """Do what has to be done while the policy is whole; returns further models to lay over the ranks."""
+        return []
 
     def _engine_context(self) -> EngineContext:
         trainer: Any = self._trainer
@@ -191,11 +217,16 @@ class PolicyModule(LightningModule):
         metrics |= {f"{name}/{k}": value for name, m in means.items() if name for k, value in m.items()}
         self.log_dict({f"{stage}/{k}": value for k, value in metrics.items()}, prog_bar=len(means) == 1)
 
-    def save_pretrained(self, folder: str) -> None:
-        """Save the policy as an ordinary Hugging Face folder."""
+    def save_pretrained(self, folder: str | Path, merged: bool = True) -> None:
+        """Save the policy as an ordinary Hugging Face folder; all ranks must call it, the first one writes.
+
+        Args:
+            folder: Where to.
+            merged: An adapter is merged into the weights; otherwise it is saved alone, as PEFT does.
+        """
         if self.policy is None:
             raise ConfigurationError("the policy has not been loaded yet, so there is nothing to save")
-        save_policy(self.policy, self.tokenizer, folder)
+        export_policy(self.policy, self.tokenizer, folder, merged, self.ranks)
 
 
 def require_requests(batch: Any) -> None:

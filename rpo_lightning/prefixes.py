@@ -9,6 +9,7 @@ questions nor on the process, and a resumed run draws what the uninterrupted one
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,21 @@ from rpo_lightning.errors import ConfigurationError
 from rpo_lightning.records import Group, Prompt, RolloutRequest
 from rpo_lightning.refresh import RefreshRule
 from rpo_lightning.seeds import SeedPurpose, derive_generator
+
+
+@dataclass(frozen=True)
+class CacheUpdate:
+    """What becomes of an entry after a group, in the form that travels between ranks.
+
+    Attributes:
+        uid: The question.
+        response: What is cached from now on; ``None`` leaves the response as it is.
+        outcome: What the cut strategy is told.
+    """
+
+    uid: str
+    response: CachedResponse | None
+    outcome: GroupOutcome
 
 
 class CachedPrefixes:
@@ -84,19 +100,20 @@ class CachedPrefixes:
         )
 
     def record(self, group: Group) -> None:
-        """Take a scored group into the cache: refresh its entry and tell the cut strategy."""
+        """Take a scored group into the cache."""
+        self.apply(self.update_from(group))
+
+    def update_from(self, group: Group) -> CacheUpdate:
+        """What a scored group means for its question's entry, which is left as it is."""
         request = group.request
-        entry = self.cache.entry(request.prompt.uid)
+        entry = self.cache.get(request.prompt.uid) or CacheEntry(request.prompt.uid)
         chosen = self.refresh.choose(
             group, self._candidates(group), question_generator(SeedPurpose.REFRESH, entry.uid, entry.visits)
         )
-        if chosen is not None:
-            entry.response = cached_response(group, chosen)
-        entry.visits += 1
-        entry.restart = self.on_failure == "restart" and group.correct_count == 0
-        self.cut.observe(
-            entry,
-            GroupOutcome(
+        return CacheUpdate(
+            uid=entry.uid,
+            response=None if chosen is None else cached_response(group, chosen),
+            outcome=GroupOutcome(
                 kept=len(request.prefix_ids),
                 cut=request.cut,
                 rewards=group.rewards,
@@ -105,10 +122,26 @@ class CachedPrefixes:
             ),
         )
 
-    def initialise(self, group: Group) -> None:
-        """Fill an entry from a group of the starting policy: its best candidate (eq. 1)."""
-        response = initial_response(group, self.keep_unfinished)
-        entry = self.cache.entry(group.request.prompt.uid)
+    def apply(self, update: CacheUpdate) -> None:
+        """Refresh an entry and tell the cut strategy.
+
+        Of several updates of one question each is applied, so that the last one's response stays: ranks that
+        apply the same updates in the same order have the same cache.
+        """
+        entry = self.cache.entry(update.uid)
+        if update.response is not None:
+            entry.response = update.response
+        entry.visits += 1
+        entry.restart = self.on_failure == "restart" and not any(update.outcome.correct)
+        self.cut.observe(entry, update.outcome)
+
+    def initial_update(self, group: Group) -> tuple[str, CachedResponse | None]:
+        """A question and what to cache of a group of the starting policy: its best candidate (eq. 1)."""
+        return group.request.prompt.uid, initial_response(group, self.keep_unfinished)
+
+    def initialise(self, uid: str, response: CachedResponse | None) -> None:
+        """Fill an entry before training."""
+        entry = self.cache.entry(uid)
         entry.response = response or entry.response
 
     def _candidates(self, group: Group) -> list[int]:

@@ -1,9 +1,14 @@
-"""The update of the policy: advantages, micro-batches, loss, one optimizer step."""
+"""The update of the policy: advantages, micro-batches, loss, gradient.
+
+Ranks may have different groups, even none. All of them make as many passes as the busiest, since forward and
+backward passes are collectives where parameters are sharded; what is left over is filled with a row of three
+tokens whose loss is zero.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,10 +20,16 @@ from rpo_lightning.importance import ImportanceCorrection
 from rpo_lightning.logprobs import TokenLogprobs, token_logprobs
 from rpo_lightning.mismatch import Mismatch
 from rpo_lightning.model_support import needs_full_logits, row_cost
-from rpo_lightning.objectives.base import LossInputs, LossOutput, Objective
+from rpo_lightning.objectives.base import LossInputs, Objective
+from rpo_lightning.ranks import Ranks
 from rpo_lightning.records import Group
+from rpo_lightning.reference import ReferencePolicy
 from rpo_lightning.rows import LossScope, Row, RowCost, SharedRow, micro_batches, rows_of, shared_rows
 from rpo_lightning.timing import PhaseTimer
+from rpo_lightning.update_metrics import UpdateMetrics
+
+# Runs the backward pass of a loss; told whether it is the update's last.
+Backward = Callable[[Tensor, bool], None]
 
 
 @dataclass(frozen=True)
@@ -47,47 +58,17 @@ class UpdateSettings:
     importance_correction: ImportanceCorrection | None = None
 
 
-@dataclass
-class _Sums:
-    """Sums over micro-batches, for the logs."""
-
-    tokens: float = 0.0
-    loss: float = 0.0
-    policy_loss: float = 0.0
-    values: dict[str, float] = field(default_factory=lambda: {"entropy": 0.0, "kl": 0.0, "clip_share": 0.0})
-    ratio_deviation_max: float = 0.0
-    mismatch: Mismatch = field(default_factory=Mismatch)
-
-    def add(self, output: LossOutput, computed: TokenLogprobs, mask_BS: Tensor) -> None:
-        self.tokens += float(mask_BS.sum())
-        self.loss += output.loss.item()
-        self.policy_loss += output.policy_loss.item()
-        self.values["entropy"] += float((computed.entropy_BS * mask_BS).sum())
-        self.values["kl"] += output.kl_sum.item()
-        self.values["clip_share"] += output.clipped_sum.item()
-        self.ratio_deviation_max = max(self.ratio_deviation_max, output.ratio_deviation_max.item())
-
-    def metrics(self) -> dict[str, float]:
-        per_token = {f"loss/{k}": v / max(self.tokens, 1.0) for k, v in self.values.items()}
-        return {
-            "loss/total": self.loss,
-            "loss/policy": self.policy_loss,
-            "loss/tokens": self.tokens,
-            "loss/ratio_deviation_max": self.ratio_deviation_max,
-            **per_token,
-        }
-
-
 class PolicyLoss:
     """Computes the loss of an optimisation batch, micro-batch by micro-batch.
 
     Args:
         policy: The model that is trained.
-        reference: The frozen starting policy, where the objective has a KL penalty.
+        reference: The starting policy, where the objective has a KL penalty.
         objective: Per-token loss and normalisation.
         settings: See :class:`UpdateSettings`.
         pad_id: Padding token.
         timer: Where the seconds of the reference's log-probs are booked.
+        ranks: Who has the rest of the batch.
 
     Attributes:
         processed_tokens: Tokens that the policy has computed so far, forward and backward, padding left out.
@@ -96,11 +77,12 @@ class PolicyLoss:
     def __init__(
         self,
         policy: PreTrainedModel,
-        reference: PreTrainedModel | None,
+        reference: ReferencePolicy | None,
         objective: Objective,
         settings: UpdateSettings,
         pad_id: int,
         timer: PhaseTimer | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.policy = policy
         self.reference = reference
@@ -109,64 +91,73 @@ class PolicyLoss:
         self.pad_id = pad_id
         self._full_logits = needs_full_logits(policy)
         self.timer = timer or PhaseTimer()
+        self.ranks = ranks or Ranks()
         self.processed_tokens = 0
         self._row_cost = row_cost(policy, settings.share_prefixes, self._full_logits)
         if not settings.prefix_gradient:
             self._row_cost = _without_trunk_gradient(self._row_cost)
-        if reference is not None and self._row_cost.shares:
-            reference.set_attn_implementation(policy.config._attn_implementation)
+        idle = Row(0, 0, (pad_id, pad_id), (pad_id,), 1)
+        self._idle_batch = [SharedRow((idle,))]
 
     def freeze_old_logprobs(self, groups: Sequence[Group]) -> None:
-        """Store the current policy's log-probs with groups that outlive the current weights."""
+        """Store the current policy's log-probs with groups that outlive the current weights; a collective."""
         pending = [g for g in groups if g.old_logprobs is None]
         for group in pending:
             group.old_logprobs = [[] for _ in group.completions]
-        for batch in self._micro_batches(rows_of(pending, self.settings.scope)):
+        for batch, _ in self._passes(self._micro_batches(rows_of(pending, self.settings.scope))):
             with torch.no_grad():
-                computed = self._logprobs(self.policy, batch)
+                computed = self._logprobs(self.policy, batch or self._idle_batch)
+            if batch is None:
+                continue
             for i, row in enumerate(computed.rows):
                 store = pending[row.group].old_logprobs
                 assert store is not None
                 store[row.member] = computed.logprobs_BS[i][computed.mask_BS[i]].tolist()
 
-    def backward(
-        self,
-        groups: Sequence[Group],
-        backward: Callable[[Tensor], None],
-        reduce: Callable[[Tensor, str], Tensor] = lambda x, _: x,
-        world_size: int = 1,
-    ) -> dict[str, float]:
-        """Accumulate the gradient of the batch's loss.
+    def backward(self, groups: Sequence[Group], backward: Backward) -> dict[str, float]:
+        """Accumulate the gradient of the batch's loss; a collective.
 
         Args:
-            groups: The groups of the update.
-            backward: Runs the backward pass of one micro-batch.
-            reduce: Reduces a tensor over ranks by ``sum`` or ``max``.
-            world_size: Number of ranks, whose gradients are averaged by the strategy.
+            groups: This rank's groups of the update; may be empty where other ranks have some.
+            backward: Runs the backward pass of a micro-batch. The gradients of ranks are expected to be averaged.
 
         Returns:
-            Metrics of the update, ``loss/…`` and ``mismatch/…``.
+            Metrics of the update over all ranks, ``loss/…`` and ``mismatch/…``.
         """
-        advantages = group_advantages([g.rewards for g in groups], self.settings.advantage_scale)
+        advantages = group_advantages([g.rewards for g in groups], self.settings.advantage_scale, self.ranks)
         rows = rows_of(groups, self.settings.scope)
         lengths = {(r.group, r.member): self._loss_length(groups, r) for r in rows}
-        totals = reduce(
-            torch.tensor([float(sum(lengths.values())), float(sum(n > 0 for n in lengths.values()))]), "sum"
-        )
-        sums = _Sums()
-        batches = self._micro_batches(rows)
-        # Every rank makes as many passes as the busiest, or collectives would wait for each other for ever.
-        passes = int(reduce(torch.tensor(float(len(batches))), "max"))
-        for batch in batches:
-            inputs, computed = self._inputs(groups, batch, advantages, lengths, totals, sums.mismatch)
+        counts = [float(sum(lengths.values())), float(sum(n > 0 for n in lengths.values()))]
+        totals = self.ranks.sum(torch.tensor(counts, dtype=torch.float64))
+        metrics = UpdateMetrics()
+        for batch, is_last in self._passes(self._micro_batches(rows)):
+            if batch is None:
+                backward(self._idle_loss(), is_last)
+                continue
+            inputs, computed = self._inputs(groups, batch, advantages, lengths, totals, metrics.mismatch)
             output = self.objective(inputs)
-            backward(output.loss * world_size)
+            backward(output.loss * self.ranks.size, is_last)
             self.processed_tokens += sum(len(row) for row in batch)
-            sums.add(output, computed, inputs.mask_BS)
-        for _ in range(passes - len(batches)):
-            idle = self._logprobs(self.policy, batches[-1], self.settings.prefix_gradient)
-            backward(idle.logprobs_BS.sum() * 0.0)
-        return sums.metrics() | sums.mismatch.metrics(reduce)
+            metrics.add(output, computed, inputs.mask_BS)
+        return metrics.take(self.ranks)
+
+    def _passes(self, batches: Sequence[list[SharedRow]]) -> Iterator[tuple[list[SharedRow] | None, bool]]:
+        """This rank's micro-batches, then ``None`` until all ranks have had as many, and whether it is the last."""
+        count = self.ranks.most(len(batches))
+        for index in range(count):
+            yield (batches[index] if index < len(batches) else None), index == count - 1
+
+    def _idle_loss(self) -> Tensor:
+        """Zero, from the same passes through the same models as a micro-batch makes."""
+        self._reference_logprobs(self._idle_batch)
+        return self._logprobs(self.policy, self._idle_batch, self.settings.prefix_gradient).logprobs_BS.sum() * 0.0
+
+    def _reference_logprobs(self, batch: Sequence[SharedRow]) -> Tensor | None:
+        if self.reference is None:
+            return None
+        self.reference.prepare(self.policy.config._attn_implementation, self.policy.device)
+        with torch.no_grad(), self.timer("reference_logprobs"), self.reference() as model:
+            return self._logprobs(model, batch).logprobs_BS
 
     def _inputs(
         self,
@@ -177,15 +168,12 @@ class PolicyLoss:
         totals: Tensor,
         mismatch: Mismatch,
     ) -> tuple[LossInputs, TokenLogprobs]:
+        reference_BS = self._reference_logprobs(batch)
         computed = self._logprobs(self.policy, batch, self.settings.prefix_gradient)
         rows = computed.rows
         device = computed.logprobs_BS.device
         lengths_B = torch.tensor([lengths[r.group, r.member] for r in rows])
         mask_BS = computed.mask_BS & (lengths_B > 0).to(device)[:, None]
-        reference_BS = None
-        if self.reference is not None:
-            with torch.no_grad(), self.timer("reference_logprobs"):
-                reference_BS = self._logprobs(self.reference, batch).logprobs_BS
         old_BS = computed.logprobs_BS.detach().clone()
         for i, row in enumerate(rows):
             frozen = groups[row.group].old_logprobs
@@ -222,7 +210,7 @@ class PolicyLoss:
 
     def _micro_batches(self, rows: Sequence[Row]) -> list[list[SharedRow]]:
         limit = self.settings.micro_batch_tokens
-        return micro_batches(shared_rows(rows, limit, self._row_cost), limit)
+        return micro_batches(shared_rows(rows, limit, self._row_cost), limit) if rows else []
 
     def _logprobs(
         self, model: PreTrainedModel, batch: Sequence[SharedRow], prefix_gradient: bool = True

@@ -55,7 +55,7 @@ def with_engine_logprobs(policy, shift: float):
 def backward(policy, batch, correction, **changes):
     policy.zero_grad()
     loss = PolicyLoss(policy, None, DAPO(), settings(importance_correction=correction, **changes), pad_id=0)
-    metrics = loss.backward(batch, lambda x: x.backward())
+    metrics = loss.backward(batch, lambda x, _: x.backward())
     return {n: p.grad.clone() for n, p in policy.named_parameters()}, metrics
 
 

@@ -53,7 +53,7 @@ def settings(**changes) -> UpdateSettings:
 def gradient(policy, objective: Objective, batch=None, **changes) -> dict[str, Tensor]:
     policy.zero_grad()
     loss = PolicyLoss(policy, None, objective, settings(**changes), pad_id=0)
-    loss.backward(batch or groups(), lambda x: x.backward())
+    loss.backward(batch or groups(), lambda x, _: x.backward())
     return {n: p.grad.clone() for n, p in policy.named_parameters()}
 
 
@@ -176,10 +176,10 @@ def test_frozen_log_probs_make_the_ratio_and_equal_the_policy_that_sampled(polic
             row = group.request.prompt.token_ids + group.response_ids(i)
             expected = reference_logprobs(policy, row, len(old))
             torch.testing.assert_close(torch.tensor(old), expected, atol=1e-5, rtol=0)
-    assert loss.backward(batch, lambda x: x.backward())["loss/ratio_deviation_max"] < 1e-5
+    assert loss.backward(batch, lambda x, _: x.backward())["loss/ratio_deviation_max"] < 1e-5
     with torch.no_grad():
         policy.model.norm.weight.mul_(1.5)
-    assert loss.backward(batch, lambda x: x.backward())["loss/ratio_deviation_max"] > 0.01
+    assert loss.backward(batch, lambda x, _: x.backward())["loss/ratio_deviation_max"] > 0.01
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -26,6 +26,7 @@ from rpo_lightning.advantages import group_advantages
 from rpo_lightning.errors import ConfigurationError, UpdateError
 from rpo_lightning.model_support import needs_full_logits, row_cost, sharing_obstacle
 from rpo_lightning.objectives import CISPO, DAPO, GRPO, GSPO, DrGRPO
+from rpo_lightning.reference import FrozenCopy
 from rpo_lightning.rows import Row, RowCost, micro_batches, rows_of, shared_rows
 from rpo_lightning.shared_attention import IMPLEMENTATION
 from rpo_lightning.update import PolicyLoss
@@ -39,9 +40,10 @@ GOAL = 1e-10
 
 def gradient(policy, objective, reference=None, batch=None, **changes):
     policy.zero_grad()
+    reference = reference and FrozenCopy(reference)
     loss = PolicyLoss(policy, reference, objective, settings(**changes), pad_id=0)
     loss._row_cost = RowCost(shares=loss._row_cost.shares)  # members share wherever it is allowed
-    metrics = loss.backward(batch or groups(), lambda x: x.backward())
+    metrics = loss.backward(batch or groups(), lambda x, _: x.backward())
     metrics["tokens"] = loss.processed_tokens
     return {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}, metrics
 

@@ -148,7 +148,7 @@ def test_surplus_groups_wait_with_the_log_probs_of_the_policy_that_sampled_them(
     for old, completion in zip(waiting.old_logprobs, waiting.completions, strict=True):
         torch.testing.assert_close(torch.tensor(old), torch.tensor(completion.logprobs), atol=1e-4, rtol=0)
     restored = GroupBuffer(DynamicSampling())
-    restored.load_state_dict(module.buffer.state_dict())
+    restored.load_state_dicts([module.buffer.state_dict()])
     assert restored.groups == module.buffer.groups
 
 
@@ -173,7 +173,7 @@ def test_a_reference_model_is_there_only_with_beta_and_stays_the_starting_policy
     log = metrics(tmp_path)
     assert log["loss/kl"].iloc[0] == pytest.approx(0.0, abs=1e-6)
     assert log["loss/kl"].iloc[1] > 1e-6
-    reference = dict(module._loss.reference.named_parameters())
+    reference = dict(module._loss.reference.model.named_parameters())
     assert all(torch.equal(start[n], reference[n]) for n in start)
     assert not any("reference" in n for n in module.state_dict())
     plain = make_module()

@@ -1,8 +1,8 @@
 """The experience cache as a callback: add it and GRPO or DAPO becomes RPO.
 
-It owns the cache (its state lies in every checkpoint), hands the data module the prefixes to pair
-prompts with, fills the cache from the starting policy before training (paper) or lets first visits
-fill it, and takes every sampled group back into it.
+It owns the cache (every rank has all of it, and so has every checkpoint), hands the data module the prefixes
+to pair prompts with, fills the cache from the starting policy before training (paper) or lets first visits
+fill it, and takes every sampled group of every rank back into it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rpo_lightning.cuts import CutStrategy, FractionOfShortestCut, FullBudget, S
 from rpo_lightning.engines.base import Sampling
 from rpo_lightning.errors import CacheError, ConfigurationError
 from rpo_lightning.prefixes import CachedPrefixes, full_path_request
-from rpo_lightning.records import Prompt
+from rpo_lightning.records import Group, Prompt
 from rpo_lightning.refresh import EpsilonGreedyRefresh, RefreshRule
 from rpo_lightning.seeds import SeedPurpose, derive_seed
 
@@ -143,9 +143,10 @@ class ExperienceCacheCallback(RunFolderCallback):
             if missing:
                 sync_engine(trainer)
                 self._initialise(pl_module, missing)
-                path = self.folder / CACHE_FILE
-                self.cache.save(path)
-                log.info(f"cache initialised with {self.initialisation_tokens} decoded tokens, saved to {path}")
+                if trainer.is_global_zero:
+                    path = self.folder / CACHE_FILE
+                    self.cache.save(path)
+                    log.info(f"cache initialised with {self.initialisation_tokens} decoded tokens, saved to {path}")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -153,8 +154,10 @@ class ExperienceCacheCallback(RunFolderCallback):
         """Take the groups of this batch into the cache, those that were not trained on included."""
         module: Any = pl_module
         with module.timer("cache"):
-            for group in module.groups:
-                self._served.record(group)
+            updates = [self._served.update_from(group) for group in module.groups]
+            for of_rank in module.ranks.gather(updates):
+                for update in of_rank:
+                    self._served.apply(update)
         statistics = self.cache.statistics(trainer.global_step)
         pl_module.log_dict({f"cache/{k}": v for k, v in statistics.items()}, batch_size=len(batch))
 
@@ -186,18 +189,31 @@ class ExperienceCacheCallback(RunFolderCallback):
     def _initialise(self, module: Any, prompts: list[Prompt]) -> None:
         """Sample the starting policy (eq. 1). Nothing says that what it answers is right."""
         module.timer.take()  # whatever came before is not part of it
-        sampling = self.initial_sampling or module.sampling
         bar = AnswerBar("filling the cache", len(prompts), module.trainer.is_global_zero)
-        for start in range(0, len(prompts), self.initial_batch_size):
-            batch = prompts[start : start + self.initial_batch_size]
-            requests = [full_path_request(p, module.max_response_tokens) for p in batch]
-            seed = derive_seed(SeedPurpose.INITIALISATION, start)
-            for group in module.roll_out(requests, self.initial_samples, sampling, seed):
-                self._served.initialise(group)
-                self.initialisation_tokens += sum(len(c.token_ids) for c in group.completions)
-            bar.update(len(batch), self.initialisation_tokens)
+        starts = range(0, len(prompts), self.initial_batch_size)
+        ranks = module.ranks
+        # Batches are dealt out whole and seeded by where they start: the same cache on any number of ranks.
+        for first in range(0, len(starts), ranks.size):
+            mine = starts[first + ranks.rank : first + ranks.rank + 1]
+            groups = [group for start in mine for group in self._sample(module, prompts, start)]
+            if not mine:
+                self._sample(module, [], 0)  # the others may wait for this rank to take part
+            tokens = sum(len(c.token_ids) for g in groups for c in g.completions)
+            for found, of_rank in ranks.gather(([self._served.initial_update(g) for g in groups], tokens)):
+                self.initialisation_tokens += of_rank
+                bar.update(len(found), self.initialisation_tokens)
+                for uid, response in found:
+                    self._served.initialise(uid, response)
         bar.close()
         self.initialisation_seconds = sum(module.timer.take().values())
+
+    def _sample(self, module: Any, prompts: list[Prompt], start: int) -> list[Group]:
+        batch = prompts[start : start + self.initial_batch_size]
+        requests = [full_path_request(p, module.max_response_tokens) for p in batch]
+        sampling = self.initial_sampling or module.sampling
+        seed = derive_seed(SeedPurpose.INITIALISATION, start)
+        groups: list[Group] = module.roll_out(requests, self.initial_samples, sampling, seed)
+        return groups
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -19,10 +19,12 @@ class HuggingFaceExportCallback(RunFolderCallback):
 
     Args:
         every_n_steps: Also export after every so many updates.
+        merged: Merge an adapter into the weights; otherwise it is written alone, as PEFT does.
     """
 
-    def __init__(self, every_n_steps: int | None = None) -> None:
+    def __init__(self, every_n_steps: int | None = None, merged: bool = True) -> None:
         self.every_n_steps = every_n_steps
+        self.merged = merged
         self._last_step = 0
 
     def on_train_batch_end(
@@ -39,7 +41,7 @@ class HuggingFaceExportCallback(RunFolderCallback):
         self._export(trainer, pl_module, POLICY_FOLDER)
 
     def _export(self, trainer: Trainer, module: Any, name: str) -> None:
+        folder = self.folder / name
+        module.save_pretrained(folder, self.merged)
         if trainer.is_global_zero:
-            folder = self.folder / name
-            module.save_pretrained(folder)
             log.info(f"saved the policy to {folder}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
@@ -18,6 +18,7 @@ from rpo_lightning.callbacks.experience_cache import CACHE_FILE, ExperienceCache
 from rpo_lightning.callbacks.export import POLICY_FOLDER, HuggingFaceExportCallback
 from rpo_lightning.callbacks.run_folder import RunFolderCallback
 from rpo_lightning.files import replacing
+from rpo_lightning.iteration import IterationRecord
 from rpo_lightning.timing import PHASES
 
 SUMMARY_FILE = "summary.json"
@@ -58,16 +59,13 @@ class RunSummaryCallback(RunFolderCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count tokens, and ask for a validation after the last batch."""
-        module: Any = pl_module
-        completions = [c for g in module.groups for c in g.completions]
-        self.decoded_tokens += sum(len(c.token_ids) for c in completions)
-        self.samples += len(completions)
-        for total, of_iteration in (
-            (self.phase_seconds, module.phase_seconds),
-            (self.phase_tokens, module.phase_tokens),
-        ):
-            for phase, value in of_iteration.items():
-                total[phase] = total.get(phase, 0) + value
+        record: IterationRecord = cast(Any, pl_module).record
+        self.decoded_tokens += record.phase_tokens["decode"]
+        self.samples += record.samples
+        for phase, seconds in record.phase_seconds.items():
+            self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds
+        for phase, tokens in record.phase_tokens.items():
+            self.phase_tokens[phase] = self.phase_tokens.get(phase, 0) + tokens
         last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
         if 0 < trainer.max_steps <= trainer.global_step or (last_epoch and trainer.is_last_batch):
             trainer.should_stop = True

@@ -20,6 +20,7 @@ from rpo_lightning.engines.growing_cache import growing_cache, select_sequences
 from rpo_lightning.engines.stop_tokens import stop_token_ids
 from rpo_lightning.errors import ConfigurationError, EngineError
 from rpo_lightning.records import Completion
+from rpo_lightning.sharding import whole_parameters
 
 # A finished sequence still costs its share of every step until the batch is rebuilt, and rebuilding
 # copies the cache: rebuild once this share of the sequences has ended.
@@ -235,11 +236,14 @@ def _truncate(probs_NV: Tensor, sampling: Sampling) -> Tensor:
 
 @contextmanager
 def _inference(policy: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients, and the former mode afterwards."""
+    """Evaluation mode without gradients, all parameters whole, and as before afterwards.
+
+    Ranks decode for different numbers of steps, so that parameters cannot be gathered step by step.
+    """
     was_training = policy.training
     policy.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), whole_parameters(policy):
             yield
     finally:
         policy.train(was_training)

@@ -224,11 +224,7 @@ class VLLMEngine(RolloutEngine):
         mine = [(r, s) for r, s in zip(requests, request_seeds(seed, len(requests)), strict=True)]
         shared, start = self._group.gather(mine)
         try:
-            outputs = self._llm.generate(
-                [{"prompt_token_ids": list(request.token_ids)} for request, _ in shared],
-                [self._sampling_params(request, sampling, own_seed) for request, own_seed in shared],
-                use_tqdm=False,
-            )
+            outputs = self._generate(shared, sampling)
         except Exception as error:
             log.error("vLLM failed while it was generating", exc_info=True)
             raise EngineError(f"vLLM failed while it was generating: {_cause(error)}") from error
@@ -240,6 +236,16 @@ class VLLMEngine(RolloutEngine):
             if on_progress is not None:
                 on_progress(request.samples)
         return results
+
+    def _generate(self, requests: Sequence[tuple[GenerationRequest, int]], sampling: Sampling) -> list[Any]:
+        if not requests:  # of which vLLM would make an error
+            return []
+        outputs: list[Any] = self._llm.generate(
+            [{"prompt_token_ids": list(request.token_ids)} for request, _ in requests],
+            [self._sampling_params(request, sampling, seed) for request, seed in requests],
+            use_tqdm=False,
+        )
+        return outputs
 
     def _sampling_params(self, request: GenerationRequest, sampling: Sampling, seed: int) -> Any:
         return vllm_platform.import_vllm().SamplingParams(

@@ -5,6 +5,8 @@ there is never a second full copy. The policy itself is left bit for bit as it w
 merged into its layer, the merged weight copied, and the layer's own weight put back from a copy,
 because subtracting the adapter again would leave rounding behind.
 
+Quantised weights are given in the precision that they are computed in.
+
 Tied parameters appear under each of their names: vLLM 0.32 on a CPU otherwise keeps an old output head.
 """
 
@@ -35,7 +37,10 @@ def named_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
         elif any(name.startswith(f"{layer}.") for layer in _ancestors(name, adapters)):
             continue  # the adapter's own parameters
         elif ".original_module." not in name:
-            yield _saved_module_name(name), gathered(parameter)
+            yield (
+                _saved_module_name(name),
+                _dequantised(model, name) if is_quantised(parameter) else gathered(parameter),
+            )
 
 
 def underlying_model(policy: Any) -> Any:
@@ -45,13 +50,20 @@ def underlying_model(policy: Any) -> Any:
 
 def save_architecture(policy: nn.Module, folder: Path) -> str:
     """Write the policy's configuration, all that an engine without weights of its own needs."""
+    plain_configuration(policy).save_pretrained(folder)
+    return str(folder)
+
+
+def plain_configuration(policy: nn.Module) -> Any:
+    """Configuration of the policy with whole, merged weights that are not quantised."""
     model: Any = underlying_model(policy)
-    config = type(model.config).from_dict(model.config.to_dict())
+    settings = model.config.to_dict()
+    settings.pop("quantization_config", None)
+    config = type(model.config).from_dict(settings)
     # Sharding gives a model a class of its own, which is no architecture.
     own_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
     config.architectures = config.architectures or [own_class.__name__]
-    config.save_pretrained(folder)
-    return str(folder)
+    return config
 
 
 def gathered(parameter: Any) -> Tensor:
@@ -66,6 +78,8 @@ def gathered(parameter: Any) -> Tensor:
 
 def _merged(layer: Any, inner: str) -> Tensor:
     """One of the layer's own parameters with the active adapters merged in."""
+    if inner == "weight" and is_quantised(layer.base_layer.weight):
+        return _merged_quantised(layer)
     parameters = list(layer.parameters())
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
     with _zero3_gathered(sharded) if sharded else nullcontext(), torch.no_grad():
@@ -77,6 +91,27 @@ def _merged(layer: Any, inner: str) -> Tensor:
         for name, parameter in own.items():
             parameter.copy_(saved[name])
     return merged
+
+
+def _merged_quantised(layer: Any) -> Tensor:
+    """PEFT would quantise the merged weight again, and round the adapter away."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight = dequantize_module_weight(layer.base_layer).detach()
+    with torch.no_grad():
+        deltas = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A]
+        return sum((delta.to(weight) for delta in deltas), weight)
+
+
+def is_quantised(parameter: Any) -> bool:
+    """Whether a parameter is one of bitsandbytes'."""
+    return type(parameter).__name__ in ("Params4bit", "Int8Params")
+
+
+def _dequantised(model: nn.Module, name: str) -> Tensor:
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(model.get_submodule(name.rpartition(".")[0])).detach()
 
 
 def _is_adapted(module: nn.Module) -> bool:

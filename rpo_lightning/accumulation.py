@@ -1,0 +1,105 @@
+"""How an update's gradient is accumulated, reduced over ranks, clipped and applied: one class for each strategy.
+
+An update is several backward passes and one optimizer step, which Lightning leaves to the module under manual
+optimisation. What must not be wrong: gradients travel once an update, with the last pass; the norm is that of
+the whole gradient, wherever its shards lie; and a gradient that is not finite changes no parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
+
+from rpo_lightning.errors import ConfigurationError, UpdateError
+
+
+class GradientAccumulation(ABC):
+    """Backward passes and the step that ends them.
+
+    Args:
+        module: The ``RPOModule``.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Add the gradient of a micro-batch; with the last one, reduce over ranks."""
+        with self._synchronising(is_last):
+            self.module.manual_backward(loss)
+
+    @abstractmethod
+    def _synchronising(self, is_last: bool) -> AbstractContextManager[Any]:
+        """What a backward pass runs in."""
+
+    def step(self, optimizer: Any, max_norm: float) -> float:
+        """Clip, make the step, and return the norm before clipping.
+
+        Raises:
+            UpdateError: The norm is not finite; no parameter was changed.
+        """
+        total = clip_grad_norm_(self.module.policy.parameters(), max_norm)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        if not math.isfinite(norm):
+            raise UpdateError(
+                f"update {self.module.global_step}: the gradient norm is {norm}; the policy was left as it was. "
+                "Lower the learning rate, or resume from an earlier checkpoint"
+            )
+        optimizer.step()
+        return norm
+
+
+class SingleDeviceAccumulation(GradientAccumulation):
+    """One device: nothing to reduce."""
+
+    def _synchronising(self, is_last: bool) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+class ReplicatedAccumulation(GradientAccumulation):
+    """DDP: every rank has the whole policy; gradients are averaged while the last pass runs."""
+
+    def _synchronising(self, is_last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if is_last else self.module.trainer.strategy.model.no_sync()
+
+
+class ShardedAccumulation(GradientAccumulation):
+    """FSDP2: every rank has a shard of each parameter.
+
+    Until the last pass gradients stay whole on every rank, unless ``module.accumulate_sharded`` has each pass
+    reduce its own: as much traffic as there are passes, and the memory of a shard.
+    """
+
+    def _synchronising(self, is_last: bool) -> AbstractContextManager[Any]:
+        self.module.policy.set_requires_gradient_sync(is_last or self.module.accumulate_sharded)
+        self.module.policy.set_is_last_backward(is_last)
+        return nullcontext()
+
+
+def accumulation_for(strategy: Strategy, module: Any) -> GradientAccumulation:
+    """The accumulation that goes with a strategy.
+
+    Raises:
+        ConfigurationError: The strategy is not supported.
+    """
+    if isinstance(strategy, ModelParallelStrategy):
+        return ShardedAccumulation(module)
+    if isinstance(strategy, DDPStrategy):
+        return ReplicatedAccumulation(module)
+    if isinstance(strategy, SingleDeviceStrategy):
+        return SingleDeviceAccumulation(module)
+    instead = "ModelParallelStrategy (FSDP2)" if isinstance(strategy, FSDPStrategy) else "ddp, ModelParallelStrategy"
+    raise ConfigurationError(f"trainer.strategy={type(strategy).__name__} is not supported: use {instead} or deepspeed")

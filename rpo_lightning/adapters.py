@@ -1,0 +1,98 @@
+"""Low-rank adapters (LoRA; Hu et al., arXiv 2106.09685) through PEFT, on quantised weights too (QLoRA, 2305.14314).
+
+Only the adapter trains. The starting policy is the policy without it, so that the KL penalty's reference is no
+second model; the rollout engine is given merged weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from rpo_lightning.errors import ConfigurationError, require_modules
+
+Quantization = Literal["4bit", "8bit"]
+
+
+class LoRA:
+    """Settings of an adapter.
+
+    Args:
+        rank: Rank of the updates.
+        alpha: They are scaled by ``alpha / rank``.
+        target_modules: Names of the linear layers that get one, or ``all-linear``.
+        dropout: Dropout of the adapter's input. Above 0 members of a group cannot share rows in the update.
+        quantization: Hold the frozen weights in 4 bits (NF4) or 8, by bitsandbytes.
+        options: Anything else that ``peft.LoraConfig`` takes.
+    """
+
+    def __init__(
+        self,
+        rank: int = 16,
+        alpha: int = 32,
+        target_modules: str | list[str] = "all-linear",
+        dropout: float = 0.0,
+        quantization: Quantization | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        if rank < 1 or not 0 <= dropout < 1:
+            raise ConfigurationError(
+                f"model.adapter needs rank >= 1 and 0 <= dropout < 1; got rank={rank}, dropout={dropout}"
+            )
+        self.rank = rank
+        self.alpha = alpha
+        self.target_modules = target_modules
+        self.dropout = dropout
+        self.quantization = quantization
+        self.options = options or {}
+
+    def loading_options(self) -> dict[str, Any]:
+        """What loading the policy needs to be told, for quantised weights.
+
+        Raises:
+            ConfigurationError: bitsandbytes is not installed.
+        """
+        if self.quantization is None:
+            return {}
+        require_modules("qlora", "bitsandbytes")
+        from transformers import BitsAndBytesConfig
+
+        config = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if self.quantization == "8bit"
+            else BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.get_default_dtype(),
+            )
+        )
+        return {"quantization_config": config, "device_map": {"": torch.get_default_device()}}
+
+    def apply(self, policy: Any) -> Any:
+        """Freeze a policy and give it an adapter.
+
+        Raises:
+            ConfigurationError: PEFT is not installed, or the target modules are not there.
+        """
+        require_modules("lora", "peft")
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            target_modules=self.target_modules,
+            lora_dropout=self.dropout,
+            task_type="CAUSAL_LM",
+            **self.options,
+        )
+        try:
+            return get_peft_model(policy, config)
+        except ValueError as error:
+            raise ConfigurationError(f"model.adapter: {str(error).splitlines()[0]}") from error
+
+
+def has_adapter(policy: Any) -> bool:
+    """Whether a policy is a PEFT model."""
+    return hasattr(policy, "disable_adapter")

@@ -1,0 +1,57 @@
+"""Policies as ordinary Hugging Face folders, whatever they are wrapped in.
+
+Sharded parameters are gathered one by one onto the first rank; adapters are merged, or saved alone as PEFT does;
+quantised weights are saved in the precision they are computed in.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rpo_lightning.adapters import has_adapter
+from rpo_lightning.engines.weights import gathered, named_weights, plain_configuration, underlying_model
+from rpo_lightning.files import replacing_folder
+from rpo_lightning.ranks import Ranks
+
+
+def export_policy(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, merged: bool, ranks: Ranks
+) -> None:
+    """Write a policy and its tokenizer; a collective, of which the first rank writes.
+
+    Args:
+        policy: The policy.
+        tokenizer: Its tokenizer.
+        folder: Where to; an earlier one is replaced once the new one is whole.
+        merged: Merge an adapter into the weights, or save it alone.
+        ranks: The ranks that call it.
+    """
+    alone = has_adapter(policy) and not merged
+    weights = _adapter_weights(policy) if alone else named_weights(policy)
+    tied = set() if alone else _tied_names(policy)
+    # Every rank takes part in gathering, the first one keeps what comes.
+    state = {name: w.cpu() for name, w in weights if ranks.rank == 0 and name not in tied}
+    if ranks.rank:
+        return
+    model: Any = policy if alone else underlying_model(policy)
+    with replacing_folder(folder) as partial:
+        model.save_pretrained(partial, state_dict=state)
+        if not alone:
+            plain_configuration(policy).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+
+def _adapter_weights(policy: Any) -> Any:
+    return ((name, gathered(p)) for name, p in policy.named_parameters() if p.requires_grad)
+
+
+def _tied_names(policy: Any) -> set[str]:
+    """Names under which another parameter appears again."""
+    model = underlying_model(policy)
+    if not model.config.get_text_config().tie_word_embeddings:
+        return set()
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    return set(tied)

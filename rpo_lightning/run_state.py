@@ -1,0 +1,38 @@
+"""What a checkpoint needs beyond Lightning's: counters, and the waiting groups and generators of every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rpo_lightning.dynamic_sampling import GroupBuffer
+from rpo_lightning.generator_states import generator_states
+from rpo_lightning.mismatch import MismatchGuard
+from rpo_lightning.ranks import Ranks
+
+
+def gathered_state(iteration: int, guard: MismatchGuard, buffer: GroupBuffer | None, ranks: Ranks) -> dict[str, Any]:
+    """The state of the run on all ranks, for a checkpoint that any number of ranks can resume; a collective."""
+    mine = (buffer.state_dict() if buffer else None, generator_states())
+    buffers, generators = zip(*ranks.gather(mine), strict=True)
+    return {
+        "iteration": iteration,
+        "guard": guard.state_dict(),
+        "buffers": list(buffers),
+        "generators": list(generators),
+    }
+
+
+def restore_state(
+    state: Mapping[str, Any], guard: MismatchGuard, buffer: GroupBuffer | None, ranks: Ranks
+) -> dict[str, Any] | None:
+    """Restore this rank's part of it.
+
+    Returns:
+        The generators' states, to be set when training begins; none for a rank that there was not then.
+    """
+    guard.load_state_dict(state["guard"])
+    if buffer is not None and state["buffers"][0] is not None:
+        buffer.load_state_dicts(state["buffers"], ranks.rank, ranks.size)
+    generators: list[dict[str, Any]] = state["generators"]
+    return generators[ranks.rank] if ranks.rank < len(generators) else None
