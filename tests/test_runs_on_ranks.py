@@ -26,7 +26,7 @@ ENGINE = {
 }
 CASES = [
     ("ddp", "transformers"),
-    ("fsdp2", "vllm"),
+    pytest.param("fsdp2", "vllm", marks=pytest.mark.slow),
     pytest.param("fsdp2", "transformers", marks=pytest.mark.slow),
     pytest.param("ddp", "vllm", marks=pytest.mark.slow),
 ]
