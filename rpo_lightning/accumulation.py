@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.pytorch.strategies import (
     DDPStrategy,
+    DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
@@ -36,6 +38,10 @@ class GradientAccumulation(ABC):
     def __init__(self, module: Any) -> None:
         self.module = module
 
+    def forward(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Compute the loss of a micro-batch."""
+        return compute()
+
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Add the gradient of a micro-batch; with the last one, reduce over ranks."""
         with self._synchronising(is_last):
@@ -53,13 +59,17 @@ class GradientAccumulation(ABC):
         """
         total = clip_grad_norm_(self.module.policy.parameters(), max_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        if not math.isfinite(norm):
-            raise UpdateError(
-                f"update {self.module.global_step}: the gradient norm is {norm}; the policy was left as it was. "
-                "Lower the learning rate, or resume from an earlier checkpoint"
-            )
+        self._require_finite(norm)
         optimizer.step()
         return norm
+
+    def _require_finite(self, norm: float, update: int | None = None) -> None:
+        if not math.isfinite(norm):
+            update = self.module.global_step if update is None else update
+            raise UpdateError(
+                f"update {update}: the gradient norm is {norm}; the policy was left as it was. "
+                "Lower the learning rate, or resume from an earlier checkpoint"
+            )
 
 
 class SingleDeviceAccumulation(GradientAccumulation):
@@ -89,6 +99,49 @@ class ShardedAccumulation(GradientAccumulation):
         return nullcontext()
 
 
+class DeepSpeedAccumulation(GradientAccumulation):
+    """ZeRO: DeepSpeed's engine reduces, clips and steps.
+
+    It reduces the gradients of every pass (ZeRO-1: of the last one), since a rank keeps only its partition of them.
+
+    The engine counts passes by its ``forward``: without one for every pass, ZeRO-3 would write each pass's gradients
+    over those of the one before; hence :meth:`forward`.
+    """
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self.engine = module.trainer.strategy.deepspeed_engine
+        self.engine.basic_optimizer.register_step_pre_hook(self._before_step)
+        self._update = 0
+
+    def forward(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Compute the loss of a micro-batch within the engine's forward pass."""
+        own = self.module.forward
+        self.module.forward = compute
+        try:
+            loss: Tensor = self.engine()
+        finally:
+            self.module.forward = own
+        return loss
+
+    def _synchronising(self, is_last: bool) -> AbstractContextManager[Any]:
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        return nullcontext()
+
+    def step(self, optimizer: Any, max_norm: float) -> float:
+        """Have the engine clip, at the ``max_norm`` it was set up with, and make the step."""
+        self._update = self.module.global_step
+        optimizer.step()
+        if not self.engine.was_step_applied():  # the engine itself may look for what is not finite, and pass over it
+            self._require_finite(math.nan, self._update)
+        return float(self.engine.get_global_grad_norm())
+
+    def _before_step(self, *_: Any) -> None:
+        """The engine knows the norm, and has changed nothing yet; it writes -1 for what is not finite."""
+        norm = float(self.engine.optimizer._global_grad_norm)
+        self._require_finite(math.nan if norm < 0 else norm, self._update)
+
+
 def accumulation_for(strategy: Strategy, module: Any) -> GradientAccumulation:
     """The accumulation that goes with a strategy.
 
@@ -97,6 +150,8 @@ def accumulation_for(strategy: Strategy, module: Any) -> GradientAccumulation:
     """
     if isinstance(strategy, ModelParallelStrategy):
         return ShardedAccumulation(module)
+    if isinstance(strategy, DeepSpeedStrategy):
+        return DeepSpeedAccumulation(module)
     if isinstance(strategy, DDPStrategy):
         return ReplicatedAccumulation(module)
     if isinstance(strategy, SingleDeviceStrategy):

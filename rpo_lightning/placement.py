@@ -11,11 +11,19 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
 from rpo_lightning.engines.weights import is_quantised
 from rpo_lightning.errors import ConfigurationError
 from rpo_lightning.sharding import require_data_parallel, shard
+from rpo_lightning.zero import (
+    PlainSteps,
+    outside_init,
+    partition,
+    prepare_settings,
+    to_computing_precision,
+    zero_stage,
+)
 
 
 class Placement:
@@ -58,9 +66,43 @@ class ShardedPlacement(Placement):
         shard(model, self.mesh, self.precision)
 
 
+class DeepSpeedPlacement(Placement):
+    """ZeRO.
+
+    Args:
+        trainer: Lightning's trainer, with a ``DeepSpeedStrategy``.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.strategy = trainer.strategy
+        prepare_settings(self.strategy.config, getattr(trainer.lightning_module, "max_grad_norm", None))
+
+    def loading(self) -> AbstractContextManager[Any]:
+        """As without DeepSpeed: on the CPU if the policy is to be partitioned."""
+        return outside_init()
+
+    def place(self, model: Any) -> None:
+        """Partition under ZeRO-3; a reference, of which nothing trains, stays whole."""
+        strategy = self.strategy
+        to_computing_precision(model, strategy.config)
+        if zero_stage(strategy.config) == 3 and any(p.requires_grad for p in model.parameters()):
+            partition(model, strategy.config, strategy.root_device, strategy.remote_device)
+
+
 def placement_for(trainer: Any) -> Placement:
     """The placement that goes with a trainer's strategy."""
     strategy = None if trainer is None else trainer.strategy
     if isinstance(strategy, ModelParallelStrategy):
         return ShardedPlacement(trainer)
+    if isinstance(strategy, DeepSpeedStrategy):
+        return DeepSpeedPlacement(trainer)
     return Placement()
+
+
+def prepare_strategy(trainer: Any) -> None:
+    """Set what a strategy has to know before it configures the model."""
+    strategy = None if trainer is None else trainer.strategy
+    if isinstance(strategy, DeepSpeedStrategy) and strategy.config is not None:
+        # For DeepSpeed's log only; Lightning would make a training data loader to ask for it, in evaluation too.
+        strategy.config.setdefault("train_micro_batch_size_per_gpu", 1)
+        strategy._forward_redirection = PlainSteps()

@@ -20,7 +20,7 @@ from rpo_lightning.engines.base import EngineContext, RolloutEngine, Sampling
 from rpo_lightning.errors import ConfigurationError
 from rpo_lightning.evaluation import Evaluation
 from rpo_lightning.export import export_policy
-from rpo_lightning.placement import placement_for
+from rpo_lightning.placement import placement_for, prepare_strategy
 from rpo_lightning.policies import load_policy, load_tokenizer
 from rpo_lightning.ranks import Ranks
 from rpo_lightning.records import Batch, Group, RolloutRequest
@@ -84,6 +84,10 @@ class PolicyModule(LightningModule):
         self.answered: list[Group] = []
         self.decoded_tokens = 0
         self._policy_source = policy
+
+    def setup(self, stage: str) -> None:
+        """Tell the strategy what it has to know before the policy is loaded."""
+        prepare_strategy(self._trainer)
 
     def configure_model(self) -> None:
         """Load the policy, shard it where the strategy does, and introduce the engine to it and to the run."""

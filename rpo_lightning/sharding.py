@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.zero import is_partitioned, whole_partitions
 
 
 def require_data_parallel(strategy: ModelParallelStrategy) -> Any:
@@ -61,6 +62,10 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 @contextmanager
 def whole_parameters(model: nn.Module) -> Iterator[None]:
     """Keep all parameters gathered: within, forward passes are no collectives. All ranks must enter and leave."""
+    if is_partitioned(model):
+        with whole_partitions(model):
+            yield
+        return
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     resharding = [unit for unit in units if unit is not model]
     for unit in units:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ from rpo_lightning.update_metrics import UpdateMetrics
 
 # Runs the backward pass of a loss; told whether it is the update's last.
 Backward = Callable[[Tensor, bool], None]
+# Has the loss of a micro-batch computed.
+Forward = Callable[[Callable[[], Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,15 @@ class PolicyLoss:
                 assert store is not None
                 store[row.member] = computed.logprobs_BS[i][computed.mask_BS[i]].tolist()
 
-    def backward(self, groups: Sequence[Group], backward: Backward) -> dict[str, float]:
+    def backward(
+        self, groups: Sequence[Group], backward: Backward, forward: Forward = lambda compute: compute()
+    ) -> dict[str, float]:
         """Accumulate the gradient of the batch's loss; a collective.
 
         Args:
             groups: This rank's groups of the update; may be empty where other ranks have some.
             backward: Runs the backward pass of a micro-batch. The gradients of ranks are expected to be averaged.
+            forward: Runs the forward pass of a micro-batch.
 
         Returns:
             Metrics of the update over all ranks, ``loss/…`` and ``mismatch/…``.
@@ -130,15 +136,18 @@ class PolicyLoss:
         counts = [float(sum(lengths.values())), float(sum(n > 0 for n in lengths.values()))]
         totals = self.ranks.sum(torch.tensor(counts, dtype=torch.float64))
         metrics = UpdateMetrics()
-        for batch, is_last in self._passes(self._micro_batches(rows)):
+
+        def loss_of(batch: Sequence[SharedRow] | None) -> Tensor:
             if batch is None:
-                backward(self._idle_loss(), is_last)
-                continue
+                return self._idle_loss()
             inputs, computed = self._inputs(groups, batch, advantages, lengths, totals, metrics.mismatch)
             output = self.objective(inputs)
-            backward(output.loss * self.ranks.size, is_last)
             self.processed_tokens += sum(len(row) for row in batch)
             metrics.add(output, computed, inputs.mask_BS)
+            return output.loss * self.ranks.size
+
+        for batch, is_last in self._passes(self._micro_batches(rows)):
+            backward(forward(partial(loss_of, batch)), is_last)
         return metrics.take(self.ranks)
 
     def _passes(self, batches: Sequence[list[SharedRow]]) -> Iterator[tuple[list[SharedRow] | None, bool]]:
