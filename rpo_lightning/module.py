@@ -276,7 +276,7 @@ class RPOModule(PolicyModule):
         assert self._accumulation is not None
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        metrics = self._loss.backward(groups, self._accumulation.backward)
+        metrics = self._loss.backward(groups, self._accumulation.backward, self._accumulation.forward)
         if "mismatch/logprob_mean" in metrics:
             self.guard.check(metrics["mismatch/logprob_mean"], self.global_step)
         norm = self._accumulation.step(optimizer, self.max_grad_norm)
