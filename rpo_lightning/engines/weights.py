@@ -86,7 +86,7 @@ def _merged(layer: Any, inner: str) -> Tensor:
         own = dict(layer.base_layer.named_parameters())
         saved = {name: parameter.detach().clone() for name, parameter in own.items()}
         layer.merge()
-        merged = gathered(own[inner]).clone()
+        merged = (own[inner].detach() if sharded else gathered(own[inner])).clone()
         layer.unmerge()
         for name, parameter in own.items():
             parameter.copy_(saved[name])
@@ -130,6 +130,6 @@ def _saved_module_name(name: str) -> str:
 
 
 def _zero3_gathered(parameters: list[Tensor]) -> Any:
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters(parameters)
+    return deepspeed.zero.GatheredParameters(parameters)
