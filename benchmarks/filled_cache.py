@@ -38,4 +38,4 @@ class FilledCache(ExperienceCacheCallback):
         generator = np.random.default_rng(0)
         for prompt in trainer.datamodule.prompts["train"]:  # type: ignore[attr-defined]
             ids = generator.integers(100, 40_000, self.length).astype(np.int32)
-            self.cache.entry(prompt.uid).response = CachedResponse(ids, 0.0, True, True, ((0, self.length),))
+            self.cache.remember(prompt.uid, CachedResponse(ids, 0.0, True, True, ((0, self.length),)))

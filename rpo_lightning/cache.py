@@ -1,19 +1,22 @@
 """The experience cache: what is remembered of every question. Knows nothing of Lightning.
 
-One :class:`CacheEntry` per question holds at most one response, as token ids (the published code
+At most one response per question is held, as token ids (the published code
 keeps text, which drifts when it is encoded again), with the reward it got and the update each of its
 tokens was generated at. What a cut strategy wants to remember of a question lies in ``state`` and is
 saved with the entry.
 
-On disk a cache is one Parquet file, a row per question, with the tokenizer's fingerprint in the
-schema's metadata. In a checkpoint it is a dictionary of tensors and primitives.
+Everything is held in columns, so that a million questions cost little more than the bytes of their tokens
+(:mod:`rpo_lightning.token_blocks`); :class:`CacheEntry` and :class:`CachedResponse` are views of a question's row.
+
+On disk a cache is one Parquet file, a row per question (:mod:`rpo_lightning.cache_file`). In a checkpoint it is a
+dictionary of tensors and primitives.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +24,31 @@ import numpy as np
 import torch
 
 from rpo_lightning.errors import CacheError
-from rpo_lightning.files import replacing
 from rpo_lightning.records import Spans
+from rpo_lightning.spans import flat_spans, initial_tokens, nested_spans, newest_step
+from rpo_lightning.token_blocks import TokenBlocks
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # The "update" at which tokens that came from elsewhere were generated.
 IMPORTED_STEP = -1
 
+# What is known of a question besides its tokens, their spans and the state. The last two columns follow from the
+# spans: the update of the newest tokens, and how many were there before the first update.
+_FACTS = np.dtype(
+    [
+        ("visits", np.int64),
+        ("restart", np.bool_),
+        ("reward", np.float64),
+        ("correct", np.bool_),
+        ("finished", np.bool_),
+        ("step", np.int64),
+        ("initial_tokens", np.int64),
+    ]
+)
+_SAVED_FACTS = ("visits", "restart", "reward", "correct", "finished")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class CachedResponse:
     """A response that later visits of its question are cut from.
 
@@ -51,29 +70,53 @@ class CachedResponse:
     @property
     def step(self) -> int:
         """The update at which its newest tokens were generated."""
-        return self.spans[-1][0] if self.spans else 0
+        return newest_step(self.spans)
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
 
-@dataclass
 class CacheEntry:
-    """What is remembered of one question.
+    """What is remembered of one question: a view of its row in a cache."""
 
-    Attributes:
-        uid: The question.
-        response: The cached response, if there is one.
-        visits: Groups that were sampled for the question.
-        restart: Whether the next visit starts without a prefix.
-        state: What the cut strategy remembers of the question (JSON values, saved with the entry).
-    """
+    __slots__ = ("_cache", "_number", "uid")
 
-    uid: str
-    response: CachedResponse | None = None
-    visits: int = 0
-    restart: bool = False
-    state: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, cache: ExperienceCache, uid: str, number: int) -> None:
+        self.uid = uid
+        self._cache = cache
+        self._number = number
+
+    @property
+    def response(self) -> CachedResponse | None:
+        """The cached response, if there is one; :meth:`ExperienceCache.remember` puts another in its place."""
+        return self._cache._response(self._number)
+
+    @property
+    def visits(self) -> int:
+        """Groups that were sampled for the question."""
+        return int(self._cache._facts["visits"][self._number])
+
+    @visits.setter
+    def visits(self, value: int) -> None:
+        self._cache._facts["visits"][self._number] = value
+
+    @property
+    def restart(self) -> bool:
+        """Whether the next visit starts without a prefix."""
+        return bool(self._cache._facts["restart"][self._number])
+
+    @restart.setter
+    def restart(self, value: bool) -> None:
+        self._cache._facts["restart"][self._number] = value
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the cut strategy remembers of the question (JSON values, saved with the entry)."""
+        return self._cache._states.setdefault(self._number, {})
+
+    @state.setter
+    def state(self, value: dict[str, Any]) -> None:
+        self._cache._states[self._number] = value
 
 
 class ExperienceCache:
@@ -85,26 +128,39 @@ class ExperienceCache:
 
     def __init__(self, tokenizer_fingerprint: str) -> None:
         self.tokenizer_fingerprint = tokenizer_fingerprint
-        self._entries: dict[str, CacheEntry] = {}
+        self._numbers: dict[str, int] = {}  # in the order of their first visits: 0, 1, 2, …
+        self._facts = np.zeros(0, _FACTS)
+        self._tokens = TokenBlocks()
+        self._spans: list[Spans] = []
+        self._states: dict[int, dict[str, Any]] = {}
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._numbers)
 
     def __iter__(self) -> Iterator[CacheEntry]:
-        return iter(self._entries.values())
+        return (CacheEntry(self, uid, number) for uid, number in self._numbers.items())
 
     def __contains__(self, uid: object) -> bool:
-        return uid in self._entries
+        return uid in self._numbers
 
     def get(self, uid: str) -> CacheEntry | None:
         """The entry of a question, or ``None`` before its first visit."""
-        return self._entries.get(uid)
+        number = self._numbers.get(uid)
+        return None if number is None else CacheEntry(self, uid, number)
 
     def entry(self, uid: str) -> CacheEntry:
         """The entry of a question, made if there is none."""
-        if uid not in self._entries:
-            self._entries[uid] = CacheEntry(uid)
-        return self._entries[uid]
+        return CacheEntry(self, uid, self._number(uid))
+
+    def remember(self, uid: str, response: CachedResponse) -> None:
+        """Cache a response in the place of whatever was cached of the question; its tokens are copied."""
+        number = self._number(uid)
+        self._tokens[number] = response.token_ids
+        row = self._facts[number]
+        row["reward"], row["correct"], row["finished"] = response.reward, response.correct, response.finished
+        row["step"] = response.step
+        row["initial_tokens"] = initial_tokens(response.spans)
+        self._spans[number] = response.spans
 
     def statistics(self, step: int) -> dict[str, float]:
         """Health of the cache at update ``step``.
@@ -114,99 +170,88 @@ class ExperienceCache:
             ``length``, mean ``age`` (updates since the newest tokens), and ``initial_token_share``,
             the share of tokens that were there before the first update, from the starting policy or elsewhere.
         """
-        responses = [e.response for e in self if e.response is not None]
-        result = {"entries": float(len(self)), "responses": float(len(responses))}
+        # Without a response all facts of it are 0, so that whole columns can be summed.
+        facts, tokens = self._facts[: len(self)], self._tokens.live_tokens
+        responses = len(self._tokens)
+        result = {"entries": float(len(self)), "responses": float(responses)}
         if responses:
-            tokens = sum(len(r) for r in responses)
-            initial = sum(count for r in responses for made_at, count in r.spans if made_at <= 0)
             result |= {
-                "correct_share": sum(r.correct for r in responses) / len(responses),
-                "length": tokens / len(responses),
-                "age": sum(step - max(r.step, 0) for r in responses) / len(responses),
-                "initial_token_share": initial / max(tokens, 1),
+                "correct_share": float(facts["correct"].sum() / responses),
+                "length": tokens / responses,
+                "age": float(step - np.maximum(facts["step"], 0).sum() / responses),
+                "initial_token_share": float(facts["initial_tokens"].sum() / max(tokens, 1)),
             }
         return result
 
     def forget_updates(self) -> None:
         """Have all tokens come from elsewhere: update numbers of another run mean nothing in this one."""
-        for entry in self:
-            if entry.response is not None:
-                entry.response = replace(entry.response, spans=((IMPORTED_STEP, len(entry.response)),))
+        for number, length in enumerate(self._tokens.lengths(len(self)).tolist()):
+            if length >= 0:
+                self._spans[number] = ((IMPORTED_STEP, length),)
+                self._facts["step"][number], self._facts["initial_tokens"][number] = IMPORTED_STEP, length
+
+    def _number(self, uid: str) -> int:
+        number = self._numbers.setdefault(uid, len(self._numbers))
+        if number == len(self._spans):
+            self._spans.append(())
+            if number == len(self._facts):
+                facts = np.zeros(max(2 * number, 1024), _FACTS)
+                facts[:number] = self._facts
+                self._facts = facts
+        return number
+
+    def _response(self, number: int) -> CachedResponse | None:
+        if number not in self._tokens:
+            return None
+        _, _, reward, correct, finished, _, _ = self._facts[number].item()
+        return CachedResponse(self._tokens[number], reward, correct, finished, self._spans[number])
 
     # -- saving and loading ---------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole cache as tensors and primitives (``torch.load(weights_only=True)`` reads it)."""
-        entries = list(self)
-        responses = [e.response for e in entries]
-        ids = [r.token_ids for r in responses if r is not None]
+        """The whole cache as tensors and primitives (``torch.load(weights_only=True)`` reads it).
+
+        Tokens are not copied: the state looks at the cache's own blocks, which are never written to again.
+        """
+        facts = self._facts[: len(self)]
+        span_counts, spans = flat_spans(self._spans)
         return {
             "version": FORMAT_VERSION,
             "tokenizer": self.tokenizer_fingerprint,
-            "uids": [e.uid for e in entries],
-            "visits": torch.tensor([e.visits for e in entries], dtype=torch.int64),
-            "restart": torch.tensor([e.restart for e in entries], dtype=torch.bool),
-            "state": [json.dumps(e.state) if e.state else "" for e in entries],
-            "lengths": torch.tensor([-1 if r is None else len(r) for r in responses], dtype=torch.int64),
-            "token_ids": torch.from_numpy(np.concatenate(ids) if ids else np.zeros(0, np.int32)),
-            "rewards": torch.tensor([0.0 if r is None else r.reward for r in responses], dtype=torch.float64),
-            "correct": torch.tensor([r is not None and r.correct for r in responses], dtype=torch.bool),
-            "finished": torch.tensor([r is not None and r.finished for r in responses], dtype=torch.bool),
-            "spans": [[] if r is None else [list(span) for span in r.spans] for r in responses],
+            # One text each: a million small ones would be remembered one by one while they are written.
+            "uids": json.dumps(list(self._numbers)),
+            "states": json.dumps({number: state for number, state in self._states.items() if state}),
+            "facts": {name: torch.from_numpy(facts[name].copy()) for name in _SAVED_FACTS},
+            "tokens": self._tokens.state_dict(),
+            "span_counts": torch.from_numpy(span_counts),
+            "spans": torch.from_numpy(spans),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the contents by a saved state.
+        """Replace the contents by a saved state, whose tokens are taken over without a copy.
 
         Raises:
             CacheError: The state is of another version or tokenizer.
         """
-        self._require_same_origin(state["version"], state["tokenizer"], "the checkpoint's cache")
-        self._entries = {}
-        token_ids = state["token_ids"].numpy()
-        offset = 0
-        for i, uid in enumerate(state["uids"]):
-            length = int(state["lengths"][i])
-            response = None
-            if length >= 0:
-                response = CachedResponse(
-                    token_ids=token_ids[offset : offset + length].copy(),
-                    reward=float(state["rewards"][i]),
-                    correct=bool(state["correct"][i]),
-                    finished=bool(state["finished"][i]),
-                    spans=tuple((int(s), int(n)) for s, n in state["spans"][i]),
-                )
-                offset += length
-            self._entries[uid] = CacheEntry(
-                uid=uid,
-                response=response,
-                visits=int(state["visits"][i]),
-                restart=bool(state["restart"][i]),
-                state=json.loads(state["state"][i]) if state["state"][i] else {},
-            )
+        self.require_same_origin(state["version"], state["tokenizer"], "the checkpoint's cache")
+        uids = json.loads(state["uids"])
+        loaded = ExperienceCache(self.tokenizer_fingerprint)
+        loaded._numbers = {uid: number for number, uid in enumerate(uids)}
+        loaded._states = {int(number): of_entry for number, of_entry in json.loads(state["states"]).items()}
+        loaded._spans = nested_spans(state["span_counts"].numpy(), state["spans"].numpy())
+        loaded._tokens.load_state_dict(state["tokens"])
+        loaded._facts = np.zeros(len(uids), _FACTS)
+        for name in _SAVED_FACTS:
+            loaded._facts[name] = state["facts"][name].numpy()
+        loaded._facts["step"] = [newest_step(spans) for spans in loaded._spans]
+        loaded._facts["initial_tokens"] = [initial_tokens(spans) for spans in loaded._spans]
+        vars(self).update(vars(loaded))
 
     def save(self, path: str | Path) -> None:
         """Write the cache as a Parquet file, atomically."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        from rpo_lightning.cache_file import write_cache
 
-        state = self.state_dict()
-        responses = [e.response for e in self]
-        table = pa.table(
-            {
-                "uid": pa.array(state["uids"], pa.string()),
-                "token_ids": pa.array([None if r is None else r.token_ids for r in responses], pa.list_(pa.int32())),
-                "reward": pa.array(state["rewards"].numpy()),
-                "correct": pa.array(state["correct"].numpy()),
-                "finished": pa.array(state["finished"].numpy()),
-                "spans": pa.array(state["spans"], pa.list_(pa.list_(pa.int64()))),
-                "visits": pa.array(state["visits"].numpy()),
-                "restart": pa.array(state["restart"].numpy()),
-                "state": pa.array(state["state"], pa.string()),
-            }
-        ).replace_schema_metadata({"version": str(FORMAT_VERSION), "tokenizer": self.tokenizer_fingerprint})
-        with replacing(path) as partial:
-            pq.write_table(table, partial)
+        write_cache(self, path)
 
     def load(self, path: str | Path) -> None:
         """Replace the contents by a saved file.
@@ -214,36 +259,18 @@ class ExperienceCache:
         Raises:
             CacheError: The file is missing, is no cache, or belongs to another tokenizer.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        from rpo_lightning.cache_file import read_cache
 
-        path = Path(path)
-        if not path.is_file():
-            raise CacheError(f"{path}: no such cache file")
-        try:
-            table = pq.read_table(path)
-        except pa.ArrowInvalid as error:
-            raise CacheError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
-        metadata = table.schema.metadata or {}
-        if b"tokenizer" not in metadata or "token_ids" not in table.column_names:
-            raise CacheError(f"{path}: not an experience cache (no tokenizer fingerprint in its metadata)")
-        self._require_same_origin(int(metadata[b"version"]), metadata[b"tokenizer"].decode(), str(path))
-        self._entries = {}
-        for row in table.to_pylist():
-            response = None
-            if row["token_ids"] is not None:
-                response = CachedResponse(
-                    token_ids=np.asarray(row["token_ids"], dtype=np.int32),
-                    reward=row["reward"],
-                    correct=row["correct"],
-                    finished=row["finished"],
-                    spans=tuple((s, n) for s, n in row["spans"]),
-                )
-            self._entries[row["uid"]] = CacheEntry(
-                row["uid"], response, row["visits"], row["restart"], json.loads(row["state"]) if row["state"] else {}
-            )
+        loaded = ExperienceCache(self.tokenizer_fingerprint)
+        read_cache(loaded, path)
+        vars(self).update(vars(loaded))
 
-    def _require_same_origin(self, version: int, tokenizer: str, where: str) -> None:
+    def require_same_origin(self, version: int, tokenizer: str, where: str) -> None:
+        """Check that what was saved can be read by this release and means the same to this policy.
+
+        Raises:
+            CacheError: It is of another version or tokenizer.
+        """
         if version != FORMAT_VERSION:
             raise CacheError(f"{where}: cache format {version}, this release reads format {FORMAT_VERSION}")
         if tokenizer != self.tokenizer_fingerprint:
@@ -251,25 +278,3 @@ class ExperienceCache:
                 f"{where}: made with another tokenizer (fingerprint {tokenizer}, this policy's is "
                 f"{self.tokenizer_fingerprint}): token ids would mean other text; build a new cache"
             )
-
-
-def extend_spans(prefix_spans: Spans, suffix_length: int, step: int) -> Spans:
-    """Spans of a prefix followed by ``suffix_length`` tokens generated at ``step``."""
-    spans = list(prefix_spans)
-    if suffix_length:
-        if spans and spans[-1][0] == step:
-            spans[-1] = (step, spans[-1][1] + suffix_length)
-        else:
-            spans.append((step, suffix_length))
-    return tuple(spans)
-
-
-def cut_spans(spans: Spans, kept: int) -> Spans:
-    """Spans of the first ``kept`` tokens."""
-    result = []
-    for step, count in spans:
-        if kept <= 0:
-            break
-        result.append((step, min(count, kept)))
-        kept -= count
-    return tuple(result)

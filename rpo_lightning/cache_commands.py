@@ -56,7 +56,9 @@ class BuildCacheCallback(Callback):
         module: Any = pl_module
         cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer))
         for row in found:
-            cache.entry(row["uid"]).response = row["response"]
+            cache.entry(row["uid"])
+            if row["response"] is not None:
+                cache.remember(row["uid"], row["response"])
         cache.save(self.out)
         print(_summary(cache, self.out))
 
@@ -216,7 +218,7 @@ def _statistics(responses: list[CachedResponse], visits: list[int]) -> list[str]
             ("elsewhere", "elsewhere"),
         )
     )
-    openings = len({tuple(r.token_ids[:OPENING_TOKENS].tolist()) for r in responses})
+    openings = len({r.token_ids[:OPENING_TOKENS].tobytes() for r in responses})
     quantiles = ", ".join(f"{q:.0f}" for q in np.percentile(lengths, [0, 25, 50, 75, 100]))
     age = np.array([newest - r.step for r in responses])
     return [

@@ -134,9 +134,9 @@ def import_responses(
         # Whether text without ids was finished is not known; it is taken to be.
         found.append((prompt, ids, bool(row.get("finished", ids[-1] == tokenizer.eos_token_id))))
     for prompt, response in _graded(found, tokenizer, grader):
-        entry = cache.entry(prompt.uid)
-        if entry.response is None or entry.response.reward < response.reward:
-            entry.response = response
+        known_response = cache.entry(prompt.uid).response
+        if known_response is None or known_response.reward < response.reward:
+            cache.remember(prompt.uid, response)
     return ImportReport(len(found), unmatched, overlong, sum(e.response is not None for e in cache))
 
 

@@ -14,12 +14,13 @@ from typing import Literal
 
 import numpy as np
 
-from rpo_lightning.cache import CachedResponse, CacheEntry, ExperienceCache, cut_spans, extend_spans
+from rpo_lightning.cache import CachedResponse, CacheEntry, ExperienceCache
 from rpo_lightning.cuts import CutStrategy, GroupOutcome, SuffixBudget
 from rpo_lightning.errors import ConfigurationError
 from rpo_lightning.records import Group, Prompt, RolloutRequest
 from rpo_lightning.refresh import RefreshRule
 from rpo_lightning.seeds import SeedPurpose, derive_generator
+from rpo_lightning.spans import cut_spans, extend_spans
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,14 @@ class CachedPrefixes:
 
     def update_from(self, group: Group) -> CacheUpdate:
         """What a scored group means for its question's entry, which is left as it is."""
-        request = group.request
-        entry = self.cache.get(request.prompt.uid) or CacheEntry(request.prompt.uid)
+        request, uid = group.request, group.request.prompt.uid
+        entry = self.cache.get(uid)
+        visits = 0 if entry is None else entry.visits
         chosen = self.refresh.choose(
-            group, self._candidates(group), question_generator(SeedPurpose.REFRESH, entry.uid, entry.visits)
+            group, self._candidates(group), question_generator(SeedPurpose.REFRESH, uid, visits)
         )
         return CacheUpdate(
-            uid=entry.uid,
+            uid=uid,
             response=None if chosen is None else cached_response(group, chosen),
             outcome=GroupOutcome(
                 kept=len(request.prefix_ids),
@@ -130,7 +132,7 @@ class CachedPrefixes:
         """
         entry = self.cache.entry(update.uid)
         if update.response is not None:
-            entry.response = update.response
+            self.cache.remember(update.uid, update.response)
         entry.visits += 1
         entry.restart = self.on_failure == "restart" and not any(update.outcome.correct)
         self.cut.observe(entry, update.outcome)
@@ -141,8 +143,10 @@ class CachedPrefixes:
 
     def initialise(self, uid: str, response: CachedResponse | None) -> None:
         """Fill an entry before training."""
-        entry = self.cache.entry(uid)
-        entry.response = response or entry.response
+        if response is None:
+            self.cache.entry(uid)
+        else:
+            self.cache.remember(uid, response)
 
     def _candidates(self, group: Group) -> list[int]:
         return _candidates(group, self.keep_unfinished)

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from rpo_lightning.cache import CachedResponse, CacheEntry, ExperienceCache, cut_spans, extend_spans
+from rpo_lightning.cache import CachedResponse, CacheEntry, ExperienceCache
 from rpo_lightning.errors import CacheError
+from rpo_lightning.spans import cut_spans, extend_spans
 
 
 def filled_cache() -> ExperienceCache:
     cache = ExperienceCache("abc")
+    response = CachedResponse(np.array([5, 6, 2**31 - 1], np.int32), 0.75, True, False, ((0, 1), (4, 2)))
+    cache.remember("with response", response)
     full = cache.entry("with response")
-    full.response = CachedResponse(np.array([5, 6, 2**31 - 1], np.int32), 0.75, True, False, ((0, 1), (4, 2)))
     full.visits, full.restart, full.state = 3, True, {"shortest_length": 2, "anchors": [[1, 2], [3]]}
     cache.entry("without response").visits = 1
     return cache
@@ -86,9 +88,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(pyarrow.parquet, "write_table", fail)
+    monkeypatch.setattr(pyarrow.parquet.ParquetWriter, "write_batch", fail)
     with pytest.raises(OSError, match="disk full"):
-        ExperienceCache("abc").save(path)
+        filled_cache().save(path)
     cache = ExperienceCache("abc")
     cache.load(path)
     assert len(cache) == 2

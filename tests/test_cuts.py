@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from rpo_lightning.cache import CachedResponse, CacheEntry
+from rpo_lightning.cache import CachedResponse, CacheEntry, ExperienceCache
 from rpo_lightning.cuts import (
     AnchoredCut,
     CutPlusSlackBudget,
@@ -24,7 +24,9 @@ from .conftest import make_group
 
 def entry(length: int, correct: bool = True) -> CacheEntry:
     response = CachedResponse(np.arange(length, dtype=np.int32), 1.0, correct, True, ((0, length),))
-    return CacheEntry("q", response)
+    cache = ExperienceCache("tokenizer")
+    cache.remember("q", response)
+    return cache.entry("q")
 
 
 def kept(cut, cached: CacheEntry, draws: int = 4000) -> np.ndarray:
