@@ -19,8 +19,9 @@ from rpo_lightning.errors import CacheError
 from rpo_lightning.files import replacing
 from rpo_lightning.spans import flat_spans, nested_spans
 
-# A piece is written once it has so many tokens or rows; files from elsewhere are read by as many rows.
-PIECE_TOKENS, PIECE_ROWS = 2**22, 2048
+# A piece is written once it has so many tokens or rows; files are read by as many rows. Arrow needs several
+# times the bytes of a piece while it works.
+PIECE_TOKENS, PIECE_ROWS = 2**20, 512
 
 SCHEMA = pa.schema(
     {
@@ -45,6 +46,7 @@ def write_cache(cache: ExperienceCache, path: str | Path) -> None:
     with replacing(path) as partial, pq.ParquetWriter(partial, schema) as writer:
         for rows in _pieces(cache):
             writer.write_batch(_as_batch(rows, schema))
+    _give_memory_back()
 
 
 def read_cache(cache: ExperienceCache, path: str | Path) -> None:
@@ -57,19 +59,10 @@ def read_cache(cache: ExperienceCache, path: str | Path) -> None:
     if not path.is_file():
         raise CacheError(f"{path}: no such cache file")
     try:
-        with pq.ParquetFile(path) as file:
-            metadata = file.schema_arrow.metadata or {}
-            if b"tokenizer" not in metadata or b"version" not in metadata:
-                raise CacheError(f"{path}: not an experience cache (no tokenizer fingerprint in its metadata)")
-            cache.require_same_origin(int(metadata[b"version"]), metadata[b"tokenizer"].decode(), str(path))
-            if not file.schema_arrow.equals(SCHEMA):
-                raise CacheError(f"{path}: its columns are not an experience cache's: {', '.join(SCHEMA.names)}")
-            for batch in file.iter_batches(PIECE_ROWS):
-                _read_batch(cache, batch, str(path))
+        _read_file(cache, path)
     except (pa.ArrowInvalid, OSError) as error:
         raise CacheError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
-    finally:
-        pa.default_memory_pool().release_unused()
+    _give_memory_back()
 
 
 def _pieces(cache: ExperienceCache) -> Iterator[list[_Row]]:
@@ -84,6 +77,11 @@ def _pieces(cache: ExperienceCache) -> Iterator[list[_Row]]:
             rows, tokens = [], 0
     if rows:
         yield rows
+
+
+def _give_memory_back() -> None:
+    """Arrow keeps what it has let go of: as much as a small cache has."""
+    pa.default_memory_pool().release_unused()
 
 
 def _as_batch(rows: list[_Row], schema: pa.Schema) -> pa.RecordBatch:
@@ -115,6 +113,20 @@ def _as_batch(rows: list[_Row], schema: pa.Schema) -> pa.RecordBatch:
 
 def _offsets(lengths: list[int] | np.ndarray) -> pa.Array:
     return pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+
+def _read_file(cache: ExperienceCache, path: Path) -> None:
+    # Not pre-buffered: that would hold the whole file.
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        schema = file.schema_arrow
+        metadata = schema.metadata or {}
+        if b"tokenizer" not in metadata or b"version" not in metadata:
+            raise CacheError(f"{path}: not an experience cache (no tokenizer fingerprint in its metadata)")
+        cache.require_same_origin(int(metadata[b"version"]), metadata[b"tokenizer"].decode(), str(path))
+        if not schema.equals(SCHEMA):
+            raise CacheError(f"{path}: its columns are not an experience cache's: {', '.join(SCHEMA.names)}")
+        for batch in file.iter_batches(PIECE_ROWS):
+            _read_batch(cache, batch, str(path))
 
 
 def _read_batch(cache: ExperienceCache, batch: pa.RecordBatch, where: str) -> None:

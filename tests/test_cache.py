@@ -110,3 +110,138 @@ def test_statistics_of_an_entry_without_response_do_not_count():
     cache.entry("a")
     assert isinstance(cache.get("a"), CacheEntry)
     assert cache.statistics(step=1) == {"entries": 1.0, "responses": 0.0}
+
+
+def random_response(rng: np.random.Generator, step: int) -> CachedResponse:
+    lengths = rng.integers(0, 400, 3).tolist()
+    spans = tuple((s, n) for s, n in zip(sorted(rng.integers(-1, step + 1, 3).tolist()), lengths, strict=True) if n)
+    ids = rng.integers(0, 2**31 - 1, sum(lengths), dtype=np.int32)
+    return CachedResponse(ids, float(rng.random()), bool(rng.random() < 0.5), bool(rng.random() < 0.5), spans)
+
+
+def visited_cache(visits: int = 3000) -> ExperienceCache:
+    """Many visits of 300 questions, some of which never get a response."""
+    rng = np.random.default_rng(0)
+    cache = ExperienceCache("abc")
+    for visit in range(visits):
+        uid = f"question {rng.integers(0, 300)} ü"
+        entry = cache.entry(uid)
+        if not uid.startswith("question 1"):
+            cache.remember(uid, random_response(rng, visit))
+        entry.visits += 1
+        entry.restart = bool(visit % 2)
+        entry.state["seen"] = visit
+    return cache
+
+
+def test_statistics_are_those_of_a_pass_over_all_responses():
+    cache = visited_cache()
+    responses = [e.response for e in cache if e.response is not None]
+    assert 0 < len(responses) < len(cache)
+    tokens = sum(len(r) for r in responses)
+    assert cache.statistics(3000) == pytest.approx(
+        {
+            "entries": len(cache),
+            "responses": len(responses),
+            "correct_share": sum(r.correct for r in responses) / len(responses),
+            "length": tokens / len(responses),
+            "age": sum(3000 - max(r.spans[-1][0], 0) for r in responses) / len(responses),
+            "initial_token_share": sum(n for r in responses for step, n in r.spans if step <= 0) / tokens,
+        }
+    )
+    loaded = ExperienceCache("abc")
+    loaded.load_state_dict(cache.state_dict())
+    assert loaded.statistics(3000) == cache.statistics(3000)
+
+
+def test_many_entries_survive_files_and_checkpoints_exactly(tmp_path):
+    cache = visited_cache()
+    cache.save(tmp_path / "cache.parquet")
+    torch.save(cache.state_dict(), tmp_path / "state.ckpt")
+    of_file, of_state = ExperienceCache("abc"), ExperienceCache("abc")
+    of_file.load(tmp_path / "cache.parquet")
+    of_state.load_state_dict(torch.load(tmp_path / "state.ckpt", weights_only=True))
+    assert contents(of_file) == contents(of_state) == contents(cache)
+
+
+def test_a_file_of_many_pieces_holds_everything(tmp_path, monkeypatch):
+    from rpo_lightning import cache_file
+
+    monkeypatch.setattr(cache_file, "PIECE_ROWS", 7)
+    cache = visited_cache(500)
+    cache.save(tmp_path / "cache.parquet")
+    monkeypatch.setattr(cache_file, "PIECE_ROWS", 11)
+    loaded = ExperienceCache("abc")
+    loaded.load(tmp_path / "cache.parquet")
+    assert contents(loaded) == contents(cache)
+
+
+def test_a_state_is_not_changed_by_what_happens_to_the_cache_later(tmp_path):
+    cache = visited_cache()
+    before, state = contents(cache), cache.state_dict()
+    rng = np.random.default_rng(1)
+    for entry in list(cache):
+        for _ in range(20):
+            cache.remember(entry.uid, random_response(rng, 9))
+        entry.visits, entry.restart, entry.state = 0, False, {}
+    cache.entry("another question").visits = 1
+    cache.forget_updates()
+    restored = ExperienceCache("abc")
+    restored.load_state_dict(state)
+    assert contents(restored) == before
+    assert contents(cache) != before
+
+
+def test_a_response_changes_only_through_the_cache():
+    cache = filled_cache()
+    entry = cache.entry("with response")
+    with pytest.raises(AttributeError):
+        entry.response = None
+    with pytest.raises(ValueError, match="read-only"):
+        entry.response.token_ids[0] = 1
+
+
+def test_forgotten_updates_leave_all_tokens_from_elsewhere():
+    cache = filled_cache()
+    cache.forget_updates()
+    assert cache.entry("with response").response.spans == ((-1, 3),)
+    assert cache.statistics(step=5) == {
+        "entries": 2.0, "responses": 1.0, "correct_share": 1.0, "length": 3.0, "age": 5.0, "initial_token_share": 1.0
+    }  # fmt: skip
+
+
+def test_a_damaged_file_is_refused_and_leaves_the_cache_as_it_was(tmp_path):
+    path = tmp_path / "cache.parquet"
+    visited_cache().save(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 3)
+    path.write_bytes(data)
+    cache = filled_cache()
+    with pytest.raises(CacheError, match=r"cache\.parquet: not a readable Parquet file"):
+        cache.load(path)
+    assert contents(cache) == contents(filled_cache())
+
+
+def test_a_file_of_other_columns_or_with_empty_values_is_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "cache.parquet"
+    filled_cache().save(path)
+    table = pq.read_table(path)
+    pq.write_table(table.drop_columns(["reward"]), path)
+    with pytest.raises(CacheError, match="columns are not an experience cache's"):
+        ExperienceCache("abc").load(path)
+    rewards = pa.array([0.5, None])
+    pq.write_table(table.set_column(2, "reward", rewards), path)
+    with pytest.raises(CacheError, match="1 empty values in its column 'reward'"):
+        ExperienceCache("abc").load(path)
+    pq.write_table(table.replace_schema_metadata({}), path)
+    with pytest.raises(CacheError, match="no tokenizer fingerprint"):
+        ExperienceCache("abc").load(path)
+
+
+def test_another_releases_cache_is_refused():
+    state = {**filled_cache().state_dict(), "version": 1}
+    with pytest.raises(CacheError, match="cache format 1, this release reads format 2"):
+        ExperienceCache("abc").load_state_dict(state)
