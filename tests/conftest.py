@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
 from rpo_lightning import RPODataModule, RPOModule
+from rpo_lightning.cache import ExperienceCache
 from rpo_lightning.policies import load_policy, load_tokenizer
 from rpo_lightning.records import Completion, Group, Prompt, RolloutRequest, Sample
 from rpo_lightning.rewards import AccuracyReward, ExactMatchVerifier
@@ -80,6 +81,27 @@ def make_group(
         rewards=list(rewards),
         step=step,
     )
+
+
+def cache_contents(cache: ExperienceCache) -> list[tuple[Any, ...]]:
+    """All that a cache remembers, wherever its tokens lie."""
+    return [
+        (
+            e.uid,
+            e.visits,
+            e.restart,
+            e.state,
+            e.response
+            and (
+                e.response.token_ids.tolist(),
+                e.response.reward,
+                e.response.correct,
+                e.response.finished,
+                e.response.spans,
+            ),
+        )
+        for e in cache
+    ]
 
 
 def make_module(**settings: Any) -> RPOModule:

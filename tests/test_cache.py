@@ -10,6 +10,8 @@ from rpo_lightning.cache import CachedResponse, CacheEntry, ExperienceCache
 from rpo_lightning.errors import CacheError
 from rpo_lightning.spans import cut_spans, extend_spans
 
+from .conftest import cache_contents
+
 
 def filled_cache() -> ExperienceCache:
     cache = ExperienceCache("abc")
@@ -21,31 +23,11 @@ def filled_cache() -> ExperienceCache:
     return cache
 
 
-def contents(cache: ExperienceCache):
-    return [
-        (
-            e.uid,
-            e.visits,
-            e.restart,
-            e.state,
-            e.response
-            and (
-                e.response.token_ids.tolist(),
-                e.response.reward,
-                e.response.correct,
-                e.response.finished,
-                e.response.spans,
-            ),
-        )
-        for e in cache
-    ]
-
-
 def test_a_file_holds_everything(tmp_path):
     filled_cache().save(tmp_path / "cache.parquet")
     loaded = ExperienceCache("abc")
     loaded.load(tmp_path / "cache.parquet")
-    assert contents(loaded) == contents(filled_cache())
+    assert cache_contents(loaded) == cache_contents(filled_cache())
     assert [p.name for p in tmp_path.iterdir()] == ["cache.parquet"]
 
 
@@ -53,7 +35,7 @@ def test_a_checkpoint_holds_everything_and_is_read_without_pickle(tmp_path):
     torch.save(filled_cache().state_dict(), tmp_path / "state.ckpt")
     loaded = ExperienceCache("abc")
     loaded.load_state_dict(torch.load(tmp_path / "state.ckpt", weights_only=True))
-    assert contents(loaded) == contents(filled_cache())
+    assert cache_contents(loaded) == cache_contents(filled_cache())
 
 
 def test_an_empty_cache_survives_too(tmp_path):
@@ -161,7 +143,7 @@ def test_many_entries_survive_files_and_checkpoints_exactly(tmp_path):
     of_file, of_state = ExperienceCache("abc"), ExperienceCache("abc")
     of_file.load(tmp_path / "cache.parquet")
     of_state.load_state_dict(torch.load(tmp_path / "state.ckpt", weights_only=True))
-    assert contents(of_file) == contents(of_state) == contents(cache)
+    assert cache_contents(of_file) == cache_contents(of_state) == cache_contents(cache)
 
 
 def test_a_file_of_many_pieces_holds_everything(tmp_path, monkeypatch):
@@ -173,12 +155,12 @@ def test_a_file_of_many_pieces_holds_everything(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_file, "PIECE_ROWS", 11)
     loaded = ExperienceCache("abc")
     loaded.load(tmp_path / "cache.parquet")
-    assert contents(loaded) == contents(cache)
+    assert cache_contents(loaded) == cache_contents(cache)
 
 
 def test_a_state_is_not_changed_by_what_happens_to_the_cache_later(tmp_path):
     cache = visited_cache()
-    before, state = contents(cache), cache.state_dict()
+    before, state = cache_contents(cache), cache.state_dict()
     rng = np.random.default_rng(1)
     for entry in list(cache):
         for _ in range(20):
@@ -188,8 +170,8 @@ def test_a_state_is_not_changed_by_what_happens_to_the_cache_later(tmp_path):
     cache.forget_updates()
     restored = ExperienceCache("abc")
     restored.load_state_dict(state)
-    assert contents(restored) == before
-    assert contents(cache) != before
+    assert cache_contents(restored) == before
+    assert cache_contents(cache) != before
 
 
 def test_a_response_changes_only_through_the_cache():
@@ -219,7 +201,7 @@ def test_a_damaged_file_is_refused_and_leaves_the_cache_as_it_was(tmp_path):
     cache = filled_cache()
     with pytest.raises(CacheError, match=r"cache\.parquet: not a readable Parquet file"):
         cache.load(path)
-    assert contents(cache) == contents(filled_cache())
+    assert cache_contents(cache) == cache_contents(filled_cache())
 
 
 def test_a_file_of_other_columns_or_with_empty_values_is_refused(tmp_path):
