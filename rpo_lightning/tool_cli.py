@@ -1,4 +1,4 @@
-"""Commands beside Lightning's own: ``segments``, ``cache …``, ``report``.
+"""Commands beside Lightning's own: ``segments``, ``cache …``, ``report``, ``memory``.
 
 Those that need a policy and data take the very arguments of ``fit``, ``--config`` included, and add their own.
 They run through ``Trainer.predict``, without the callbacks, loggers and checkpoints of a training run.
@@ -124,4 +124,16 @@ def report(arguments: list[str]) -> None:
     auto_cli(write_report, args=arguments, prog="rpo-lightning report")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"segments": segments, "cache": cache, "report": report}
+def memory(arguments: list[str]) -> None:
+    """Estimate the memory that a config needs."""
+    from rpo_lightning.memory.command import memory as estimate_memory
+
+    estimate_memory(arguments)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "segments": segments,
+    "cache": cache,
+    "report": report,
+    "memory": memory,
+}
