@@ -88,7 +88,7 @@ def _host_parts(shape: ModelShape, plan: Plan) -> list[tuple[str, float]]:
     if not plan.on_gpu:
         return []
     parts: list[tuple[str, float]] = []
-    if plan.sharding is Sharding.FSDP2:
+    if plan.sharding in (Sharding.FSDP2, Sharding.ZERO3):
         copies = 2 if plan.has_reference and not shape.has_adapter else 1
         parts.append(("the whole policy while it is loaded", copies * shape.parameters * plan.precision.held))
     mine = shape.trainable / plan.ranks

@@ -75,7 +75,13 @@ def read_run(config: Mapping[str, Any], has_gpu_memory: bool) -> Run:
         engine=_engine(model.get("engine"), devices * nodes), **_strategy(trainer["strategy"], devices * nodes),
     )  # fmt: skip
     adapter = model.get("adapter")
-    return Run(model["policy"], LoRA(**adapter.get("init_args", {})) if adapter else None, plan, tuple(assumptions))
+    lora = LoRA(**adapter.get("init_args", {})) if adapter else None
+    if lora and lora.quantization and plan.sharding in (Sharding.FSDP2, Sharding.ZERO3):
+        raise ConfigurationError(
+            f"model.adapter.quantization does not go with {plan.sharding.value}, which cannot split quantised weights: "
+            "use trainer.strategy=ddp or deepspeed_stage_2, or leave them unquantised"
+        )
+    return Run(model["policy"], lora, plan, tuple(assumptions))
 
 
 def _is_gpu(accelerator: Any, has_gpu_memory: bool) -> bool:

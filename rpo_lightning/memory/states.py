@@ -54,9 +54,9 @@ def weight_parts(shape: ModelShape, plan: Plan, quantization: str | None) -> lis
     if plan.offloads_parameters:
         parts = []
     if plan.has_reference and not shape.has_adapter:
-        # A copy made while the policy is whole; FSDP2 shards it, too.
-        of_reference = shape.parameters * plan.precision.held
-        parts.append(Part.always("reference policy", of_reference / (share if plan.sharding is Sharding.FSDP2 else 1)))
+        # A copy made while the policy is whole; FSDP2 shards it, too, ZeRO-3 does not.
+        of_reference = shape.parameters * held / (share if plan.sharding is Sharding.FSDP2 else 1)
+        parts.append(Part.always("reference policy", of_reference))
     return parts
 
 
