@@ -125,7 +125,7 @@ def _engine(engine: Mapping[str, Any] | None, ranks: int) -> EnginePlan:
         raise ConfigurationError(
             f"engine.tensor_parallel_size={parallel} must divide the number of processes that train, which is {ranks}"
         )
-    size = _ENGINE_BYTES.get(options.get("dtype", arguments.get("dtype")))
+    size = _ENGINE_BYTES.get(str(options.get("dtype", arguments.get("dtype"))))
     return EnginePlan(True, 0.5 if share is None else share, 1 if level is None else level, parallel, size)
 
 
