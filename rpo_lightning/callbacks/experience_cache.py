@@ -179,6 +179,12 @@ class ExperienceCacheCallback(RunFolderCallback):
             "initialisation_seconds": self.initialisation_seconds,
         }
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore the cache from the checkpoint itself: what Lightning gives ``load_state_dict`` it copies before."""
+        state = checkpoint["callbacks"].pop(self.state_key, None)
+        if state is not None:
+            self.load_state_dict(state)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the cache; ``setup`` has been called before."""
         self.cache.load_state_dict(state_dict["cache"])
