@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.adapters import has_adapter
-from rpo_lightning.engines.weights import gathered, named_weights, plain_configuration, underlying_model
+from rpo_lightning.engines.weights import gathered, named_weights, plain_class, plain_configuration, underlying_model
 from rpo_lightning.files import replacing_folder
 from rpo_lightning.ranks import Ranks
 
@@ -36,12 +37,19 @@ def export_policy(
     state = {name: w.cpu() for name, w in weights if ranks.rank == 0 and name not in tied}
     if ranks.rank:
         return
-    model: Any = policy if alone else underlying_model(policy)
+    model: Any = policy if alone else _empty_model(policy)
     with replacing_folder(folder) as partial:
         model.save_pretrained(partial, state_dict=state)
-        if not alone:
-            plain_configuration(policy).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+
+
+def _empty_model(policy: Any) -> Any:
+    """The policy's architecture without weights: a sharded or quantised model does not save itself as a plain one."""
+    own: Any = underlying_model(policy)
+    with torch.device("meta"):
+        model = plain_class(own)._from_config(plain_configuration(policy))
+    model.generation_config = own.generation_config
+    return model
 
 
 def _adapter_weights(policy: Any) -> Any:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 
 from rpo_lightning import ExperienceCacheCallback
+from tests.conftest import cache_contents
 
 
 class RankRecorder(Callback):
@@ -43,12 +42,11 @@ class RankRecorder(Callback):
 
     def _record(self, trainer: Trainer, module: Any) -> None:
         (cache,) = [c for c in trainer.callbacks if isinstance(c, ExperienceCacheCallback)]  # type: ignore[attr-defined]
-        state = io.BytesIO()
-        torch.save(cache.cache.state_dict(), state)
+        contents = repr(cache_contents(cache.cache))
         line = {
             "iteration": module.iteration,
             "updates": trainer.global_step,
-            "cache": hashlib.sha256(state.getvalue()).hexdigest(),
+            "cache": hashlib.sha256(contents.encode()).hexdigest(),
             "questions": [g.request.prompt.uid for g in module.groups],
             "kept": [len(g.request.prefix_ids) for g in module.groups],
             "rollouts": [[list(c.token_ids) for c in g.completions] for g in module.groups],

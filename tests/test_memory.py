@@ -238,6 +238,18 @@ def test_vllm_takes_its_share_while_it_is_awake_and_keeps_nothing_but_graphs_asl
     assert open_end.smallest_device == max(open_end.total("rollout") / 0.6, open_end.total("backward"))
 
 
+def test_a_share_that_does_not_hold_the_engines_weights_does_not_fit():
+    shape = replace(ROUND, trainable=10**9)
+    plan = Plan(precision=Precision.HALF, engine=EnginePlan(is_vllm=True, gpu_share=0.1), prompt_tokens=40)
+    plan = replace(plan, response_tokens=60, checkpointing=True, optimizer=optimizer_state("torch.optim.SGD"))
+    needed = 10**9 * 2 + 10 * 2 * 4 * 2 * 100  # weights; keys and values of 10 layers and 100 tokens
+    found = estimate(shape, plan, device_bytes=16 * 10**9)
+    assert found.peak < 16 * 10**9
+    assert not found.fits
+    assert found.engine_lacks == pytest.approx(needed - 1.6 * 10**9)
+    assert estimate(shape, replace(plan, engine=EnginePlan(is_vllm=True, gpu_share=0.2)), device_bytes=16 * 10**9).fits
+
+
 def test_the_logits_of_a_chunk_do_not_grow_with_the_rows():
     shape = replace(ROUND, vocabulary=2**16)
     sizes = []

@@ -39,7 +39,7 @@ def named_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
         elif ".original_module." not in name:
             yield (
                 _saved_module_name(name),
-                _dequantised(model, name) if is_quantised(parameter) else gathered(parameter),
+                _dequantised(_owner(model, name)) if is_quantised(parameter) else gathered(parameter),
             )
 
 
@@ -60,10 +60,13 @@ def plain_configuration(policy: nn.Module) -> Any:
     settings = model.config.to_dict()
     settings.pop("quantization_config", None)
     config = type(model.config).from_dict(settings)
-    # Sharding gives a model a class of its own, which is no architecture.
-    own_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
-    config.architectures = config.architectures or [own_class.__name__]
+    config.architectures = config.architectures or [plain_class(model).__name__]
     return config
+
+
+def plain_class(model: nn.Module) -> Any:
+    """A model's architecture: sharding gives it a class of its own."""
+    return next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
 
 
 def gathered(parameter: Any) -> Tensor:
@@ -95,9 +98,7 @@ def _merged(layer: Any, inner: str) -> Tensor:
 
 def _merged_quantised(layer: Any) -> Tensor:
     """PEFT would quantise the merged weight again, and round the adapter away."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    weight = dequantize_module_weight(layer.base_layer).detach()
+    weight = _dequantised(layer.base_layer)
     with torch.no_grad():
         deltas = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A]
         return sum((delta.to(weight) for delta in deltas), weight)
@@ -108,10 +109,19 @@ def is_quantised(parameter: Any) -> bool:
     return type(parameter).__name__ in ("Params4bit", "Int8Params")
 
 
-def _dequantised(model: nn.Module, name: str) -> Tensor:
-    from peft.utils.integrations import dequantize_module_weight
+def _dequantised(layer: Any) -> Tensor:
+    """The weight of one of bitsandbytes' layers, which is left alone: PEFT's function breaks 8-bit ones on a CPU."""
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
-    return dequantize_module_weight(model.get_submodule(name.rpartition(".")[0])).detach()
+    weight = layer.weight
+    if type(weight).__name__ == "Params4bit":
+        return dequantize_4bit(weight.data, weight.quant_state).detach()
+    scales = weight.SCB if layer.state.SCB is None else layer.state.SCB  # the first forward pass moves them
+    return int8_vectorwise_dequant(weight.data, scales).detach()
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _is_adapted(module: nn.Module) -> bool:

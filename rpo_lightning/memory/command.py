@@ -114,7 +114,13 @@ def _verdict(found: Estimate, quantization: str | None) -> list[str]:
     assert found.device_bytes is not None
     size = found.device_bytes / _GIB
     lines.append(f"{'fits' if found.fits else 'does not fit'} into {size:g} GiB, by this estimate")
-    if not found.fits:
+    if found.engine_lacks:
+        lines.append(
+            f"  vLLM's share of {found.plan.engine.gpu_share:.0%} is {found.engine_lacks / _GIB:.2f} GiB short of its "
+            "weights (merged, not quantised) and one response: raise engine.gpu_memory_utilization, or "
+            "engine.tensor_parallel_size with more GPUs"
+        )
+    if found.peak > found.device_bytes:
         lines += [
             f"  {text}: peak {other.peak / _GIB:.2f} GiB{' (fits)' if other.fits else ''}"
             for text, other in remedies(found, quantization)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rpo_lightning.memory.activations import activation_parts
 from rpo_lightning.memory.part import Part
 from rpo_lightning.memory.plan import Plan, Sharding
-from rpo_lightning.memory.rollout import engine_parts, engine_weight_bytes
+from rpo_lightning.memory.rollout import engine_parts, engine_weight_bytes, least_engine_bytes
 from rpo_lightning.memory.shape import ModelShape
 from rpo_lightning.memory.states import gathered_parts, gradient_parts, optimizer_parts, weight_parts
 
@@ -55,7 +55,14 @@ class Estimate:
     @property
     def fits(self) -> bool | None:
         """Whether it fits into a device; ``None`` where its size is not known."""
-        return None if self.device_bytes is None else self.peak <= self.device_bytes
+        return None if self.device_bytes is None else self.peak <= self.device_bytes and not self.engine_lacks
+
+    @property
+    def engine_lacks(self) -> float:
+        """Bytes that vLLM's share of the device is short of its weights and one response; 0 if they have room."""
+        if not (self.plan.on_gpu and self.plan.engine.is_vllm) or self.device_bytes is None:
+            return 0.0
+        return max(least_engine_bytes(self.shape, self.plan) - self.plan.engine.gpu_share * self.device_bytes, 0.0)
 
 
 def estimate(

@@ -28,6 +28,12 @@ def engine_weight_bytes(shape: ModelShape, plan: Plan) -> float:
     return base * size / plan.engine.tensor_parallel
 
 
+def least_engine_bytes(shape: ModelShape, plan: Plan) -> float:
+    """What vLLM's share must hold at least: its weights, and keys and values of one longest response."""
+    token = shape.layers * 2 * shape.key * (plan.engine.bytes_per_number or min(plan.precision.computed, 4))
+    return engine_weight_bytes(shape, plan) + token * plan.longest / plan.engine.tensor_parallel
+
+
 def engine_parts(shape: ModelShape, plan: Plan, device_bytes: float | None) -> list[Part]:
     """The rollout engine.
 

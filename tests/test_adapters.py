@@ -1,0 +1,105 @@
+"""LoRA and QLoRA: what trains, what it is compared with, what is saved."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from rpo_lightning import ExperienceCacheCallback
+from rpo_lightning.adapters import LoRA
+from rpo_lightning.callbacks import HuggingFaceExportCallback
+from rpo_lightning.cuts import FractionOfShortestCut
+from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.objectives import GRPO
+from rpo_lightning.policies import load_policy
+from rpo_lightning.rewards import UniformRandomReward
+from tests.conftest import REASONER, make_data, make_module, make_trainer
+
+IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 10]])
+
+
+def adapted_run(folder, stop: int, resume=None, **lora):
+    module = make_module(
+        adapter=LoRA(rank=4, **lora),
+        rewards=[UniformRandomReward()],
+        # bitsandbytes is slow on a CPU, and nothing here needs whole answers.
+        max_response_tokens=24,
+        objective=GRPO(beta=0.1),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
+    )
+    checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    cache = ExperienceCacheCallback(cut=FractionOfShortestCut(0.5), initialisation="lazy", keep_unfinished=True)
+    export = HuggingFaceExportCallback(every_n_steps=1, merged=False)
+    trainer = make_trainer(folder, max_steps=stop, callbacks=[cache, checkpoint, export])
+    trainer.fit(module, datamodule=make_data(batch_size=2), ckpt_path=resume, weights_only=True if resume else None)
+    return module
+
+
+def metrics(folder) -> pd.DataFrame:
+    log = pd.read_csv(folder / "metrics.csv")
+    return log[log["loss/total"].notna()]
+
+
+def logits(policy) -> torch.Tensor:
+    policy.eval()
+    with torch.no_grad():
+        return policy(IDS, use_cache=False).logits
+
+
+def test_only_the_adapter_trains_and_the_reference_is_the_policy_without_it(tmp_path):
+    module = adapted_run(tmp_path, 3)
+    start = load_policy(REASONER)
+    for name, parameter in module.policy.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name)
+    assert not torch.allclose(logits(module.policy), logits(start), atol=1e-3)
+    with module.policy.disable_adapter():
+        assert torch.equal(logits(module.policy), logits(start))
+    kl = metrics(tmp_path)["loss/kl"]
+    assert kl.iloc[0] == pytest.approx(0.0, abs=1e-6)
+    assert kl.iloc[-1] > 1e-6
+
+
+def test_the_adapter_alone_and_the_merged_policy_answer_alike(tmp_path):
+    from peft import PeftModel
+
+    module = adapted_run(tmp_path, 1)
+    module.save_pretrained(tmp_path / "merged")
+    merged = load_policy(str(tmp_path / "merged"))
+    alone = PeftModel.from_pretrained(load_policy(REASONER), tmp_path / "policy")
+    expected = logits(module.policy)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(alone), expected, atol=1e-5, rtol=0)
+    assert not (tmp_path / "policy" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_holds_the_adapter_and_resumes_exactly(tmp_path):
+    whole = adapted_run(tmp_path / "whole", 3)
+    saved = tmp_path / "whole" / "step=2.ckpt"
+    state = torch.load(saved, weights_only=True)["state_dict"]
+    assert state
+    assert all("lora_" in name for name in state)
+    resumed = adapted_run(tmp_path / "resumed", 3, resume=saved)
+    found = dict(resumed.policy.named_parameters())
+    assert all(torch.equal(parameter, found[name]) for name, parameter in whole.policy.named_parameters())
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_a_quantised_policy_trains_and_is_saved_in_full_precision(tmp_path, quantization):
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    module = adapted_run(tmp_path, 2, quantization=quantization)
+    assert metrics(tmp_path)["loss/grad_norm"].gt(0).any()
+    module.save_pretrained(tmp_path / "merged")
+    merged = load_policy(str(tmp_path / "merged"))
+    assert not hasattr(merged.config, "quantization_config")
+    # 8-bit products round their inputs too.
+    tolerance = 1e-3 if quantization == "4bit" else 0.5
+    torch.testing.assert_close(logits(merged), logits(module.policy).float(), atol=tolerance, rtol=0)
+
+
+def test_target_modules_that_are_not_there_are_told():
+    module = make_module(adapter=LoRA(target_modules=["nothing"]))
+    with pytest.raises(ConfigurationError, match=r"model\.adapter: .*nothing"):
+        module.configure_model()
