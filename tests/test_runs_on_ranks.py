@@ -24,12 +24,6 @@ ENGINE = {
     "transformers": ["--model.engine=TransformersEngine"],
     "vllm": ["--model.engine=VLLMEngine", '--model.engine.options={"max_num_seqs": 16, "block_size": 32}'],
 }
-CASES = [
-    ("ddp", "transformers"),
-    pytest.param("fsdp2", "vllm", marks=pytest.mark.slow),
-    pytest.param("fsdp2", "transformers", marks=pytest.mark.slow),
-    pytest.param("ddp", "vllm", marks=pytest.mark.slow),
-]
 
 
 def fit(folder: Path, strategy: str, engine: str, ranks: int, kill_after: int = -1, resume: str = "") -> int:
@@ -68,7 +62,9 @@ def policy(folder: Path) -> dict[str, Any]:
     return load_file(next(folder.glob("quickstart/version_*/policy/model.safetensors")))
 
 
-@pytest.mark.parametrize(("strategy", "engine"), CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGY)
+@pytest.mark.parametrize("engine", ENGINE)
 def test_ranks_share_a_cache_and_a_killed_run_goes_on_on_two_ranks_and_on_one(tmp_path, strategy, engine):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     fit(whole, strategy, engine, ranks=2)

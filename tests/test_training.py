@@ -219,7 +219,7 @@ def rpo_run(folder, stop: int, resume=None, **trainer_settings):
     return module, cache, summary
 
 
-@pytest.mark.parametrize("interrupted_at", [2, 4])
+@pytest.mark.parametrize("interrupted_at", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_resumed_run_continues_as_the_uninterrupted_one(tmp_path, interrupted_at, monkeypatch):
     whole, whole_cache, whole_summary = rpo_run(tmp_path / "whole", stop=6)
     # The same run, taken up in new objects from a checkpoint written on the way.
