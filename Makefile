@@ -16,8 +16,9 @@ install: $(VENV)/.installed-dev  ## complete development environment
 quickstart: $(VENV)/.installed  ## train the embedded reasoner, about 3 minutes on 2 cores
 	$(RUN)/rpo-lightning fit --config configs/quickstart.yaml
 
+# Two processes of one thread each: the tests are many small steps, which more threads hardly speed up.
 test: $(VENV)/.installed-dev  ## the tests
-	$(RUN)/python -m pytest
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-dev  ## tests that take minutes (the whole quickstart)
 	$(RUN)/python -m pytest -m slow
