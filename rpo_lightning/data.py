@@ -9,15 +9,16 @@ the full path, and so does all evaluation.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from rpo_lightning.errors import ConfigurationError, DataError
+from rpo_lightning.loaders import ResumableLoader, batches_processed
 from rpo_lightning.prefixes import CachedPrefixes, full_path_request
 from rpo_lightning.prompts import LoadReport, PromptBuilder
 from rpo_lightning.records import Batch, Prompt, RolloutRequest
@@ -210,7 +211,7 @@ class RPODataModule(LightningDataModule):
             )
         return ResumableLoader(
             prompts,
-            batches_done=lambda: _batches_processed(trainer),
+            batches_done=lambda: batches_processed(trainer),
             batch_size=self.batch_size,
             sampler=sampler,
             drop_last=True,
@@ -270,39 +271,3 @@ def hub_split(split: str) -> str:
 def set_key(split: str, name: str) -> str:
     """Key of a set of questions: its split, and its name if it has one."""
     return f"{split}/{name}" if name else split
-
-
-class ResumableLoader(DataLoader[Prompt]):
-    """A loader that Lightning can resume in the middle of an epoch.
-
-    The position is the trainer's own progress, read when iteration really begins; by then a resumed
-    trainer has restored it, and at the start of an epoch it is 0.
-
-    Args:
-        prompts: The data set.
-        batches_done: Tells how many batches of the epoch have been trained on.
-        kwargs: See ``DataLoader``.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], batches_done: Callable[[], int] = lambda: 0, **kwargs: Any) -> None:
-        super().__init__(prompts, **kwargs)  # type: ignore[arg-type]
-        self.batches_done = batches_done
-
-    def state_dict(self) -> dict[str, int]:
-        """Position in the epoch; being able to tell it is what makes a loader resumable to Lightning."""
-        return {"batches_done": self.batches_done()}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Nothing to restore: the trainer restores its progress itself."""
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        start = self.batches_done()
-        for index, batch in enumerate(super().__iter__()):
-            if index >= start:
-                yield batch
-
-
-def _batches_processed(trainer: Trainer) -> int:
-    """Training batches of this epoch that have been processed, those before a resume included."""
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    return int(progress.processed)
