@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rpo_lightning.errors import ConfigurationError
-from rpo_lightning.records import Completion, Group, Prompt, RolloutRequest, Sample
+from rpo_lightning.records import Completion, GoldAnswer, Group, Prompt, RolloutRequest, Sample
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class GroupBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """The waiting groups as primitives."""
-        return {"refills": self.refills, "groups": [asdict(g) for g in self.groups]}
+        return {"refills": self.refills, "groups": [_state(g) for g in self.groups]}
 
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]], rank: int = 0, ranks: int = 1) -> None:
         """Restore the waiting groups of all ranks that saved some, dealt out anew where there are more or fewer now."""
@@ -75,13 +75,33 @@ class GroupBuffer:
         self.groups = [_group(g) for g in waiting]
 
 
+def _state(group: Group) -> dict[str, Any]:
+    state = asdict(group)
+    state["request"]["prompt"]["answer"] = _answer_state(group.request.prompt.answer)
+    for sample, of_sample in zip(group.samples, state["samples"], strict=True):
+        of_sample["answer"] = _answer_state(sample.answer)
+    return state
+
+
 def _group(state: Mapping[str, Any]) -> Group:
     request = state["request"]
+    prompt = request["prompt"]
     return Group(
         **{
             **state,
-            "request": RolloutRequest(**{**request, "prompt": Prompt(**request["prompt"])}),
+            "request": RolloutRequest(
+                **{**request, "prompt": Prompt(**{**prompt, "answer": _answer(prompt["answer"])})}
+            ),
             "completions": [Completion(**c) for c in state["completions"]],
-            "samples": [Sample(**s) for s in state["samples"]],
+            "samples": [Sample(**{**s, "answer": _answer(s["answer"])}) for s in state["samples"]],
         }
     )
+
+
+def _answer_state(answer: str) -> str | dict[str, tuple[Any, ...]]:
+    """A gold answer without a class of ours, which a checkpoint must not need."""
+    return {"parts": answer.parts, "tolerances": answer.tolerances} if isinstance(answer, GoldAnswer) else answer
+
+
+def _answer(state: str | Mapping[str, Any]) -> str:
+    return state if isinstance(state, str) else GoldAnswer(*state["parts"], tolerances=tuple(state["tolerances"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pandas as pd
@@ -25,6 +26,7 @@ from rpo_lightning.cuts import AnchoredCut, FractionOfShortestCut, UniformCut
 from rpo_lightning.dynamic_sampling import DynamicSampling, GroupBuffer
 from rpo_lightning.errors import CacheError, ConfigurationError, UpdateError
 from rpo_lightning.objectives import DAPO, GRPO
+from rpo_lightning.records import GoldAnswer
 from rpo_lightning.refresh import CorrectMemberRefresh
 from rpo_lightning.rewards import LengthAwareAccuracyReward, UniformRandomReward
 
@@ -150,6 +152,22 @@ def test_surplus_groups_wait_with_the_log_probs_of_the_policy_that_sampled_them(
     restored = GroupBuffer(DynamicSampling())
     restored.load_state_dicts([module.buffer.state_dict()])
     assert restored.groups == module.buffer.groups
+
+
+def test_waiting_groups_survive_a_checkpoint_that_may_hold_nothing_but_plain_data(tmp_path):
+    group = make_group([0.0, 1.0], [(7, 8, 2), (9, 2)])
+    answer = GoldAnswer("4.9", "2", tolerances=(0.1, 0.0))
+    prompt = dataclasses.replace(group.request.prompt, answer=answer)
+    group.request = dataclasses.replace(group.request, prompt=prompt)
+    group.samples = [dataclasses.replace(sample, answer=answer) for sample in group.samples]
+    buffer, restored = GroupBuffer(DynamicSampling()), GroupBuffer(DynamicSampling())
+    buffer.add([group])
+    torch.save(buffer.state_dict(), tmp_path / "buffer.pt")
+    restored.load_state_dicts([torch.load(tmp_path / "buffer.pt", weights_only=True)])
+    assert restored.groups == [group]
+    for again in (restored.groups[0].request.prompt.answer, *(s.answer for s in restored.groups[0].samples)):
+        assert isinstance(again, GoldAnswer)
+        assert (again.parts, again.tolerances) == (answer.parts, answer.tolerances)
 
 
 def test_several_updates_per_rollout_use_the_clipped_ratio(tmp_path):
