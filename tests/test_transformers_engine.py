@@ -8,7 +8,7 @@ import torch
 
 from rpo_lightning.engines import GenerationRequest, Sampling, TransformersEngine
 from rpo_lightning.engines.growing_cache import growing_cache
-from rpo_lightning.engines.transformers_engine import draw
+from rpo_lightning.engines.token_sampling import draw
 from rpo_lightning.errors import ConfigurationError, EngineError
 from rpo_lightning.tasks.arithmetic import draw_problem
 
@@ -119,6 +119,22 @@ def test_top_k_and_top_p_exclude_what_they_should():
     assert set(draw(logits, Sampling(top_p=0.49), generator)[0].tolist()) == {0}
     shares = torch.bincount(draw(logits, Sampling(), generator)[0], minlength=4) / 2000
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.04, rtol=0)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely_however_large_the_vocabulary():
+    generator = torch.Generator().manual_seed(0)
+    likely, draws = [0, 70_000, 149_999], 3000
+    logits = torch.full((1, 150_000), torch.log(torch.tensor(0.4 / 149_997)).item())
+    logits[0, likely] = torch.tensor([0.3, 0.2, 0.1]).log()
+    tokens = torch.cat([draw(logits.expand(100, -1), Sampling(), generator)[0] for _ in range(draws // 100)])
+    shares = torch.stack([(tokens == token).float().mean() for token in likely])
+    # Three standard deviations of a share of 0.3 in 3,000 draws are 0.025.
+    torch.testing.assert_close(shares, torch.tensor([0.3, 0.2, 0.1]), atol=0.025, rtol=0)
+    others = tokens[~torch.isin(tokens, torch.tensor(likely))]
+    assert len(others) / draws == pytest.approx(0.4, abs=0.027)
+    assert len(others.unique()) > 0.99 * len(others)  # none of them more often than the rest
+    impossible = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).expand(1000, -1)
+    assert set(draw(impossible, Sampling(), generator)[0].tolist()) == {1, 3}
 
 
 def test_generation_leaves_the_policy_in_its_mode_and_without_gradients(engine, policy, tokenizer):

@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from rpo_lightning.engines.base import EngineContext, GenerationRequest, RolloutEngine, Sampling
 from rpo_lightning.engines.growing_cache import growing_cache, select_sequences
 from rpo_lightning.engines.stop_tokens import stop_token_ids
+from rpo_lightning.engines.token_sampling import draw
 from rpo_lightning.errors import ConfigurationError, EngineError
 from rpo_lightning.records import Completion
 from rpo_lightning.sharding import whole_parameters
@@ -198,40 +199,6 @@ class _DecodingBatch:
         tokens = [row[:n] for row, n in zip(tokens_NT.tolist(), lengths, strict=True)]
         logprobs = [row[:n] for row, n in zip(logprobs_NT.tolist(), lengths, strict=True)]
         return tokens, logprobs, finished_N.tolist()
-
-
-def draw(logits_NV: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw one token per row.
-
-    Args:
-        logits_NV: Raw logits, [N, V].
-        sampling: Temperature and truncation.
-        generator: Source of randomness.
-
-    Returns:
-        Tokens [N] and their log-probs [N] under the temperature-scaled policy, before ``top_p`` and
-        ``top_k``: the quantity that the trainer computes too.
-    """
-    logits_NV = logits_NV.float()
-    if sampling.temperature == 0:
-        logprobs_NV = logits_NV.log_softmax(-1)
-        token_N = logits_NV.argmax(-1)
-        return token_N, logprobs_NV.gather(1, token_N[:, None]).squeeze(1)
-    logprobs_NV = (logits_NV / sampling.temperature).log_softmax(-1)
-    probs_NV = logprobs_NV.exp()
-    if sampling.top_k or sampling.top_p < 1:
-        probs_NV = _truncate(probs_NV, sampling)
-    token_N = torch.multinomial(probs_NV, 1, generator=generator).squeeze(1)
-    return token_N, logprobs_NV.gather(1, token_N[:, None]).squeeze(1)
-
-
-def _truncate(probs_NV: Tensor, sampling: Sampling) -> Tensor:
-    """Zero what top-k and top-p exclude; the likeliest token always stays."""
-    ordered_NV, index_NV = probs_NV.sort(-1, descending=True)
-    excluded_NV = ordered_NV.cumsum(-1) - ordered_NV >= sampling.top_p
-    if sampling.top_k:
-        excluded_NV[:, sampling.top_k :] = True
-    return torch.zeros_like(probs_NV).scatter(1, index_NV, ordered_NV.masked_fill(excluded_NV, 0.0))
 
 
 @contextmanager
