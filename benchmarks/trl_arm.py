@@ -71,8 +71,10 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(settings["end_ids"][0])
     model.generation_config.eos_token_id = settings["end_ids"]
     batch = settings["questions"] * settings["group"]
+    rows = batch if check else settings["rows"]
     arguments = GRPOConfig(
-        output_dir=settings["folder"], per_device_train_batch_size=batch, num_generations=settings["group"],
+        output_dir=settings["folder"], per_device_train_batch_size=rows, gradient_accumulation_steps=batch // rows,
+        num_generations=settings["group"],
         max_completion_length=settings["length"], max_steps=1 if check else settings["steps"], learning_rate=1e-6,
         optim="adamw_torch", weight_decay=0.0, lr_scheduler_type="constant", max_grad_norm=1.0, beta=0.0,
         epsilon=0.2, epsilon_high=0.28, loss_type="dapo", scale_rewards="none", bf16=False,

@@ -4,8 +4,10 @@
 and the torch and transformers of ``constraints.txt``, and trains SmolLM2-135M in fp32 on the same questions with
 the same G, response length, loss (DAPO's token mean), optimizer and no gradient checkpointing: TRL with its
 transformers generation; rpo-lightning's full path on ``TransformersEngine``; and RPO, which keeps all but
-``--suffix`` tokens. Each arm is a process of its own. Seconds are means over the steps after the first; memory is
-what the process held at most beyond its imports: weights, gradients, optimizer state, activations.
+``--suffix`` tokens. rpo-lightning trains on ``--rows`` responses in one pass (as a budget of tokens), TRL on its
+whole batch, as it does by default, and in a second arm on as few. Each arm is a process of its own. Seconds are means
+over the steps after the first; memory is what the process held at most beyond its imports: weights, gradients,
+optimizer state, activations.
 
 Before that, both make one step on the same responses (TRL's own, of different lengths): loss and gradient
 norm must agree. The last line is JSON. ``--quick`` takes responses of 64 tokens and two steps.
@@ -117,7 +119,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     module = RPOModule(
         policy, [FunctionReward("versus_trl.reward")], tokenizer, ExactMatchVerifier(), engine=engine,
         group_size=settings["group"], max_response_tokens=settings["length"], advantage_scale="none",
-        micro_batch_tokens=settings["questions"] * settings["group"] * (2 * PROMPT + settings["length"]),
+        micro_batch_tokens=settings["rows"] * (PROMPT + PROMPT // 2 + settings["length"]),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
     )  # fmt: skip
     data = RPODataModule(
@@ -204,6 +206,7 @@ def main() -> None:
     parser.add_argument("--suffix", type=int, default=64)
     parser.add_argument("--questions", type=int, default=1)
     parser.add_argument("--group", type=int, default=6)
+    parser.add_argument("--rows", type=int, default=2, help="responses in one forward and backward pass")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="responses of 64 tokens, two steps")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "versus_trl.json")
@@ -215,7 +218,7 @@ def main() -> None:
     count = arguments.questions * steps
     settings: dict[str, Any] = {
         "mode": "speed", "model": arguments.model, "questions": arguments.questions, "group": arguments.group,
-        "length": length, "suffix": suffix, "steps": steps, "end_ids": NEVER, "least": length,
+        "length": length, "suffix": suffix, "steps": steps, "end_ids": NEVER, "least": length, "rows": arguments.rows,
         "prompts": [tokenizer.decode(generator.integers(100, 40_000, PROMPT).tolist()) for _ in range(count)],
     }  # fmt: skip
     here = Path(sys.executable)
@@ -223,13 +226,17 @@ def main() -> None:
         folder = Path(temporary)
         first = compare_first_step(trl, settings, folder)
         print(first, flush=True)
-        arms = {"TRL": run(trl, "trl_arm.py", {**settings, "arm": "trl"}, folder)}
+        whole = arguments.questions * arguments.group
+        arms = {
+            name: run(trl, "trl_arm.py", {**settings, "arm": "trl", "rows": rows}, folder)
+            for name, rows in (("TRL", whole), (f"TRL, {arguments.rows} rows a pass", arguments.rows))
+        }
         for name, arm in (("rpo-lightning, full path", "full"), ("rpo-lightning, RPO", "rpo")):
             arms[name] = run(here, "versus_trl.py", {**settings, "arm": arm}, folder)
     version = subprocess.run(
         [str(trl), "-c", "import trl; print(trl.__version__)"], capture_output=True, text=True, check=True
     )
-    theirs, full, rpo = arms.values()
+    theirs, in_parts, full, rpo = arms.values()
     shape = f"{arguments.questions} x G = {arguments.group}, {length} tokens, suffixes of {suffix}, fp32"
     setting = f"TRL {version.stdout.strip()}; {shape}"
     record = {
@@ -237,6 +244,8 @@ def main() -> None:
         "arms": {n: {k: arm[k] for k in ("seconds", "peak_bytes")} for n, arm in arms.items()},
         "time_ratio_full": theirs["seconds"] / full["seconds"], "time_ratio_rpo": theirs["seconds"] / rpo["seconds"],
         "memory_ratio_full": full["peak_bytes"] / theirs["peak_bytes"],
+        "time_ratio_full_equal_rows": in_parts["seconds"] / full["seconds"],
+        "memory_ratio_full_equal_rows": full["peak_bytes"] / in_parts["peak_bytes"],
     }  # fmt: skip
     print(f"\n{record['hardware']}; {setting}\n\n{table(arms)}\n")
     if not arguments.quick:
