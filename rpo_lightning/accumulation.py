@@ -146,8 +146,13 @@ def accumulation_for(strategy: Strategy, module: Any) -> GradientAccumulation:
     """The accumulation that goes with a strategy.
 
     Raises:
-        ConfigurationError: The strategy is not supported.
+        ConfigurationError: The strategy or the precision is not supported.
     """
+    if str(module.trainer.precision).startswith("16"):
+        raise ConfigurationError(
+            f"trainer.precision={module.trainer.precision} scales the loss, and with it the gradients that are "
+            "clipped: use bf16-mixed, bf16-true or 32-true"
+        )
     if isinstance(strategy, ModelParallelStrategy):
         return ShardedAccumulation(module)
     if isinstance(strategy, DeepSpeedStrategy):

@@ -66,7 +66,7 @@ class UniformCut(CutStrategy):
 
     def __init__(self, max_cut: int) -> None:
         if max_cut < 1:
-            raise ConfigurationError(f"cut.max_cut must be at least 1 token, got {max_cut}")
+            raise ConfigurationError(f"cache.cut.max_cut must be at least 1 token, got {max_cut}")
         self.max_cut = max_cut
 
     def kept_tokens(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
@@ -86,7 +86,7 @@ class FractionOfShortestCut(CutStrategy):
 
     def __init__(self, fraction: float = 0.5) -> None:
         if not 0 < fraction <= 1:
-            raise ConfigurationError(f"cut.fraction must lie in (0, 1], got {fraction}")
+            raise ConfigurationError(f"cache.cut.fraction must lie in (0, 1], got {fraction}")
         self.fraction = fraction
 
     def kept_tokens(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
@@ -104,7 +104,7 @@ class AnchoredCut(CutStrategy):
 
     Not in the paper. A cut in the middle of a correct response keeps the group's outcome open, where
     a wrong prefix decides it and a late cut leaves little to decide. Goes with the
-    ``CorrectMember`` refresh, which only ever caches correct responses.
+    ``CorrectMemberRefresh``, which only ever caches correct responses.
 
     Args:
         low: Smallest share kept.
@@ -144,7 +144,7 @@ class FullBudget(SuffixBudget):
 
 
 class CutPlusSlackBudget(SuffixBudget):
-    """What was cut plus ``slack``: the paper-like setting (the published code has slack 0).
+    """What was cut plus ``slack``: the paper-like setting (the published code allows the cut alone, which may be 0).
 
     Args:
         slack: Extra tokens, at least 1, so that a cut of zero tokens still leaves one to generate.
@@ -153,7 +153,7 @@ class CutPlusSlackBudget(SuffixBudget):
     def __init__(self, slack: int = 64) -> None:
         if slack < 1:
             raise ConfigurationError(
-                f"budget.slack={slack} allows a suffix budget of 0 tokens (a cut may drop 0): use at least 1"
+                f"cache.budget.slack={slack} allows a suffix budget of 0 tokens (a cut may drop 0): use at least 1"
             )
         self.slack = slack
 

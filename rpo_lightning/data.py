@@ -52,7 +52,7 @@ class RPODataModule(LightningDataModule):
         eval_batch_size: Questions of one evaluation batch.
         max_prompt_tokens: Longer prompts are dropped and counted.
         question_column: Column of the question; ``problem``, ``question`` or ``prompt`` if not given.
-        answer_column: Column of the gold answer; ``answer`` or ``solution`` if not given.
+        answer_column: Column of the gold answer; ``answer``, ``final_answer`` or ``solution`` if not given.
         uid_column: Column of a stable identifier; a content hash if not given.
         system_prompt: System message of every prompt.
         use_chat_template: Whether to apply the tokenizer's chat template; by default if it has one.
@@ -97,10 +97,13 @@ class RPODataModule(LightningDataModule):
         self.prompts: dict[str, list[Prompt]] = {}
         self.reports: dict[str, LoadReport] = {}
         self._saved_questions: int | None = None
+        self._read_with: tuple[PreTrainedTokenizerBase, Verifier] | None = None
 
     def setup(self, stage: str) -> None:
         """Read and tokenise the questions of a stage."""
         stage = TrainerFn(stage).value
+        if stage == TrainerFn.FITTING.value:
+            self.prefixes = None  # those of an earlier trainer's cache; a cache of this one sets its own after this
         for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
             for name in self._sets(split):
                 assert self.trainer is not None
@@ -115,7 +118,7 @@ class RPODataModule(LightningDataModule):
         return {"": data} if data else {}
 
     def read(self, split: str, name: str, tokenizer: PreTrainedTokenizerBase, verifier: Verifier) -> list[Prompt]:
-        """The prompts of a set, read once.
+        """The prompts of a set, read once for a tokenizer and a verifier.
 
         Args:
             split: ``train``, ``val``, ``test`` or ``predict``.
@@ -126,6 +129,8 @@ class RPODataModule(LightningDataModule):
         Raises:
             DataError: The set is not given, or cannot be read.
         """
+        if self._read_with is None or self._read_with[0] is not tokenizer or self._read_with[1] is not verifier:
+            self.prompts, self.reports, self._read_with = {}, {}, (tokenizer, verifier)
         key = set_key(split, name)
         if key in self.prompts:
             return self.prompts[key]
@@ -169,8 +174,9 @@ class RPODataModule(LightningDataModule):
         return {"questions": self._questions_per_iteration()}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Remember the unit of the checkpoint that is restored."""
-        self._saved_questions = state_dict["questions"]
+        """Remember the unit of the checkpoint that training resumes."""
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._saved_questions = state_dict["questions"]
 
     def adopt_position(self) -> None:
         """Count the batches of the epoch anew where a checkpoint comes from other ranks or batches.

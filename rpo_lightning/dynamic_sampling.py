@@ -36,16 +36,18 @@ class GroupBuffer:
 
     Args:
         settings: See :class:`DynamicSampling`.
+        mask_truncated: Whether unfinished responses are left out of the loss.
     """
 
-    def __init__(self, settings: DynamicSampling) -> None:
+    def __init__(self, settings: DynamicSampling, mask_truncated: bool = False) -> None:
         self.max_refills = settings.max_refills
+        self.mask_truncated = mask_truncated
         self.groups: list[Group] = []
         self.refills = 0
 
     def add(self, groups: Sequence[Group]) -> None:
         """Take the groups that carry a gradient."""
-        self.groups.extend(g for g in groups if g.has_variance)
+        self.groups.extend(g for g in groups if g.has_variance and has_loss(g, self.mask_truncated))
 
     def is_ready(self, size: int) -> bool:
         """Whether an update should be made now: enough groups, or no refill left."""
@@ -73,6 +75,11 @@ class GroupBuffer:
         else:
             waiting = [group for state in states for group in state["groups"]][rank::ranks]
         self.groups = [_group(g) for g in waiting]
+
+
+def has_loss(group: Group, mask_truncated: bool) -> bool:
+    """Whether any member of a group is in the loss."""
+    return not mask_truncated or any(c.finished for c in group.completions)
 
 
 def _state(group: Group) -> dict[str, Any]:

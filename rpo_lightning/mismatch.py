@@ -29,7 +29,7 @@ class Mismatch:
 
     def add(self, difference_BS: Tensor, sampled_BS: Tensor) -> None:
         """Take in a micro-batch: trainer's minus engine's log-probs, and where they count."""
-        difference_N = difference_BS[sampled_BS].double().cpu()
+        difference_N = difference_BS[sampled_BS].cpu().double()
         if not len(difference_N):
             return
         ratio_N, absolute_N = difference_N.exp(), difference_N.abs()

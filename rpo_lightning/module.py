@@ -18,12 +18,13 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.accumulation import GradientAccumulation, accumulation_for
 from rpo_lightning.adapters import LoRA, has_adapter
 from rpo_lightning.advantages import AdvantageScale
-from rpo_lightning.dynamic_sampling import DynamicSampling, GroupBuffer
+from rpo_lightning.dynamic_sampling import DynamicSampling, GroupBuffer, has_loss
 from rpo_lightning.engines.base import RolloutEngine, Sampling
 from rpo_lightning.engines.transformers_engine import TransformersEngine
 from rpo_lightning.errors import ConfigurationError
@@ -154,7 +155,7 @@ class RPOModule(PolicyModule):
         self.lr_schedule = lr_schedule
         self.gradient_checkpointing = gradient_checkpointing
         self.accumulate_sharded = accumulate_sharded
-        self.buffer = GroupBuffer(dynamic_sampling) if dynamic_sampling else None
+        self.buffer = GroupBuffer(dynamic_sampling, mask_truncated) if dynamic_sampling else None
         caveat = self.engine.logprob_caveat(sampling)
         if caveat is not None:
             log.warning(f"{caveat}: neither importance_correction nor mismatch_bound is applied")
@@ -203,6 +204,11 @@ class RPOModule(PolicyModule):
         updates: float = trainer.max_steps if trainer.max_steps != -1 else float("inf")
         if self.lr_schedule.name != "constant" and updates == float("inf"):
             updates = trainer.estimated_stepping_batches * self.passes_per_rollout * self.minibatches_per_pass
+        if self.buffer is not None and self.lr_schedule.name != "constant" and trainer.max_steps == -1:
+            log.warning(
+                "dynamic sampling makes fewer updates than batches, so that the learning-rate schedule will not "
+                "reach its end: set trainer.max_steps"
+            )
         return {"optimizer": optimizer, "lr_scheduler": self.lr_schedule.build(optimizer, updates)}
 
     def on_fit_start(self) -> None:
@@ -239,7 +245,11 @@ class RPOModule(PolicyModule):
 
     def _is_needed_anywhere(self, batch: list[Group]) -> bool:
         """Whether any rank has groups to train on: then all of them make the update."""
-        return bool(self.trainer.strategy.reduce_boolean_decision(bool(batch), all=False))
+        masked = self.update_settings.mask_truncated
+        here = any(has_loss(group, masked) for group in batch)
+        if batch and not here:
+            log.warning("all responses of an iteration are unfinished, and model.mask_truncated leaves them out")
+        return bool(self.trainer.strategy.reduce_boolean_decision(here, all=False))
 
     def _collect(self, groups: list[Group], size: int) -> tuple[list[Group], list[Group]]:
         """Groups to train on now (none: draw more first), and those that wait for the next update."""
@@ -267,6 +277,8 @@ class RPOModule(PolicyModule):
         metrics: dict[str, float] = {}
         with self.timer("update"):
             for minibatch in minibatches:
+                if self.global_step == self.trainer.max_steps:
+                    break  # Lightning looks between iterations only, and the schedule ends here
                 metrics = self._step(minibatch)
         return metrics
 
@@ -296,14 +308,17 @@ class RPOModule(PolicyModule):
         checkpoint["rpo"] = gathered_state(self.iteration, self.guard, self.buffer, self.ranks)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what :meth:`on_save_checkpoint` added, for whatever number of ranks."""
+        """Restore what :meth:`on_save_checkpoint` added, for whatever number of ranks; evaluation needs none of it."""
+        self.policy_version += 1  # the policy is about to be another one
+        if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
+            return
         state = checkpoint["rpo"]
         self.iteration = state["iteration"]
-        self.policy_version += 1  # the policy is about to be another one
         self._generator_states = restore_state(state, self.guard, self.buffer, self.ranks)
 
     def on_train_start(self) -> None:
-        """Put data and generators where the checkpoint left them."""
+        """Put data and generators where the checkpoint left them, and start the clock of the first iteration."""
+        self.timer.take()
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "adopt_position"):
             data.adopt_position()

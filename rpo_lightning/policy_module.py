@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.adapters import LoRA
@@ -110,6 +111,20 @@ class PolicyModule(LightningModule):
     def prepare_policy(self) -> list[PreTrainedModel]:
         """Do what has to be done while the policy is whole; returns further models to lay over the ranks."""
         return []
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Convert, but leave an adapter as precise as it is: in bf16 its small updates would be lost.
+
+        ``precision: bf16-true`` converts the whole module, when a checkpoint's weights have already been restored.
+        """
+        trained = [p for p in self.parameters() if p.requires_grad] if self.adapter is not None else []
+        before = [p.detach().clone() for p in trained]
+        module = super().to(*args, **kwargs)
+        for parameter, value in zip(trained, before, strict=True):
+            # FSDP2 wants parameters of one dtype.
+            if parameter.dtype != value.dtype and not isinstance(parameter, DTensor):
+                parameter.data = value.to(parameter.device)
+        return module
 
     def _engine_context(self) -> EngineContext:
         trainer: Any = self._trainer

@@ -39,7 +39,7 @@ class EpsilonGreedyRefresh(RefreshRule):
 
     def __init__(self, epsilon: float = 0.5) -> None:
         if not 0 <= epsilon <= 1:
-            raise ConfigurationError(f"refresh.epsilon must lie in [0, 1], got {epsilon}")
+            raise ConfigurationError(f"cache.refresh.epsilon must lie in [0, 1], got {epsilon}")
         self.epsilon = epsilon
 
     def choose(self, group: Group, candidates: Sequence[int], rng: np.random.Generator) -> int | None:

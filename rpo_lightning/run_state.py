@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,9 @@ from rpo_lightning.dynamic_sampling import GroupBuffer
 from rpo_lightning.generator_states import generator_states
 from rpo_lightning.mismatch import MismatchGuard
 from rpo_lightning.ranks import Ranks
+from rpo_lightning.seeds import run_seed
+
+log = logging.getLogger(__name__)
 
 
 def gathered_state(iteration: int, guard: MismatchGuard, buffer: GroupBuffer | None, ranks: Ranks) -> dict[str, Any]:
@@ -17,6 +21,7 @@ def gathered_state(iteration: int, guard: MismatchGuard, buffer: GroupBuffer | N
     buffers, generators = zip(*ranks.gather(mine), strict=True)
     return {
         "iteration": iteration,
+        "seed": run_seed(),
         "guard": guard.state_dict(),
         "buffers": list(buffers),
         "generators": list(generators),
@@ -31,6 +36,11 @@ def restore_state(
     Returns:
         The generators' states, to be set when training begins; none for a rank that there was not then.
     """
+    if state["seed"] != run_seed():
+        log.warning(
+            f"the checkpoint is of a run with seed_everything={state['seed']}, this one has {run_seed()}: questions "
+            "come in another order, some of this epoch twice and some not at all"
+        )
     guard.load_state_dict(state["guard"])
     if buffer is not None and state["buffers"][0] is not None:
         buffer.load_state_dicts(state["buffers"], ranks.rank, ranks.size)

@@ -187,7 +187,7 @@ class PolicyLoss:
         for i, row in enumerate(rows):
             frozen = groups[row.group].old_logprobs
             if frozen is not None:
-                old_BS[i, old_BS.shape[1] - row.scope_length :] = torch.tensor(frozen[row.member]).to(old_BS)
+                old_BS[i, old_BS.shape[1] - row.scope_length :] = old_BS.new_tensor(frozen[row.member])
         importance_BS = self._importance(groups, rows, old_BS, mask_BS, mismatch)
         weights_B = self.objective.sequence_weights(lengths_B, float(totals[0]), float(totals[1]))
         inputs = LossInputs(
@@ -210,7 +210,7 @@ class PolicyLoss:
         engine_BS, sampled_BS = old_BS.clone(), torch.zeros_like(mask_BS)
         for i, row in enumerate(rows):
             logprobs = groups[row.group].completions[row.member].logprobs
-            engine_BS[i, old_BS.shape[1] - len(logprobs) :] = torch.tensor(logprobs).to(old_BS)
+            engine_BS[i, old_BS.shape[1] - len(logprobs) :] = old_BS.new_tensor(logprobs)
             sampled_BS[i, old_BS.shape[1] - len(logprobs) :] = True
         sampled_BS &= mask_BS
         difference_BS = (old_BS - engine_BS) * sampled_BS

@@ -29,8 +29,8 @@ class UpdateMetrics:
         """Take in a micro-batch."""
         entropy = (computed.entropy_BS * mask_BS).sum()
         values = (mask_BS.sum(), output.loss, output.policy_loss, entropy, output.kl_sum, output.clipped_sum)
-        self._sums += torch.stack([v.detach().double() for v in values]).cpu()
-        deviation = output.ratio_deviation_max.double().cpu()
+        self._sums += torch.stack([v.detach().cpu().double() for v in values])
+        deviation = output.ratio_deviation_max.cpu().double()
         self._ratio_deviation_max = torch.maximum(self._ratio_deviation_max, deviation)
 
     def take(self, ranks: Ranks) -> dict[str, float]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rpo_lightning.cache import ExperienceCache
@@ -207,6 +208,12 @@ def test_the_engine_is_synced_once_for_each_change_of_the_policy(tmp_path):
     make_trainer(tmp_path, max_steps=6, callbacks=[sync]).fit(module, datamodule=make_data())
     assert loads == [0, 2, 4]
     assert sync.syncs == 3
+
+
+def test_a_precision_that_scales_gradients_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, plugins=[MixedPrecision("16-mixed", "cpu")])
+    with pytest.raises(ConfigurationError, match=r"trainer\.precision=16-mixed.*use bf16-mixed"):
+        trainer.fit(make_module(), datamodule=make_data())
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_ruins_the_policy(tmp_path):

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from rpo_lightning.engines import EngineContext, GenerationRequest, Sampling, VLLMEngine
-from rpo_lightning.errors import EngineError
+from rpo_lightning.errors import ConfigurationError, EngineError
 
 from .test_logprobs import reference_logprobs
 from .test_transformers_engine import QUESTIONS
@@ -193,3 +193,13 @@ def test_sleep_that_the_platform_cannot_is_said_and_changes_nothing(start, polic
     engine.wake()
     engine.load_weights(policy, 1)
     assert largest_difference(engine, policy, tokenizer) < FP32
+
+
+def test_a_policy_on_a_gpu_that_vllm_would_not_take_is_refused():
+    from rpo_lightning.engines.vllm_platform import require_own_device
+
+    require_own_device(torch.device("cuda", 0), EngineContext())
+    require_own_device(torch.device("cuda", 1), EngineContext(rank=1, local_rank=1, world_size=2))
+    for context in (EngineContext(), EngineContext(rank=0, local_rank=0, world_size=2)):
+        with pytest.raises(ConfigurationError, match="CUDA_VISIBLE_DEVICES"):
+            require_own_device(torch.device("cuda", 2), context)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
 from rpo_lightning.cache import ExperienceCache
@@ -180,9 +181,12 @@ class ExperienceCacheCallback(RunFolderCallback):
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore the cache from the checkpoint itself: what Lightning gives ``load_state_dict`` it copies before."""
+        """Restore the cache from the checkpoint itself: what Lightning gives ``load_state_dict`` it copies before.
+
+        Only training has a cache: evaluating a checkpoint leaves the one at hand as it is.
+        """
         state = checkpoint["callbacks"].pop(self.state_key, None)
-        if state is not None:
+        if state is not None and trainer.state.fn == TrainerFn.FITTING:
             self.load_state_dict(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

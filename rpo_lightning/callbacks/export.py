@@ -27,12 +27,16 @@ class HuggingFaceExportCallback(RunFolderCallback):
         self.merged = merged
         self._last_step = 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from where the run begins or goes on."""
+        self._last_step = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Export on the way; batches that made no update are passed over."""
+        """Export on the way: after the iteration that made the update in question, or went past it."""
         step = trainer.global_step
-        if self.every_n_steps and step > self._last_step and step % self.every_n_steps == 0:
+        if self.every_n_steps and step // self.every_n_steps > self._last_step // self.every_n_steps:
             self._export(trainer, pl_module, f"{POLICY_FOLDER}-step={step}")
         self._last_step = step
 

@@ -38,7 +38,7 @@ class RunSummaryCallback(RunFolderCallback):
         self.full_path_tokens: list[float] = []
         self.phase_seconds: dict[str, float] = {}
         self.phase_tokens: dict[str, int] = {}
-        self._started = 0.0
+        self._started: float | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -49,6 +49,8 @@ class RunSummaryCallback(RunFolderCallback):
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if "val/accuracy" not in metrics or trainer.state.fn != "fit":
             return
+        if trainer.sanity_checking and trainer.num_sanity_val_batches != trainer.num_val_batches:
+            return  # of fewer questions than the accuracies that it would be compared with
         self.accuracies.append((trainer.global_step, metrics["val/accuracy"]))
         self.full_path_tokens.append(metrics["val/response_tokens"])
         if trainer.sanity_checking:
@@ -72,9 +74,9 @@ class RunSummaryCallback(RunFolderCallback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print the summary."""
+        self.seconds, self._started = self._seconds_so_far(), None
         if not trainer.is_global_zero:
             return
-        self.seconds += time.perf_counter() - self._started
         summary = self.summary(trainer)
         with replacing(self.folder / SUMMARY_FILE) as partial:
             partial.write_text(json.dumps(summary, indent=2) + "\n")
@@ -103,6 +105,9 @@ class RunSummaryCallback(RunFolderCallback):
             "phases": self._phases(caches),
         }
 
+    def _seconds_so_far(self) -> float:
+        return self.seconds + (0.0 if self._started is None else time.perf_counter() - self._started)
+
     def _phases(self, caches: list[ExperienceCacheCallback]) -> dict[str, dict[str, float | int | None]]:
         """Seconds and tokens of every phase of all training iterations."""
         seconds, tokens = dict(self.phase_seconds), dict(self.phase_tokens)
@@ -116,7 +121,7 @@ class RunSummaryCallback(RunFolderCallback):
         return {
             "decoded_tokens": self.decoded_tokens,
             "samples": self.samples,
-            "seconds": self.seconds + time.perf_counter() - self._started,
+            "seconds": self._seconds_so_far(),
             "accuracies": self.accuracies,
             "full_path_tokens": self.full_path_tokens,
             "phase_seconds": self.phase_seconds,

@@ -45,9 +45,11 @@ def _truncate(probs_NV: Tensor, sampling: Sampling) -> Tensor:
 def _pick(probs_NV: Tensor, generator: torch.Generator) -> Tensor:
     """Invert each row's cumulative distribution at one random number.
 
-    ``torch.multinomial`` draws a random number for every entry of the vocabulary, one after the other on a CPU. In
+    On a CPU ``torch.multinomial`` draws a random number for every entry of the vocabulary, one after the other. In
     double precision, since single precision would lose unlikely tokens among 100,000 others.
     """
+    if probs_NV.device.type != "cpu":  # there it is parallel, and a cumulative sum may not be deterministic
+        return torch.multinomial(probs_NV, 1, generator=generator).squeeze(1)
     cumulated_NV = probs_NV.cumsum(-1, dtype=torch.float64)
     total_N1 = cumulated_NV[:, -1:].contiguous()
     random_N1 = torch.rand(total_N1.shape, generator=generator, device=total_N1.device, dtype=torch.float64)

@@ -38,7 +38,7 @@ class TransformersEngine(RolloutEngine):
     def __init__(self, max_sequences: int = 128) -> None:
         super().__init__()
         if max_sequences < 1:
-            raise ConfigurationError(f"engine.max_sequences must be at least 1, got {max_sequences}")
+            raise ConfigurationError(f"model.engine.max_sequences must be at least 1, got {max_sequences}")
         self.max_sequences = max_sequences
         self._policy: PreTrainedModel | None = None
         self._stop_ids: Tensor = torch.tensor([])
@@ -163,7 +163,7 @@ class _DecodingBatch:
         total = len(budgets_N)
         limit = int(budgets_N.max())
         tokens_NT = torch.zeros((total, limit), dtype=torch.long, device=self.device)
-        logprobs_NT = torch.zeros((total, limit), device=self.device)
+        logprobs_NT = torch.zeros((total, limit), dtype=torch.float32, device=self.device)
         lengths_N = torch.zeros(total, dtype=torch.long, device=self.device)
         finished_N = torch.zeros(total, dtype=torch.bool, device=self.device)
         rows = torch.arange(total, device=self.device)  # the sequences still in the batch

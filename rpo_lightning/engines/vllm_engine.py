@@ -62,7 +62,9 @@ class VLLMEngine(RolloutEngine):
     ) -> None:
         super().__init__()
         if tensor_parallel_size < 1:
-            raise ConfigurationError(f"engine.tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
+            raise ConfigurationError(
+                f"model.engine.tensor_parallel_size must be at least 1, got {tensor_parallel_size}"
+            )
         settings = {
             "dtype": dtype,
             "max_model_len": max_model_len,
@@ -100,6 +102,7 @@ class VLLMEngine(RolloutEngine):
     def _start(self) -> None:
         assert self._policy is not None
         vllm = vllm_platform.import_vllm()
+        vllm_platform.require_own_device(self._policy.device, self._context)
         self._owns_process_group = not torch.distributed.is_initialized()
         with tempfile.TemporaryDirectory() as folder, vllm_platform.contained():
             options = self._options(folder)
@@ -141,7 +144,7 @@ class VLLMEngine(RolloutEngine):
         if not vllm_platform.on_cpu():
             return 1 if self.sleep_level is None else self.sleep_level
         if self.sleep_level:
-            log.warning(f"engine.sleep_level={self.sleep_level}: vLLM cannot sleep on a CPU, it stays awake")
+            log.warning(f"model.engine.sleep_level={self.sleep_level}: vLLM cannot sleep on a CPU, it stays awake")
         return 0
 
     def shutdown(self) -> None:

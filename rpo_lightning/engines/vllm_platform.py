@@ -75,7 +75,7 @@ def launcher_options(context: EngineContext, tensor_parallel_size: int) -> dict[
     """
     if context.world_size % tensor_parallel_size:
         raise ConfigurationError(
-            f"engine.tensor_parallel_size={tensor_parallel_size} must divide the number of processes that train, "
+            f"model.engine.tensor_parallel_size={tensor_parallel_size} must divide the number of processes that train, "
             f"which is {context.world_size}"
         )
     if context.world_size == 1:
@@ -84,10 +84,25 @@ def launcher_options(context: EngineContext, tensor_parallel_size: int) -> dict[
     return {"tensor_parallel_size": tensor_parallel_size, "distributed_executor_backend": "external_launcher"}
 
 
+def require_own_device(device: torch.device, context: EngineContext) -> None:
+    """Check that vLLM will take the GPU that the policy is on: the first, or that of the local rank.
+
+    Raises:
+        ConfigurationError: It would take another.
+    """
+    taken = context.local_rank if context.world_size > 1 else 0
+    if device.type == "cuda" and device.index not in (None, taken):
+        raise ConfigurationError(
+            f"the policy is on cuda:{device.index}, but vLLM in this process takes cuda:{taken}: choose GPUs with "
+            "CUDA_VISIBLE_DEVICES, and give trainer.devices their number"
+        )
+
+
 @contextmanager
 def contained() -> Iterator[None]:
-    """Undo what starting an engine does to the process: seeds, the number of threads and who may set it."""
+    """Undo what starting an engine does to the process: seeds, precision, the number of threads and who may set it."""
     states, numpy_state = generator_states(), np.random.get_state()
+    precision = torch.get_float32_matmul_precision()
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     try:
         yield
@@ -96,6 +111,7 @@ def contained() -> Iterator[None]:
         torch.set_num_threads(threads)
         set_generator_states(states)
         np.random.set_state(numpy_state)
+        torch.set_float32_matmul_precision(precision)
 
 
 def load_weights(llm: Any, weights: Iterator[tuple[str, Tensor]]) -> None:

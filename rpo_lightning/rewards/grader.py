@@ -56,7 +56,8 @@ class Grader:
             verdicts = self.pool.numbers(self.verifier.verify, calls)
         else:
             verdicts = [self.verifier.verify(*call) for call in calls]
-        return [replace(s, correct=verdict) for s, verdict in zip(samples, verdicts, strict=True)]
+        # Plain numbers whatever the verifier is made of: samples travel in checkpoints.
+        return [replace(s, correct=float(verdict)) for s, verdict in zip(samples, verdicts, strict=True)]
 
     @property
     def finds_answers(self) -> bool:
@@ -83,7 +84,7 @@ class Grader:
         terms = {reward.name: reward.score_groups(samples, self.pool) for reward in self.rewards}
         graded = []
         for i, group in enumerate(samples):
-            of_group = {name: values[i] for name, values in terms.items()}
+            of_group = {name: [float(value) for value in values[i]] for name, values in terms.items()}
             totals = [
                 sum(reward.weight * of_group[reward.name][member] for reward in self.rewards)
                 for member in range(len(group))

@@ -1,0 +1,152 @@
+"""What a checkpoint is used for besides resuming, and runs that share objects with earlier ones."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from rpo_lightning import ExperienceCacheCallback
+from rpo_lightning.callbacks import HuggingFaceExportCallback, RunSummaryCallback
+from rpo_lightning.cuts import UniformCut
+from rpo_lightning.dynamic_sampling import DynamicSampling, GroupBuffer
+from rpo_lightning.policies import load_policy, load_tokenizer, save_policy
+from rpo_lightning.rewards import Reward, UniformRandomReward
+
+from .conftest import REASONER, cache_contents, make_data, make_module, make_trainer
+
+
+def rpo_cache() -> ExperienceCacheCallback:
+    return ExperienceCacheCallback(cut=UniformCut(60), initialisation="lazy", keep_unfinished=True)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A short RPO run, its cache and its checkpoint."""
+    cache = rpo_cache()
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    trainer = make_trainer(tmp_path, max_steps=2, callbacks=[cache, saver])
+    trainer.fit(make_module(rewards=[UniformRandomReward()]), datamodule=make_data())
+    return tmp_path / "step=2.ckpt", cache
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_a_checkpoint_of_an_rpo_run_is_evaluated_with_the_cache_callback_in_place(trained, tmp_path, stage):
+    path, _ = trained
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    module = make_module()
+    trainer = make_trainer(tmp_path / stage, callbacks=[rpo_cache()], limit_val_batches=1)
+    data = make_data(test=make_data().sources["val"])
+    (metrics,) = getattr(trainer, stage)(module, datamodule=data, ckpt_path=path, weights_only=True, verbose=False)
+    assert 0 <= metrics[f"{'val' if stage == 'validate' else stage}/accuracy"] <= 1
+    assert all(torch.equal(value, saved[name]) for name, value in module.state_dict().items())
+
+
+def test_evaluating_an_older_checkpoint_leaves_the_cache_of_the_run_alone(trained, tmp_path):
+    path, _ = trained
+    cache, module = rpo_cache(), make_module(rewards=[UniformRandomReward()])
+    trainer = make_trainer(tmp_path / "other", max_steps=4, callbacks=[cache])
+    trainer.fit(module, datamodule=make_data(test=make_data().sources["val"]))
+    before, iteration = cache_contents(cache.cache), module.iteration
+    trainer.test(module, datamodule=trainer.datamodule, ckpt_path=path, weights_only=True, verbose=False)
+    assert cache_contents(cache.cache) == before
+    assert module.iteration == iteration == 4
+
+
+def test_a_data_module_serves_no_prefixes_of_an_earlier_run(tmp_path):
+    data = make_data(batch_size=8)
+    make_trainer(tmp_path / "rpo", max_steps=4, callbacks=[rpo_cache()]).fit(make_module(), datamodule=data)
+    module = make_module()
+    make_trainer(tmp_path / "baseline", max_steps=1).fit(module, datamodule=data)
+    assert all(group.request.prefix_ids == () for group in module.groups)
+
+
+def test_a_data_module_is_read_anew_for_another_tokenizer(tmp_path):
+    other = load_tokenizer(REASONER)
+    other.add_tokens(["+1"])
+    save_policy(load_policy(REASONER), other, tmp_path)
+    data, verifier = make_data(train=[{"question": "^1+1=", "answer": "2"}]), make_module().grader.verifier
+    first, again = (data.read("train", "", load_tokenizer(p), verifier)[0] for p in (REASONER, str(tmp_path)))
+    assert len(again.token_ids) == len(first.token_ids) - 1
+
+
+def test_a_run_with_another_seed_is_told_that_questions_come_in_another_order(trained, tmp_path, monkeypatch, caplog):
+    path, _ = trained
+    for seed, warns in (("0", False), ("1", True)):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        caplog.clear()
+        trainer = make_trainer(tmp_path / seed, max_steps=3, callbacks=[rpo_cache()])
+        module = make_module(rewards=[UniformRandomReward()])
+        trainer.fit(module, datamodule=make_data(), ckpt_path=path, weights_only=True)
+        assert ("questions come in another order" in caplog.text) == warns
+
+
+class ArrayReward(Reward):
+    """Returns what numpy computes, as users do."""
+
+    def score(self, group):
+        return np.linspace(0, 1, len(group))
+
+
+def test_rewards_made_by_numpy_do_not_end_up_in_checkpoints(tmp_path):
+    module = make_module(rewards=[ArrayReward()], dynamic_sampling=DynamicSampling())
+    make_trainer(tmp_path, max_steps=1).fit(module, datamodule=make_data())
+    module.buffer.add(module.groups)
+    torch.save(module.buffer.state_dict(), tmp_path / "buffer.pt")
+    restored = GroupBuffer(DynamicSampling())
+    restored.load_state_dicts([torch.load(tmp_path / "buffer.pt", weights_only=True)])
+    assert restored.groups == module.buffer.groups
+    assert restored.groups[0].rewards == pytest.approx([0, 1 / 3, 2 / 3, 1])
+
+
+def test_several_updates_a_rollout_end_at_max_steps_and_are_exported_when_due(tmp_path):
+    rates = []
+    module = make_module(rewards=[UniformRandomReward()], passes_per_rollout=2, minibatches_per_pass=2)
+    step = module._step
+    module._step = lambda groups: rates.append(len(groups)) or step(groups)
+    export = HuggingFaceExportCallback(every_n_steps=3)
+    make_trainer(tmp_path, max_steps=6, callbacks=[export]).fit(module, datamodule=make_data())
+    assert len(rates) == 6
+    assert sorted(p.name for p in tmp_path.glob("policy*")) == ["policy", "policy-step=4", "policy-step=6"]
+
+
+def test_no_update_is_made_of_responses_that_are_all_left_out(tmp_path, caplog):
+    module = make_module(rewards=[UniformRandomReward()], mask_truncated=True, max_response_tokens=8)
+    module.configure_model()
+    start = {n: p.detach().clone() for n, p in module.policy.named_parameters()}
+    make_trainer(tmp_path, max_epochs=1, max_steps=-1).fit(module, datamodule=make_data())
+    assert module.iteration == 4
+    assert all(torch.equal(p, start[n]) for n, p in module.policy.named_parameters())
+    assert "model.mask_truncated leaves them out" in caplog.text
+
+
+def test_accuracy_before_training_is_told_only_of_the_questions_that_accuracy_after_is_of(tmp_path):
+    for sanity, told in ((1, False), (-1, True)):
+        summary = RunSummaryCallback()
+        trainer = make_trainer(
+            tmp_path / str(sanity), max_steps=1, callbacks=[summary], num_sanity_val_steps=sanity, limit_val_batches=2
+        )
+        trainer.fit(make_module(), datamodule=make_data(eval_batch_size=4))
+        found = summary.summary(trainer)
+        assert (found["accuracy_before"] is not None) == told
+        assert found["accuracy_after"] is not None
+        assert summary.state_dict()["seconds"] == summary.seconds  # the clock stands
+
+
+def test_the_clock_of_the_first_iteration_starts_with_training(tmp_path):
+    module = make_module(rewards=[UniformRandomReward()])
+    module.timer._since -= 1000  # a thousand seconds of loading
+    make_trainer(tmp_path, max_steps=1).fit(module, datamodule=make_data())
+    assert module.record.phase_seconds["rest"] < 500
+
+
+def test_a_schedule_that_dynamic_sampling_would_cut_short_is_told(tmp_path, caplog):
+    from rpo_lightning.schedules import LearningRateSchedule
+
+    caplog.set_level(logging.WARNING)
+    module = make_module(dynamic_sampling=DynamicSampling(), lr_schedule=LearningRateSchedule("linear"))
+    make_trainer(tmp_path, max_steps=-1, max_epochs=1, limit_train_batches=2).fit(module, datamodule=make_data())
+    assert "set trainer.max_steps" in caplog.text
