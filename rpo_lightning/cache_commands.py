@@ -31,6 +31,9 @@ OPENING_TOKENS = 16
 class BuildCacheCallback(Callback):
     """Makes a cache of the best answers that ``predict`` samples to the training questions.
 
+    ``cache.initial_samples``, ``cache.initial_sampling`` and ``cache.keep_unfinished`` say how, as they do for eager
+    initialisation; without ``cache`` in the config ``model.eval_samples`` and ``model.eval_sampling``.
+
     Args:
         out: The cache file.
         keep_unfinished: Whether answers that ran out of budget may be cached.
@@ -59,6 +62,11 @@ class BuildCacheCallback(Callback):
             cache.entry(row["uid"])
             if row["response"] is not None:
                 cache.remember(row["uid"], row["response"])
+        if not any(row["response"] is not None for row in found):
+            raise CacheError(
+                f"none of {len(found)} questions has an answer that ended within model.max_response_tokens="
+                f"{module.max_response_tokens}: raise it, or give --keep_unfinished true"
+            )
         cache.save(self.out)
         print(_summary(cache, self.out))
 

@@ -7,10 +7,13 @@ the full path.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any, cast
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers.utils.logging import disable_progress_bar
@@ -24,7 +27,7 @@ from rpo_lightning.callbacks import (
     RunSummaryCallback,
 )
 from rpo_lightning.data import RPODataModule
-from rpo_lightning.errors import RPOError
+from rpo_lightning.errors import ConfigurationError, RPOError
 from rpo_lightning.module import RPOModule
 
 log = logging.getLogger(__name__)
@@ -33,8 +36,18 @@ log = logging.getLogger(__name__)
 _LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches")
 
 
+class RPOArgumentParser(LightningArgumentParser):
+    """Lightning's parser, except that a path given for an argument is a path, not a file of settings to be read."""
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        return super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
+
+
 class RPOCLI(LightningCLI):
     """LightningCLI with an optional experience cache and the callbacks every run wants."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"parser_class": RPOArgumentParser, **kwargs})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``cache`` (optional) and the settings of the callbacks that are always there."""
@@ -55,11 +68,54 @@ class RPOCLI(LightningCLI):
                 log.warning(
                     f"trainer.{name}: 1 is read as 1.0, which is all batches; use 2 and batches of half the size"
                 )
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise ConfigurationError(f"trainer: {str(error).splitlines()[0]}") from error
+        _refuse_automatic_optimization(trainer)
+        self._find_checkpoint(trainer)
         cache = self._get(self.config_init, "cache")
         if cache is not None:
             cast(Any, trainer).callbacks.insert(0, cache)
         return trainer
+
+    def _find_checkpoint(self, trainer: Trainer) -> None:
+        """Have ``last`` mean the newest last checkpoint of this experiment: a new run has a folder of its own.
+
+        Raises:
+            ConfigurationError: A checkpoint that is named is not there.
+        """
+        path = self._get(self.config_init, "ckpt_path")
+        if path == "last":
+            found = _last_checkpoint(trainer)
+            if found is None:
+                log.warning("--ckpt_path last: there is none yet, the run starts from the beginning")
+            else:
+                log.info(f"--ckpt_path last: {found}")
+                self.config_init[self.subcommand]["ckpt_path"] = str(found)
+        elif path not in (None, "best", "hpc", "registry") and "://" not in path and not Path(path).exists():
+            raise ConfigurationError(f"--ckpt_path {path}: no such file")
+
+
+def _last_checkpoint(trainer: Trainer) -> Path | None:
+    """The newest ``last.ckpt`` of all versions of the loggers' experiments."""
+    roots = {Path(root) for logger in trainer.loggers if (root := getattr(logger, "root_dir", None))}
+    found = [path for root in roots for path in root.glob("version_*/checkpoints/last*.ckpt")]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _refuse_automatic_optimization(trainer: Trainer) -> None:
+    """Name what takes the place of settings that go with automatic optimisation only.
+
+    Raises:
+        ConfigurationError: One of them is set.
+    """
+    for name, unset, instead in (
+        ("gradient_clip_val", (None, 0), "model.max_grad_norm"),
+        ("accumulate_grad_batches", (1,), "data.batch_size for the batch and model.micro_batch_tokens for its parts"),
+    ):
+        if getattr(trainer, name) not in unset:
+            raise ConfigurationError(f"trainer.{name} has no effect on this module: use {instead}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,10 +123,13 @@ def main(arguments: list[str] | None = None) -> None:
     from rpo_lightning.tool_cli import COMMANDS
 
     arguments = sys.argv[1:] if arguments is None else arguments
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # classes of the user's own, as with python -m
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers' own, while weights are loaded
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rpo_lightning").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what fails is told in the end
     # Prompts are tokenised once and held in memory: loader workers would have nothing to do.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # A checkpoint is to hold the policy after its update, which is what Lightning warns of here.
@@ -96,12 +155,12 @@ def main(arguments: list[str] | None = None) -> None:
         mendable = _find_mendable(error)
         if mendable is None:
             raise
-        print(f"rpo-lightning: error: {mendable}", file=sys.stderr)
+        print(f"rpo-lightning: error: {str(mendable).strip()}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
-def _find_mendable(error: BaseException | None) -> RPOError | None:
+def _find_mendable(error: BaseException | None) -> BaseException | None:
     """The error that a user can mend, which the argument parser may have wrapped in others."""
-    while error is not None and not isinstance(error, RPOError):
+    while error is not None and not isinstance(error, RPOError | MisconfigurationException):
         error = error.__cause__ or error.__context__
     return error

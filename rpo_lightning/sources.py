@@ -37,8 +37,12 @@ class JsonLines(DataSource):
         Raises:
             DataError: The file is missing, or a line is no JSON object.
         """
-        with _existing(self.path).open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
+        with _existing(self.path).open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                try:
+                    line = raw.decode()
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{self.path}, line {number}: not UTF-8 ({error.reason})") from error
                 if not line.strip():
                     continue
                 try:
@@ -141,6 +145,9 @@ def as_source(data: str | DataSource | Sequence[Row], split: str) -> DataSource:
     Args:
         data: A source, rows, a path to ``.jsonl``, ``.json`` or ``.parquet``, or a data set's name.
         split: Split to read where a bare data set name is given.
+
+    Raises:
+        DataError: A file of another kind.
     """
     if isinstance(data, DataSource):
         return data
@@ -150,6 +157,8 @@ def as_source(data: str | DataSource | Sequence[Row], split: str) -> DataSource:
         return JsonLines(data)
     if data.endswith(".parquet"):
         return Parquet(data)
+    if Path(data).is_file():
+        raise DataError(f"{data}: questions are read from .jsonl, .json and .parquet files")
     return HubDataset(data, split=split)
 
 

@@ -96,10 +96,26 @@ def segments(arguments: list[str]) -> None:
     cli.predict_on("predict", "val", "train")
 
 
+_CACHE_HELP = """usage: rpo-lightning cache COMMAND ...
+
+  build    sample the policy's answers to the training questions (arguments of fit)
+  import   make a cache of responses from elsewhere (arguments of fit)
+  export   write a cache as a table with text (arguments of fit)
+  show     print entries with what a cut keeps of them
+  stats    print statistics
+
+COMMAND --help lists its arguments."""
+
+
 def cache(arguments: list[str]) -> None:
     """Build, look at, export and import experience caches."""
     if arguments[:1] == ["build"]:
         cli = ToolCLI("cache build", RPOModule, BuildCacheCallback, arguments[1:])
+        settings = cli.config_init.get("cache")
+        if settings is not None:
+            cli.model.eval_samples = settings.initial_samples
+            cli.model.eval_sampling = settings.initial_sampling or cli.model.sampling
+            cli.added.keep_unfinished = cli.added.keep_unfinished or settings.keep_unfinished
         cli.predict_on("train")
     elif arguments[:1] == ["export"]:
         cli = ToolCLI("cache export", RPOModule, ExportSettings, arguments[1:])
@@ -107,14 +123,17 @@ def cache(arguments: list[str]) -> None:
     elif arguments[:1] == ["import"]:
         cli = ToolCLI("cache import", RPOModule, ImportSettings, arguments[1:])
         import_(cli.added, cli.model, cli.datamodule)
-    else:
+    elif arguments[:1] in (["show"], ["stats"]):
         auto_cli(
             {"show": show, "stats": stats},
             as_positional=False,
             args=arguments,
             prog="rpo-lightning cache",
-            description="Experience caches. Beside what is listed: build, export, import, with the arguments of fit.",
         )
+    elif arguments[:1] in (["-h"], ["--help"]):
+        print(_CACHE_HELP)
+    else:
+        raise ConfigurationError(f"cache {' '.join(arguments[:1])}: no such command\n{_CACHE_HELP}")
 
 
 def report(arguments: list[str]) -> None:

@@ -96,7 +96,7 @@ def test_similarity_by_an_embedding_model(tmp_path):
 
 def test_a_cache_built_with_one_model_starts_the_training_of_another(tokenizer, tmp_path, capsys):
     """The paper's appendix C."""
-    main(["cache", "build", *SMALL, "--model.eval_samples", "4", "--out", "large.parquet"])
+    main(["cache", "build", *SMALL, "--cache.initial_samples", "4", "--out", "large.parquet"])
     assert "large.parquet: 6 questions, 6 with a response" in capsys.readouterr().out
     built = load_cache("large.parquet", tokenizer)
     assert sum(e.response.correct for e in built) >= 3  # the best of four
@@ -121,6 +121,13 @@ def test_a_cache_built_with_one_model_starts_the_training_of_another(tokenizer, 
 def test_entries_are_shown_with_what_a_cut_keeps_and_drops(tokenizer, capsys):
     main(["cache", "build", *SMALL, "--out", "cache.parquet"])
     capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["cache", "build", *SMALL, "--model.max_response_tokens", "5", "--out", "nothing.parquet"])
+    assert "none of 6 questions has an answer that ended" in capsys.readouterr().err
+    assert not Path("nothing.parquet").exists()
+    with pytest.raises(SystemExit):
+        main(["cache", "list"])
+    assert "cache list: no such command" in capsys.readouterr().err
     main(["cache", "show", "--path", "cache.parquet", "--tokenizer", REASONER, "--entries", "2",
           "--cut", "AnchoredCut", "--cut.low", "0.5", "--cut.high", "0.5"])  # fmt: skip
     shown = capsys.readouterr().out

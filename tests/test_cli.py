@@ -151,6 +151,34 @@ def test_fit_resumes_from_the_last_checkpoint():
     assert summary["accuracy_before"] is not None
 
 
+def test_last_is_the_newest_checkpoint_of_the_experiment_and_a_first_run_starts_from_the_beginning(caplog):
+    main(["fit", *SMALL, "--ckpt_path", "last"])
+    assert "there is none yet" in caplog.text
+    assert json.loads((last_run() / "summary.json").read_text())["updates"] == 2
+    main(["fit", *SMALL, "--trainer.max_steps", "3", "--ckpt_path", "last"])
+    assert last_run().name == "version_1"
+    log = pd.read_csv(last_run() / "metrics.csv")
+    assert log["loss/total"].notna().sum() == 1  # the third update alone
+
+
+def test_a_class_of_the_users_own_is_named_by_its_module_in_the_working_directory(monkeypatch):
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(Path.cwd()))])
+    Path("brevity.py").write_text(
+        "from rpo_lightning.rewards import Reward\n\n\nclass Brevity(Reward):\n"
+        "    def score(self, group):\n        return [1 / s.length for s in group]\n"
+    )
+    main(["fit", *SMALL, "--trainer.max_steps", "1", "--model.rewards", '[{"class_path": "brevity.Brevity"}]'])
+    log = pd.read_csv(last_run() / "metrics.csv")
+    assert 0 < log["reward/mean"].dropna().iloc[-1] < 0.1
+
+
+def test_a_file_of_one_question_is_a_file_and_not_settings():
+    Path("one.jsonl").write_text('{"question": "^1+1=", "answer": "2"}\n')
+    cli = parse(ROOT / "configs" / "quickstart.yaml", "--data.test", "one.jsonl", "--data.train", "one.jsonl")
+    assert cli.datamodule.sources["test"] == "one.jsonl"
+    assert cli.datamodule.sources["train"] == "one.jsonl"
+
+
 def test_cache_null_is_the_full_path():
     main(["fit", *SMALL, "--cache", "null"])
     log = pd.read_csv(last_run() / "metrics.csv")
@@ -211,6 +239,12 @@ def test_importing_the_package_imports_no_optional_package():
         (["--model.group_size", "1"], "model.group_size must be at least 2"),
         (["--model.policy", "models/not/there"], "models/not/there: no such model folder"),
         (["--cache.budget.slack", "0"], "suffix budget of 0"),
+        (["--data.train", "latin.jsonl"], "latin.jsonl, line 1: not UTF-8"),
+        (["--data.train", "table.csv"], "table.csv: questions are read from .jsonl"),
+        (["--ckpt_path", "not/there.ckpt"], "--ckpt_path not/there.ckpt: no such file"),
+        (["--trainer.strategy", "nonsense"], "trainer: "),
+        (["--trainer.gradient_clip_val", "1.0"], "use model.max_grad_norm"),
+        (["--trainer.accumulate_grad_batches", "2"], "use data.batch_size"),
         (["--cache.path", "foreign.parquet"], "foreign.parquet: made with another tokenizer"),
         (["--cache.path", "other.parquet"], "other.parquet: made for another data set"),
     ],
@@ -220,6 +254,8 @@ def test_bad_input_ends_with_one_line_that_names_it(overrides, expected, capsys,
     from rpo_lightning.callbacks.experience_cache import tokenizer_fingerprint
 
     Path("empty.jsonl").write_text("")
+    Path("latin.jsonl").write_bytes('{"question": "é", "answer": "2"}'.encode("latin-1"))
+    Path("table.csv").write_text("question,answer\n1+1,2\n")
     Path("broken.jsonl").write_text('{"question": "1a+1=", "answer": "2"}\n{"question"\n')
     ExperienceCache("foreign").save("foreign.parquet")
     other = ExperienceCache(tokenizer_fingerprint(tokenizer))

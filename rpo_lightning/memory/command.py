@@ -73,7 +73,7 @@ def _head(run: Run, found: Estimate) -> list[str]:
     where = f"{plan.ranks} ranks ({plan.nodes} × {plan.devices})" if plan.ranks > 1 else "1 rank"
     recomputing = "with" if plan.checkpointing else "without"
     return [
-        "An estimate from the config; nothing was loaded or measured.",
+        "An estimate of fit with this config; nothing was loaded or measured.",
         f"{run.policy} ({shape.name}): {shape.parameters / 1e6:,.1f} M parameters, {shape.trainable / 1e6:,.1f} M "
         f"train; {shape.layers} layers",
         f"{where}, {plan.sharding.value}, {plan.precision.value}, {plan.optimizer.name}; micro-batches of at most "
@@ -117,17 +117,16 @@ def _verdict(found: Estimate, quantization: str | None) -> list[str]:
     if found.engine_lacks:
         lines.append(
             f"  vLLM's share of {found.plan.engine.gpu_share:.0%} is {found.engine_lacks / _GIB:.2f} GiB short of its "
-            "weights (merged, not quantised) and one response: raise engine.gpu_memory_utilization, or "
-            "engine.tensor_parallel_size with more GPUs"
+            "weights (merged, not quantised) and one response: raise model.engine.gpu_memory_utilization, "
+            "or model.engine.tensor_parallel_size with more GPUs"
         )
     if found.peak > found.device_bytes:
         lines += [
             f"  {text}: peak {other.peak / _GIB:.2f} GiB{' (fits)' if other.fits else ''}"
             for text, other in remedies(found, quantization)
         ]
-        lines.append(
-            "  or several of these, an adapter (model.adapter: LoRA), or more GPUs with a strategy that shards"
-        )
+        adapter = "" if found.shape.has_adapter else "an adapter (model.adapter: LoRA), "
+        lines.append(f"  or several of these, {adapter}or more GPUs with a strategy that shards")
     return lines
 
 

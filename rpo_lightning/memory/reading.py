@@ -123,7 +123,8 @@ def _engine(engine: Mapping[str, Any] | None, ranks: int) -> EnginePlan:
     level, parallel = arguments.get("sleep_level"), arguments.get("tensor_parallel_size") or 1
     if ranks % parallel:
         raise ConfigurationError(
-            f"engine.tensor_parallel_size={parallel} must divide the number of processes that train, which is {ranks}"
+            f"model.engine.tensor_parallel_size={parallel} must divide the number of processes that train, "
+            f"which is {ranks}"
         )
     size = _ENGINE_BYTES.get(str(options.get("dtype", arguments.get("dtype"))))
     return EnginePlan(True, 0.5 if share is None else share, 1 if level is None else level, parallel, size)

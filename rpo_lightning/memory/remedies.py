@@ -21,7 +21,11 @@ def remedies(found: Estimate, quantization: str | None = None) -> list[tuple[str
         (text, estimate(found.shape, plan, quantization, found.device_bytes)) for text, plan in _changes(found.plan)
     ]
     return sorted(
-        (pair for pair in tried if pair[1].smallest_device < 0.999 * found.smallest_device),
+        (
+            pair
+            for pair in tried
+            if pair[1].smallest_device < 0.999 * found.smallest_device and pair[1].engine_lacks <= found.engine_lacks
+        ),
         key=lambda pair: pair[1].smallest_device,
     )
 
@@ -59,10 +63,10 @@ def _engine_changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
     if not engine.is_vllm:
         if engine.sequences > 2 * plan.group_size:
             half = engine.sequences // 2
-            yield f"engine.max_sequences: {half}", replace(plan, engine=replace(engine, sequences=half))
+            yield f"model.engine.max_sequences: {half}", replace(plan, engine=replace(engine, sequences=half))
         return
     if plan.on_gpu and engine.sleep_level == 0:
-        yield "engine.sleep_level: 1", replace(plan, engine=replace(engine, sleep_level=1))
+        yield "model.engine.sleep_level: 1", replace(plan, engine=replace(engine, sleep_level=1))
     if plan.on_gpu and engine.gpu_share > 0.3:
         share = round(engine.gpu_share - 0.1, 2)
-        yield f"engine.gpu_memory_utilization: {share}", replace(plan, engine=replace(engine, gpu_share=share))
+        yield f"model.engine.gpu_memory_utilization: {share}", replace(plan, engine=replace(engine, gpu_share=share))

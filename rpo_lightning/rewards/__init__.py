@@ -1,6 +1,6 @@
 """Verifiers, rewards, and the pool that grades them."""
 
-from rpo_lightning.rewards.base import Reward, Verifier
+from rpo_lightning.rewards.base import AnswerVerifier, Reward, Verifier
 from rpo_lightning.rewards.functions import FunctionReward
 from rpo_lightning.rewards.grader import GradedGroup, Grader
 from rpo_lightning.rewards.length import (
@@ -15,6 +15,7 @@ from rpo_lightning.rewards.verifiers import ExactMatchVerifier, FunctionVerifier
 
 __all__ = [
     "AccuracyReward",
+    "AnswerVerifier",
     "CosineLengthReward",
     "ExactMatchVerifier",
     "FormatReward",
