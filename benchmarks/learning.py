@@ -98,7 +98,7 @@ def run(length: int, arm: str, seed: int, updates: int, problems: int) -> dict[s
             f"--seed_everything={seed}", f"--trainer.max_steps={updates}", "--trainer.enable_progress_bar=false",
             f"--trainer.val_check_interval={EVALUATE_EVERY}", f"--trainer.logger.init_args.save_dir={folder}",
             f"--trainer.callbacks=[{json.dumps(recorder)}]", "--completions.every_n_batches=1000",
-            *(o.format(quarter=longest // 4) for o in ARMS[arm]),
+            *(o.replace("{quarter}", str(longest // 4)) for o in ARMS[arm]),
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmarks")}
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)

@@ -15,7 +15,8 @@ import numpy as np
 
 # Curves by seed.
 Curves = dict[int, list[dict[str, float]]]
-BASELINE = "GRPO, full path"
+# What an arm is compared with, by the objective that its name begins with.
+BASELINES = {"GRPO": "GRPO, full path", "RPO": "GRPO, full path", "DAPO": "DAPO, full path"}
 AXES = {
     "update": ("updates", 1),
     "decoded_tokens": ("decoded tokens, thousands", 1e3),
@@ -34,7 +35,9 @@ def write_report(runs: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
         for run in runs:
             if run["length"] == length:
                 arms[run["arm"]][run["seed"]] = run["curve"]
-        figures[str(length)] = {arm: figures_of(curves, arms.get(BASELINE, {})) for arm, curves in arms.items()}
+        figures[str(length)] = {
+            arm: figures_of(curves, arms.get(BASELINES[arm.partition(",")[0]], {})) for arm, curves in arms.items()
+        }
         hardware = sorted({r["hardware"] for r in runs if r["length"] == length})
         print(f"\nabout {length} tokens; {'; '.join(hardware)}\n\n{table(figures[str(length)])}\n")
         draw(arms, f"embedded task, chains of about {length} tokens", folder / f"learning_{length}.png")
@@ -72,7 +75,7 @@ def table(arms: dict[str, dict[str, Any]]) -> str:
     ]
     for name, arm in arms.items():
         thousands = [f"{arm[c][0] / 1e3:,.0f}k" for c in ("decoded_tokens", "processed_tokens")]
-        difference = "" if arm["difference"] is None or name == BASELINE else f"{arm['difference']:+.3f}"
+        difference = "" if arm["difference"] is None or name in BASELINES.values() else f"{arm['difference']:+.3f}"
         difference += f" ± {arm['half_width']:.3f}" if difference and arm["half_width"] is not None else ""
         cells = [f"{arm[c][0]:.3f} ± {arm[c][1]:.3f}" for c in ("accuracy", "pass@4")]
         lines.append(
