@@ -213,6 +213,8 @@ def test_what_does_not_belong_is_refused_with_one_line(tokenizer, tmp_path, caps
          "made with another tokenizer"),
         (["cache", "show", "--path", "cache.parquet", "--tokenizer", REASONER, "--uid", "none"],
          "no response for question 'none'"),
+        (["cache", "export", *SMALL, "--path", "cache.parquet", "--out", "texts.csv"],
+         "texts.csv: tables are written as .parquet or .jsonl"),
         (["cache", "import", *SMALL, "--path", "drifted.parquet"], "row 1: its token ids are not this tokenizer's"),
         (["cache", "import", *SMALL, "--path", "texts.parquet", "--response_column", "no", "--data.train.seed", "9"],
          "none of its rows is about one of the 6 training questions"),
