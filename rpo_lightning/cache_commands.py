@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,10 +79,23 @@ class ExportSettings:
     Attributes:
         path: The cache file.
         out: A ``.parquet`` or ``.jsonl`` file, or a folder for ``datasets.load_from_disk``.
+
+    Raises:
+        CacheError: ``out`` names a file of another kind.
     """
 
     path: str
     out: str
+
+    def __post_init__(self) -> None:
+        """Refuse before a large cache is read."""
+        suffix = Path(self.out).suffix
+        if (
+            suffix not in (".parquet", ".jsonl", ".json") and suffix[1:].isalpha()
+        ):  # a folder's name may end in a version
+            raise CacheError(
+                f"{self.out}: tables are written as .parquet or .jsonl, or as a folder, whose name has no ending"
+            )
 
 
 @dataclass

@@ -59,15 +59,13 @@ def write_rows(rows: Sequence[Mapping[str, Any]], out: str | Path) -> None:
     """Write rows to a ``.parquet`` or ``.jsonl`` file, or else as a ``datasets`` folder.
 
     Raises:
-        CacheError: A file of another kind, or ``datasets`` is needed and not installed.
+        CacheError: ``datasets`` is needed and not installed.
     """
     path = Path(out)
     if path.suffix == ".parquet":
         return write_parquet(rows, path)
     if path.suffix in (".jsonl", ".json"):
         return write_json_lines(rows, path)
-    if path.suffix[1:].isalpha():  # a folder's name may end in a version
-        raise CacheError(f"{out}: tables are written as .parquet or .jsonl, or as a folder, whose name has no ending")
     try:
         from datasets import Dataset
     except ImportError as error:
