@@ -194,7 +194,7 @@ def main() -> None:
             print(measured[name][-1], flush=True)
     passes = f"passes of at most {arguments.micro_batch_tokens} tokens"
     passes += "" if on_gpu else f" (plain rows of SmolLM2: one row or {SMALL_PASS})"
-    setting = f"{arguments.dtype}, {passes}, median of {repetitions}"
+    setting = f"{arguments.dtype}, {passes}, medians of {repetitions} plain and {2 * repetitions} shared"
     print(f"\n{hardware()}; {setting}\n")
     for name, of_model in measured.items():
         print(f"{Path(name).name}\n\n{table(of_model)}\n")
