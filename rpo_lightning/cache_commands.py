@@ -90,9 +90,8 @@ class ExportSettings:
     def __post_init__(self) -> None:
         """Refuse before a large cache is read."""
         suffix = Path(self.out).suffix
-        if (
-            suffix not in (".parquet", ".jsonl", ".json") and suffix[1:].isalpha()
-        ):  # a folder's name may end in a version
+        # Letters only: a folder's name may end in a version.
+        if suffix[1:].isalpha() and suffix not in (".parquet", ".jsonl", ".json"):
             raise CacheError(
                 f"{self.out}: tables are written as .parquet or .jsonl, or as a folder, whose name has no ending"
             )
