@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from rpo_lightning.errors import UpdateError
 from rpo_lightning.output_head import Targets, scoring, token_scores
 from rpo_lightning.rows import Row, SharedRow
-from rpo_lightning.shared_attention import IMPLEMENTATION, FrozenTrunks, Span
+from rpo_lightning.shared_attention import IMPLEMENTATION, FrozenTrunks, SharedLayout
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,10 @@ class _Layout:
         shape = (1, width) if self.is_shared else (len(batch), width)
         self.ids_BT = torch.full(shape, pad_id)
         self.position_BT = torch.zeros(shape, dtype=torch.long)
-        self.starts: list[int] = []
         self.scored: list[tuple[int, int, int]] = []  # row, position of the predecessor, token
         self.scope_indices: list[list[int]] = []  # of each row, into ``scored``
         start = 0
         for index, (shared, frozen) in enumerate(zip(batch, self.frozen_lengths, strict=True)):
-            self.starts.append(start)
             self._place(0 if self.is_shared else index, start, shared, frozen)
             start += lengths[index] if self.is_shared else 0
 
@@ -113,17 +111,9 @@ class _Layout:
             inputs["position_ids"] = self.position_BT.to(device)
             # Of four dimensions, so that the model makes none of its own; our attention does not look at it.
             inputs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
-            inputs["shared_spans"] = self._spans(device)
+            shapes = [shared.shape(frozen) for shared, frozen in zip(self.batch, self.frozen_lengths, strict=True)]
+            inputs["shared_layout"] = SharedLayout(shapes, device)
         return inputs
-
-    def _spans(self, device: torch.device) -> list[Span]:
-        spans, before = [], 0
-        for start, shared, frozen in zip(self.starts, self.batch, self.frozen_lengths, strict=True):
-            suffixes = [len(row.suffix_ids) for row in shared.members]
-            where = (before, before + frozen)
-            spans.append(Span.of(start, len(shared.trunk_ids) - frozen, suffixes, device, where))
-            before += frozen
-        return spans
 
     def targets(self, device: torch.device, temperature: float) -> Targets:
         """The scored tokens."""

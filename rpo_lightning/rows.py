@@ -54,8 +54,36 @@ class SharedRow:
         """Prompt and kept prefix."""
         return self.members[0].trunk_ids
 
+    def shape(self, frozen: int = 0) -> RowShape:
+        """Its parts, the first ``frozen`` tokens of the trunk apart."""
+        return RowShape(frozen, len(self.trunk_ids) - frozen, tuple(len(row.suffix_ids) for row in self.members))
+
     def __len__(self) -> int:
         return len(self.trunk_ids) + sum(len(row.suffix_ids) for row in self.members)
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """How many tokens the parts of a row have.
+
+    Attributes:
+        frozen: Beginning of the trunk, whose keys and values come from an earlier pass.
+        trunk: The rest of the trunk.
+        suffixes: Each suffix.
+    """
+
+    frozen: int
+    trunk: int
+    suffixes: tuple[int, ...]
+
+    @property
+    def branches(self) -> bool:
+        """Whether there are suffixes to keep apart."""
+        return len(self.suffixes) > 1
+
+    def __len__(self) -> int:
+        """Tokens that are computed."""
+        return self.trunk + sum(self.suffixes)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ A row is trunk | suffix_1 | … | suffix_G. The trunk attends causally to itself
 keys and values and causally to itself. Both parts are ordinary attention, so no scores are computed that
 a mask would throw away, and the trunk's keys and values receive the sum of the suffixes' gradients.
 
+On a GPU in 16 bits ``packed_attention`` takes all rows at once. Elsewhere they are taken one by one: on a CPU
+by ``suffix_attention``, on a GPU in fp32 by masked SDPA with a copy of the trunk for each suffix.
+
 A row may also continue a *frozen* trunk, whose keys and values come from an earlier pass without gradient
 and which is not computed again: less work, and a biased gradient.
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +29,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from rpo_lightning.packed_attention import PackedRows, packed_attention, takes
+from rpo_lightning.rows import RowShape
 from rpo_lightning.suffix_attention import SuffixAttention
 
 IMPLEMENTATION = "rpo_shared_prefix"
@@ -60,31 +66,49 @@ class Span:
     mask: Any = None
 
     @classmethod
-    def of(
-        cls,
-        start: int,
-        trunk_length: int,
-        suffix_lengths: Sequence[int],
-        device: torch.device,
-        frozen: tuple[int, int] = (0, 0),
-    ) -> Span:
+    def of(cls, start: int, shape: RowShape, frozen_start: int, device: torch.device) -> Span:
         """Describe a row; with a single suffix, or none, it has no branches."""
-        stop = start + trunk_length + sum(suffix_lengths)
-        before = frozen[1] - frozen[0]
-        if len(suffix_lengths) <= 1:
-            trunk_length = stop - start
-        trunk_mask = _causal(trunk_length, before + trunk_length, device) if before else None
-        if len(suffix_lengths) <= 1:
+        stop, frozen = start + len(shape), (frozen_start, frozen_start + shape.frozen)
+        trunk_length = shape.trunk if shape.branches else len(shape)
+        trunk_mask = _causal(trunk_length, shape.frozen + trunk_length, device) if shape.frozen else None
+        if not shape.branches:
             return cls(start, trunk_length, stop, frozen, trunk_mask=trunk_mask)
-        longest = max(suffix_lengths)
-        length_G = torch.tensor(suffix_lengths)
+        longest = max(shape.suffixes)
+        length_G = torch.tensor(shape.suffixes)
         valid_GS = torch.arange(longest)[None] < length_G[:, None]
         offset_G = length_G.cumsum(0) - length_G
         index_GS = torch.where(valid_GS, offset_G[:, None] + torch.arange(longest)[None], offset_G[:, None])
-        mask = None if device.type == "cpu" else _causal(longest, before + trunk_length + longest, device)
+        mask = None if device.type == "cpu" else _causal(longest, shape.frozen + trunk_length + longest, device)
         return cls(
             start, trunk_length, stop, frozen, index_GS.to(device), valid_GS.to(device), trunk_mask, mask
         )  # fmt: skip
+
+
+class SharedLayout:
+    """Where the rows of a micro-batch are, described for whichever kernels ask.
+
+    Args:
+        shapes: Its rows, in the order in which they are concatenated.
+        device: Where the model is.
+    """
+
+    def __init__(self, shapes: Sequence[RowShape], device: torch.device) -> None:
+        self._shapes = shapes
+        self._device = device
+
+    @cached_property
+    def packed(self) -> PackedRows:
+        """All rows at once."""
+        return PackedRows.of(self._shapes, self._device)
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """Row by row."""
+        spans, start, frozen = [], 0, 0
+        for shape in self._shapes:
+            spans.append(Span.of(start, shape, frozen, self._device))
+            start, frozen = start + len(shape), frozen + shape.frozen
+        return spans
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> Any:
@@ -102,12 +126,12 @@ def shared_prefix_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    shared_spans: Sequence[Span] | None = None,
+    shared_layout: SharedLayout | None = None,
     frozen_trunks: FrozenTrunks | None = None,
     freeze_into: FrozenTrunks | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over concatenated rows ([1, heads, tokens, size]); plain SDPA where no spans are given.
+    """Attention over concatenated rows ([1, heads, tokens, size]); plain SDPA where no layout is given.
 
     Args:
         module: The attention layer.
@@ -117,33 +141,40 @@ def shared_prefix_attention(
         attention_mask: For plain SDPA.
         scaling: Factor of the scores.
         dropout: For plain SDPA.
-        shared_spans: The rows.
-        frozen_trunks: Keys and values that the spans' ``frozen`` refer to.
+        shared_layout: Where the rows are.
+        frozen_trunks: Keys and values of the frozen parts of their trunks.
         freeze_into: Takes the keys and values of this pass.
         **kwargs: What else transformers hands on.
     """
-    if shared_spans is None:
+    if shared_layout is None:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
     query, key, value = _same_dtype(query, key, value)
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
     if freeze_into is not None:
-        freeze_into[int(module.layer_idx)] = (key.detach(), value.detach())  # type: ignore[arg-type]
-    pieces = []
-    for span in shared_spans:
-        q, k, v = (x[:, :, span.start : span.stop] for x in (query, key, value))
-        if frozen_trunks is not None:
-            frozen = frozen_trunks[int(module.layer_idx)]  # type: ignore[arg-type]
-            k, v = (
-                torch.cat([x[:, :, slice(*span.frozen)], own], dim=2) for x, own in zip(frozen, (k, v), strict=True)
-            )
-        queries, keys = span.trunk_length, k.shape[2] - (q.shape[2] - span.trunk_length)
-        pieces.append(_trunk(q[:, :, :queries], k[:, :, :keys], v[:, :, :keys], span, scaling))
-        if span.index_GS is not None:
-            own = (q[:, :, queries:], k[:, :, keys:], v[:, :, keys:])
-            pieces.append(_suffixes(own, k[:, :, :keys], v[:, :, :keys], span, scaling))
+        freeze_into[layer] = (key.detach(), value.detach())
+    frozen = None if frozen_trunks is None else frozen_trunks[layer]
+    if takes(query):
+        return packed_attention(query, key, value, shared_layout.packed, scaling, frozen), None
+    pieces = [piece for span in shared_layout.spans for piece in _row(query, key, value, span, scaling, frozen)]
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _row(
+    query: Tensor, key: Tensor, value: Tensor, span: Span, scaling: float | None, frozen: tuple[Tensor, Tensor] | None
+) -> list[Tensor]:
+    """Attention of one row: of its trunk, and of its suffixes where it has several."""
+    q, k, v = (x[:, :, span.start : span.stop] for x in (query, key, value))
+    if frozen is not None:
+        k, v = (torch.cat([x[:, :, slice(*span.frozen)], own], dim=2) for x, own in zip(frozen, (k, v), strict=True))
+    queries, keys = span.trunk_length, k.shape[2] - (q.shape[2] - span.trunk_length)
+    of_trunk = _trunk(q[:, :, :queries], k[:, :, :keys], v[:, :, :keys], span, scaling)
+    if span.index_GS is None:
+        return [of_trunk]
+    own = (q[:, :, queries:], k[:, :, keys:], v[:, :, keys:])
+    return [of_trunk, _suffixes(own, k[:, :, :keys], v[:, :, :keys], span, scaling)]
 
 
 def _same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ Attention to the trunk is computed for all suffixes at once, attention of each t
 are merged by their log-sum-exps, which is exact. So is the backward pass: given the merged output and
 log-sum-exp, each part's kernel computes its share of the gradient of the whole softmax.
 
-The CPU's flash kernels do that, grouped heads included. On other devices the caller takes ordinary masked attention.
+The CPU's flash kernels do that, grouped heads included; ``packed_attention`` is the same on a GPU.
 """
 
 from __future__ import annotations
@@ -39,10 +39,7 @@ class SuffixAttention(torch.autograd.Function):
         """
         of_trunk, lse_of_trunk = _forward(_together(q), trunk_k, trunk_v, 0.0, False, scale=scale)
         own, lse_of_own = _forward(q, k, v, 0.0, True, scale=scale)
-        of_trunk, lse_of_trunk = _apart(of_trunk, len(q)), _apart(lse_of_trunk, len(q))
-        lse = torch.logaddexp(lse_of_trunk, lse_of_own)
-        weights = (torch.exp(part - lse)[..., None] for part in (lse_of_trunk, lse_of_own))
-        output = sum(part * weight for part, weight in zip((of_trunk, own), weights, strict=True)).to(q.dtype)
+        output, lse = merge(_apart(of_trunk, len(q)), _apart(lse_of_trunk, len(q)), own, lse_of_own)
         ctx.save_for_backward(q, k, v, trunk_k, trunk_v, output, lse)
         ctx.scale = scale
         return output
@@ -59,6 +56,23 @@ class SuffixAttention(torch.autograd.Function):
         )  # fmt: skip
         q_own, own_k_grad, own_v_grad = _backward(gradient, q, k, v, output, lse, 0.0, True, scale=ctx.scale)
         return _apart(q_of_trunk, len(q)) + q_own, own_k_grad, own_v_grad, k_grad, v_grad, None
+
+
+def merge(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of queries to two sets of keys from attention to each.
+
+    Args:
+        first: Output of the first, [..., size].
+        first_lse: Log-sum-exps of its scores, [...].
+        second: Output of the second.
+        second_lse: Its log-sum-exps.
+
+    Returns:
+        Output and log-sum-exps.
+    """
+    lse = torch.logaddexp(first_lse, second_lse)
+    output = first * torch.exp(first_lse - lse)[..., None] + second * torch.exp(second_lse - lse)[..., None]
+    return output.to(first.dtype), lse
 
 
 def _together(x: Tensor) -> Tensor:

@@ -1,0 +1,124 @@
+"""Rows packed for a GPU's kernels: which tokens meet, and the merged gradient, with dense kernels in fp64 instead."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from rpo_lightning import packed_attention, shared_attention
+from rpo_lightning.objectives import DAPO
+from rpo_lightning.packed_attention import PackedRows
+from rpo_lightning.rows import RowShape
+
+from .test_logprobs import assert_same, groups
+from .test_shared_rows import GOAL, gradient
+
+
+def dense_sequences(q, k, v, sequences, scale):
+    """Each sequence's queries, keys, values, where its queries are, and its scores [heads, queries, keys]."""
+    q, k, v = (
+        x if index is None else x[index]
+        for x, index in ((q, sequences.query_index), (k, sequences.key_index), (v, sequences.key_index))
+    )
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    bounds = (sequences.query_bounds.tolist(), sequences.key_bounds.tolist())
+    for (start, stop), (first, last) in zip(*(pairwise(b) for b in bounds), strict=True):
+        asked, keys, values = q[start:stop], k[first:last], v[first:last]
+        scores = torch.einsum("qhd,khd->hqk", asked, keys) * (scale or q.shape[-1] ** -0.5)
+        if sequences.causal:
+            seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(diagonal=scores.shape[2] - scores.shape[1])
+            scores = scores.masked_fill(~seen, -torch.inf)
+        yield asked, keys, values, slice(start, stop), slice(first, last), scores
+
+
+def dense_attend(q, k, v, sequences, scale):
+    parts = list(dense_sequences(q, k, v, sequences, scale))
+    assert max(len(p[0]) for p in parts) == sequences.most_queries
+    assert max(len(p[1]) for p in parts) == sequences.most_keys
+    outputs = [torch.einsum("hqk,khd->qhd", scores.softmax(-1), values) for *_, values, _, _, scores in parts]
+    return torch.cat(outputs), torch.cat([scores.logsumexp(-1) for *_, scores in parts], dim=1)
+
+
+def dense_attend_backward(gradient, q, k, v, output, lse, sequences, scale):
+    """The formulas of flash attention's backward pass, with the output and log-sum-exp that are given."""
+    index = sequences.query_index
+    gradient, output = (x if index is None else x[index] for x in (gradient, output))
+    lse = lse if index is None else lse[:, index]
+    repeats, factor = q.shape[1] // k.shape[1], scale or q.shape[-1] ** -0.5
+    gradients = []
+    for asked, keys, values, own, _, scores in dense_sequences(q, k, v, sequences, scale):
+        probs = (scores - lse[:, own, None]).exp()
+        dot = (gradient[own] * output[own]).sum(-1).T[..., None]
+        of_scores = probs * (torch.einsum("qhd,khd->hqk", gradient[own], values) - dot) * factor
+        of_keys, of_values = (
+            x.unflatten(1, (-1, repeats)).sum(2)
+            for x in (
+                torch.einsum("hqk,qhd->khd", of_scores, asked),
+                torch.einsum("hqk,qhd->khd", probs, gradient[own]),
+            )
+        )
+        gradients.append((torch.einsum("hqk,khd->qhd", of_scores, keys), of_keys, of_values))
+    return tuple(torch.cat(parts) for parts in zip(*gradients, strict=True))
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """Packed rows wherever rows are shared, computed densely; counts the calls of the kernel."""
+    calls = []
+
+    def attend(q, k, v, sequences, scale):
+        calls.append(sequences)
+        return dense_attend(q, k, v, sequences, scale)
+
+    monkeypatch.setattr(packed_attention, "_attend", attend)
+    monkeypatch.setattr(packed_attention, "_attend_backward", dense_attend_backward)
+    monkeypatch.setattr(shared_attention, "takes", lambda query: True)
+    return calls
+
+
+@pytest.mark.parametrize("scope", ["suffix", "response"])
+@pytest.mark.parametrize("budget", [1000, 14])
+def test_packed_rows_give_the_gradient_of_plain_rows(exact_policy, packed, scope, budget):
+    plain, expected = gradient(exact_policy, DAPO(), scope=scope, share_prefixes=False)
+    packed.clear()
+    shared, metrics = gradient(exact_policy, DAPO(), scope=scope, micro_batch_tokens=budget)
+    assert_same(plain, shared, GOAL)
+    assert metrics["loss/total"] == pytest.approx(expected["loss/total"], abs=GOAL)
+    if budget == 1000:
+        # Both groups, of three members each, in one micro-batch, after the trial's row: two calls a layer, two layers.
+        assert [len(s.query_bounds) - 1 for s in packed[-4:]] == [8, 2, 8, 2]
+        assert len(packed) == 4 + 4
+
+
+@pytest.mark.parametrize("budget", [1000, 14])
+def test_packed_rows_continue_frozen_trunks(exact_policy, monkeypatch, request, budget):
+    by_spans, expected = gradient(exact_policy, DAPO(), prefix_gradient=False)
+    request.getfixturevalue("packed")
+    shared, metrics = gradient(exact_policy, DAPO(), prefix_gradient=False, micro_batch_tokens=budget)
+    assert_same(by_spans, shared, GOAL)
+    assert metrics["loss/total"] == pytest.approx(expected["loss/total"], abs=GOAL)
+
+
+def test_packed_rows_keep_gradient_checkpointing(exact_policy, packed):
+    batch = groups()
+    plain, _ = gradient(exact_policy, DAPO(), batch=batch)
+    exact_policy.gradient_checkpointing_enable({"use_reentrant": False})
+    exact_policy.train()
+    assert_same(plain, gradient(exact_policy, DAPO(), batch=batch)[0], GOAL)
+
+
+def test_rows_are_packed_as_the_sequences_they_consist_of():
+    """By hand: a row of 2 frozen + 1 trunk + 2 + 3 tokens, and one of 1 frozen + 2 trunk + 2 without branches."""
+    rows = PackedRows.of([RowShape(2, 1, (2, 3)), RowShape(1, 2, (2,))], torch.device("cpu"))
+    assert rows.own.query_index is None
+    assert rows.own.query_bounds.tolist() == [0, 1, 3, 6, 10]
+    # Of the frozen tokens 0-2 and the computed ones 3-12: each sequence's frozen part before its own.
+    assert rows.own.key_index.tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 2, 9, 10, 11, 12]
+    assert rows.own.key_bounds.tolist() == [0, 3, 5, 8, 13]
+    assert (rows.own.most_queries, rows.own.most_keys, rows.own.causal) == (4, 5, True)
+    assert rows.shared.query_index.tolist() == [1, 2, 3, 4, 5]
+    assert rows.shared.key_index.tolist() == [0, 1, 3]
+    assert not rows.shared.causal
+    assert PackedRows.of([RowShape(0, 5, ())], torch.device("cpu")).shared is None
