@@ -9,7 +9,7 @@ else
 INSTALL_VLLM := $(RUN)/python -m pip install -q -c constraints.txt -e '.[vllm]'
 endif
 
-.PHONY: install quickstart test test-slow lint format smollm2 reasoner clean
+.PHONY: install quickstart test test-slow test-gpu lint format smollm2 reasoner clean
 
 install: $(VENV)/.installed-dev  ## complete development environment
 
@@ -22,6 +22,9 @@ test: $(VENV)/.installed-dev  ## the tests
 
 test-slow: $(VENV)/.installed-dev  ## tests that take minutes (the whole quickstart)
 	$(RUN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.installed-dev  ## what only a GPU can show
+	$(RUN)/python -m pytest tests/test_gpu.py
 
 lint: $(VENV)/.installed-dev  ## what CI checks besides the tests
 	$(RUN)/ruff check .

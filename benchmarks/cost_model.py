@@ -19,6 +19,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from work import ModelWork
+
 ROOT = Path(__file__).parents[1]
 GROUP, SAMPLES, PROMPT = 6, 576, 150
 # Shares of the peak that are assumed, not measured.
@@ -107,6 +109,35 @@ def paper_settings() -> list[dict[str, object]]:
                         "published_ratio": model.published_ratio if limit == 800 else None,
                     })  # fmt: skip
     return rows
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Lengths and sizes of an iteration: tokens of a prompt, of a whole response and of what RPO samples of it."""
+
+    prompt: int
+    length: int
+    suffix: int
+    group: int
+    questions: int
+
+
+def on_one_gpu(gpu: Gpu, work: ModelWork, setting: Setting) -> dict[str, float]:
+    """Ratios that one GPU allows, which trains and prefills at half its peak and decodes at its memory's speed.
+
+    Returns:
+        Seconds of the full path over those of RPO, with shared rows and with a row per response.
+    """
+    rate, sequences = gpu.flops / 2, setting.questions * setting.group
+
+    def seconds(suffix: int, share: bool) -> float:
+        trunk = setting.prompt + setting.length - suffix
+        prefill = 2 * work.matrices * trunk + work.pair * trunk**2 / 2
+        operations = prefill + work.update(trunk, suffix, setting.group, share)
+        return setting.questions * operations / rate + work.decoding(trunk, suffix, sequences) / gpu.bandwidth
+
+    full, rpo, plain = seconds(setting.length, True), seconds(setting.suffix, True), seconds(setting.suffix, False)
+    return {"full_over_rpo": full / rpo, "full_over_rpo_plain_rows": full / plain, "plain_over_shared": plain / rpo}
 
 
 def check(measured: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:

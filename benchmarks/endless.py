@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from rpo_lightning.policies import load_policy, load_tokenizer
+from random_policy import load
 
 
 def load_endless(name: str) -> tuple[Any, Any]:
     """Load a policy and its tokenizer, with an end-of-sequence token that is hardly ever sampled."""
-    policy: Any = load_policy(name)
-    tokenizer: Any = load_tokenizer(name)
+    policy, tokenizer = load(name)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(3)
     policy.generation_config.eos_token_id = None
     return policy, tokenizer

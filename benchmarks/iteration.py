@@ -2,11 +2,14 @@
 
 ``python benchmarks/iteration.py`` trains SmolLM2-135M (``make smollm2``) through ``Trainer.fit`` on the same
 questions (prompts of 64 tokens) with G = 6: full-path responses of 1,024 tokens, and RPO that keeps all but
-64 tokens of such responses. ``rpo_plain_rows`` is the published way, in which every response is trained
-on with its whole prefix. On a CPU rows of their own pass one by one in the update, which is faster than several at
-once. Seconds and tokens of every phase are means over the iterations after the first.
-The cache is filled by hand: its cost is one full path a question and not part of an iteration. The last
-line is JSON; ``--quick`` shortens responses to 256 tokens.
+64 tokens of such responses; every size is an option. ``rpo_plain_rows`` is the published way, in which every
+response is trained on with its whole prefix. On a CPU rows of their own pass one by one in the update, which is
+faster than several at once. Seconds and tokens of every phase are means over the iterations after the first.
+The cache is filled by hand: its cost is one full path a question and not part of an iteration.
+
+On a GPU the update's operations (``work.py``; nothing recomputed is counted) and the bytes that decoding
+reads are set beside what the GPU reaches at best, and the ratios beside those that a model of operations and bytes
+allows (``cost_model.py``). The last line is JSON; ``--quick`` shortens responses to 256 tokens.
 """
 
 from __future__ import annotations
@@ -19,17 +22,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from cost_model import Gpu, Setting, on_one_gpu
 from endless import load_endless
 from filled_cache import FilledCache
 from lightning.pytorch import Callback, Trainer
-from machine import hardware
+from machine import ceilings, hardware
+from work import ModelWork
 
 from rpo_lightning import RPODataModule, RPOModule, VLLMEngine
 from rpo_lightning.rewards import ExactMatchVerifier, UniformRandomReward
 from rpo_lightning.timing import PHASES
 
 ROOT = Path(__file__).parents[1]
-PROMPT, GROUP = 64, 6
 ARMS = ("full", "rpo", "rpo_plain_rows")
 
 
@@ -44,28 +48,31 @@ class Recorder(Callback):
         self.iterations.append({"seconds": pl_module.record.phase_seconds, "tokens": pl_module.record.phase_tokens})
 
 
-def run(arm: str, arguments: argparse.Namespace, length: int) -> dict[str, Any]:
+def run(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train some iterations of one arm; means over all but the first."""
     policy, tokenizer = load_endless(arguments.model)
+    work = ModelWork.of(policy)
     generator = np.random.default_rng(1)
     count = arguments.questions * (arguments.iterations + 1)
-    words = [tokenizer.decode(generator.integers(100, 40_000, PROMPT).tolist()) for _ in range(count)]
-    recorder = Recorder()
-    plain = arguments.micro_batch_tokens if torch.cuda.is_available() else length + 2 * PROMPT
+    ids = generator.integers(100, 40_000, (count, arguments.prompt))
+    recorder, on_gpu = Recorder(), torch.cuda.is_available()
+    one_row = arguments.length + 2 * arguments.prompt
+    budget = arguments.micro_batch_tokens if arm == "rpo" or on_gpu else min(one_row, arguments.micro_batch_tokens)
     module = RPOModule(
-        policy, [UniformRandomReward()], tokenizer, ExactMatchVerifier(), engine=VLLMEngine(), group_size=GROUP,
-        max_response_tokens=length, share_prefixes=arm != "rpo_plain_rows",
-        micro_batch_tokens=arguments.micro_batch_tokens if arm == "rpo" else min(plain, arguments.micro_batch_tokens),
+        policy, [UniformRandomReward()], tokenizer, ExactMatchVerifier(), engine=VLLMEngine(**arguments.engine),
+        group_size=arguments.group, max_response_tokens=arguments.length, share_prefixes=arm != "rpo_plain_rows",
+        micro_batch_tokens=budget, gradient_checkpointing=arguments.gradient_checkpointing,
     )  # fmt: skip
     data = RPODataModule(
-        train=[{"question": w, "answer": "0"} for w in words], batch_size=arguments.questions, use_chat_template=False
-    )
-    cache = [] if arm == "full" else [FilledCache(length, arguments.suffix)]
+        train=[{"question": tokenizer.decode(row.tolist()), "answer": "0"} for row in ids],
+        batch_size=arguments.questions, use_chat_template=False,
+    )  # fmt: skip
+    cache = [] if arm == "full" else [FilledCache(arguments.length, arguments.suffix)]
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             max_steps=arguments.iterations + 1, max_epochs=-1, callbacks=[*cache, recorder], logger=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-            precision="bf16-mixed" if torch.cuda.is_available() else "32-true", devices=1,
+            precision="bf16-mixed" if on_gpu else "32-true", devices=1,
         )  # fmt: skip
         trainer.fit(module, datamodule=data)
     measured = recorder.iterations[1:]
@@ -75,44 +82,78 @@ def run(arm: str, arguments: argparse.Namespace, length: int) -> dict[str, Any]:
 
     seconds = {p: mean("seconds", p) for p in PHASES if any(p in i["seconds"] for i in measured)}
     tokens = {p: mean("tokens", p) for p in ("prefill", "decode", "update")}
-    return {"seconds": sum(seconds.values()), "phases": seconds, "tokens": tokens}
+    suffix = arguments.length if arm == "full" else arguments.suffix
+    trunk = arguments.prompt + arguments.length - suffix
+    operations = arguments.questions * work.update(trunk, suffix, arguments.group, arm != "rpo_plain_rows")
+    read = work.decoding(trunk, suffix, arguments.questions * arguments.group, 2 if on_gpu else 4)
+    return {
+        "seconds": sum(seconds.values()), "phases": seconds, "tokens": tokens,
+        "each": [sum(i["seconds"].values()) for i in measured],
+        "update_tflops": operations / seconds["update"] / 1e12, "decode_gbytes_per_s": read / seconds["decode"] / 1e9,
+    }  # fmt: skip
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """A Markdown table."""
-    phases = list(results["full"]["phases"])
-    phases += [p for p in results["rpo"]["phases"] if p not in phases]
-    head = ["arm", "decoded tokens", "tokens in the update", "seconds", *phases]
+    phases = [p for p in PHASES if any(p in result["phases"] for result in results.values())]
+    head = ["arm", "decoded tokens", "tokens in the update", "seconds", *phases, "update TFLOP/s", "decode GB/s"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for arm, result in results.items():
         cells = [f"{result['tokens']['decode']:,.0f}", f"{result['tokens']['update']:,.0f}", f"{result['seconds']:.2f}"]
         cells += [f"{result['phases'].get(p, 0.0):.2f}" for p in phases]
+        cells += [f"{result['update_tflops']:.3g}", f"{result['decode_gbytes_per_s']:.3g}"]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def allowed(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """What this GPU reaches at best, and the ratios that follow from it on paper."""
+    best = ceilings()
+    gpu = Gpu(torch.cuda.get_device_name(), best["bf16_tflops"] * 1e12, best["copy_gbytes_per_s"] * 1e9)
+    setting = Setting(
+        arguments.prompt, arguments.length, arguments.suffix, arguments.group, arguments.questions
+    )  # fmt: skip
+    return {"ceilings": best, "allowed": on_one_gpu(gpu, ModelWork.of(load_endless(arguments.model)[0]), setting)}
 
 
 def main() -> None:
     """Run the arms one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "models" / "smollm2-135m-instruct"))
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--suffix", type=int, default=64)
+    parser.add_argument("--group", type=int, default=6)
     parser.add_argument("--questions", type=int, default=1)
     parser.add_argument("--iterations", type=int, default=2)
-    parser.add_argument("--micro-batch-tokens", type=int, default=16384 if torch.cuda.is_available() else 8192)
+    parser.add_argument("--micro-batch-tokens", type=int, default=16384 if on_gpu else 8192)
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--engine", type=json.loads, default={}, help="VLLMEngine's settings as JSON")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--quick", action="store_true", help="responses of 256 tokens, one iteration")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "iteration.json")
     arguments = parser.parse_args()
-    length = 256 if arguments.quick else arguments.length
+    arguments.length = 256 if arguments.quick else arguments.length
     arguments.iterations = 1 if arguments.quick else arguments.iterations
     results = {}
-    for arm in ARMS:
-        results[arm] = run(arm, arguments, length)
+    for arm in arguments.arms:
+        results[arm] = run(arm, arguments)
         print(f"{arm}: {results[arm]}", flush=True)
-    setting = f"{length} tokens, suffixes of {arguments.suffix}, {arguments.questions} x G = {GROUP}"
-    ratio = results["full"]["seconds"] / results["rpo"]["seconds"]
-    print(f"\n{hardware()}; {setting}\n\n{table(results)}\n\nfull path over RPO: {ratio:.2f}\n")
-    record = {"hardware": hardware(), "setting": setting, **results, "ratio": ratio}
+    setting = (
+        f"{Path(arguments.model).name}, {arguments.prompt} + {arguments.length} tokens, suffixes of "
+        f"{arguments.suffix}, {arguments.questions} x G = {arguments.group}, passes of "
+        f"{arguments.micro_batch_tokens} tokens"
+        f"{', gradient checkpointing' if arguments.gradient_checkpointing else ''}"
+    )
+    print(f"\n{hardware()}; {setting}\n\n{table(results)}\n")
+    record: dict[str, Any] = {"hardware": hardware(), "setting": setting, **results}
+    if {"full", "rpo"} <= results.keys():
+        record["ratio"] = results["full"]["seconds"] / results["rpo"]["seconds"]
+        print(f"full path over RPO: {record['ratio']:.2f}\n")
+    if on_gpu:
+        record |= allowed(arguments)
+        print(f"the GPU's best: {record['ceilings']}\nratios that it allows: {record['allowed']}\n")
     if not arguments.quick:
         arguments.out.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record))

@@ -8,6 +8,7 @@ import os
 import platform
 import resource
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,30 @@ def hardware() -> str:
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     return f"{gpu}{model}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def ceilings(size: int = 8192, repetitions: int = 20) -> dict[str, float]:
+    """What the GPU reaches at best: bf16 products of random matrices in TFLOP/s, copies in GB/s read and written."""
+    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(2**30, dtype=torch.int32, device="cuda")
+    target = torch.empty_like(source)
+
+    def milliseconds(work: Callable[[], object]) -> float:
+        for _ in range(3):
+            work()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repetitions):
+            work()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / repetitions
+
+    product, copy = milliseconds(lambda: left @ right), milliseconds(lambda: target.copy_(source))
+    return {
+        "bf16_tflops": 2 * size**3 / product / 1e9,
+        "copy_gbytes_per_s": 2 * source.numel() * source.element_size() / copy / 1e6,
+    }
 
 
 class PeakMemory:

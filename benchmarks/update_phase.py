@@ -23,11 +23,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from machine import PeakMemory, hardware
+from machine import PeakMemory, ceilings, hardware
+from random_policy import load
+from work import ModelWork
 
 from rpo_lightning.logprobs import token_logprobs
 from rpo_lightning.objectives import DAPO
-from rpo_lightning.policies import load_policy
 from rpo_lightning.records import Completion, Group, Prompt, RolloutRequest
 from rpo_lightning.rows import RowCost, rows_of, shared_rows
 from rpo_lightning.shared_attention import IMPLEMENTATION
@@ -60,6 +61,8 @@ class Cell:
     max_logprob_diff: float
     max_grad_diff: float
     chosen_members_per_row: int
+    plain_tflops: float
+    shared_tflops: float
 
 
 def make_group(prefix: int, suffix: int, size: int, vocabulary: int) -> Group:
@@ -94,21 +97,6 @@ def run(
     return seconds, memory.bytes, {n: p.grad for n, p in policy.named_parameters()}, loss
 
 
-def work_ratio(policy: Any, trunk: int, suffix: int, size: int) -> float:
-    """Operations of plain over those of shared rows, forward and backward."""
-    config = policy.config
-    head = config.vocab_size * config.hidden_size
-    matrices = sum(p.numel() for p in policy.model.layers.parameters() if p.dim() > 1)
-    # A query-key pair, forward once and, as flash attention computes the scores again, two and a half times backward.
-    pair = 3.5 * 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-
-    def operations(tokens: int, pairs: float) -> float:
-        return 6 * matrices * tokens + 6 * head * size * suffix + pair * pairs
-
-    plain = operations(size * (trunk + suffix), size * (trunk + suffix) ** 2 / 2)
-    return plain / operations(trunk + size * suffix, trunk**2 / 2 + size * (suffix * trunk + suffix**2 / 2))
-
-
 def measure(
     policy: Any, prefix: int, suffix: int, size: int, repetitions: int, max_tokens: int, small_passes: bool
 ) -> Cell:
@@ -135,12 +123,13 @@ def measure(
         for cost in (RowCost(shares=False), RowCost()):
             batch = shared_rows(rows, 10**9, cost)
             computed.append(token_logprobs(policy, batch, 1.0, 0, policy.device).logprobs_BS)
+    plain_work, shared_work = (ModelWork.of(policy).update(trunk, suffix, size, share) for share in (False, True))
     automatic = PolicyLoss(policy, None, DAPO(), UpdateSettings("suffix", "group", 1.0, max_tokens, False), 0)
     chosen = max(len(row.members) for row in shared_rows(rows, max_tokens, automatic._row_cost))
     return Cell(
         prefix, suffix, size,
         token_ratio=size * (trunk + suffix) / (trunk + size * suffix),
-        work_ratio=work_ratio(policy, trunk, suffix, size),
+        work_ratio=plain_work / shared_work,
         time_ratio=median(seconds[False]) / median(seconds[True]),
         memory_ratio=median(memory[False]) / max(median(memory[True]), 1),
         plain_seconds=median(seconds[False]),
@@ -148,20 +137,29 @@ def measure(
         max_logprob_diff=(computed[0] - computed[1]).abs().max().item(),
         max_grad_diff=difference / largest,
         chosen_members_per_row=chosen,
+        plain_tflops=plain_work / median(seconds[False]) / 1e12,
+        shared_tflops=shared_work / median(seconds[True]) / 1e12,
     )  # fmt: skip
+
+
+def cell(text: str) -> tuple[int, int, int]:
+    """Read a cell's prefix, suffix and group size."""
+    prefix, suffix, group = (int(part) for part in text.split(","))
+    return prefix, suffix, group
 
 
 def table(cells: list[Cell]) -> str:
     """A Markdown table."""
     lines = [
         "| P | S | G | token ratio | work ratio | time ratio | of the work ratio | memory ratio | plain s | shared s | "
-        "log-prob diff | gradient diff | chosen per row |",
-        "|" + " --- |" * 13,
+        "log-prob diff | gradient diff | chosen per row | plain TFLOP/s | shared TFLOP/s |",
+        "|" + " --- |" * 15,
     ]
     lines += [
         f"| {c.prefix} | {c.suffix} | {c.group} | {c.token_ratio:.2f} | {c.work_ratio:.2f} | {c.time_ratio:.2f} | "
         f"{c.time_ratio / c.work_ratio:.2f} | {c.memory_ratio:.2f} | {c.plain_seconds:.2f} | {c.shared_seconds:.2f} | "
-        f"{c.max_logprob_diff:.1e} | {c.max_grad_diff:.1e} | {c.chosen_members_per_row} |"
+        f"{c.max_logprob_diff:.1e} | {c.max_grad_diff:.1e} | {c.chosen_members_per_row} | "
+        f"{c.plain_tflops:.3g} | {c.shared_tflops:.3g} |"
         for c in cells
     ]
     return "\n".join(lines)
@@ -175,13 +173,17 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if on_gpu else "float32")
     parser.add_argument("--micro-batch-tokens", type=int, default=16384 if on_gpu else 8192)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument(
+        "--cells", type=cell, nargs="+", metavar="P,S,G", help="prefix, suffix and group size; the table's if not given"
+    )
     parser.add_argument("--quick", action="store_true", help="three cells, one repetition")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "update_phase.json")
     arguments = parser.parse_args()
     repetitions = 1 if arguments.quick else arguments.repetitions
     measured: dict[str, list[Cell]] = {}
-    for name, cells in ((REASONER, REASONER_CELLS), (arguments.model, QUICK if arguments.quick else CELLS)):
-        policy: Any = load_policy(name)
+    large = arguments.cells or (QUICK if arguments.quick else CELLS)
+    for name, cells in ((REASONER, REASONER_CELLS), (arguments.model, large)):
+        policy: Any = load(name)[0]
         policy.to(device="cuda" if on_gpu else "cpu", dtype=getattr(torch, arguments.dtype))
         run(policy, make_group(64, 32, 2, policy.config.vocab_size), True, arguments.micro_batch_tokens)  # first touch
         measured[name] = []
@@ -199,7 +201,8 @@ def main() -> None:
     for name, of_model in measured.items():
         print(f"{Path(name).name}\n\n{table(of_model)}\n")
     record = {
-        "hardware": hardware(), "setting": setting, "cells": [asdict(c) for c in measured[arguments.model]],
+        "hardware": hardware(), "setting": setting, "ceilings": ceilings() if on_gpu else None,
+        "cells": [asdict(c) for c in measured[arguments.model]],
         "reasoner_cells": [asdict(c) for c in measured[REASONER]],
     }  # fmt: skip
     if not arguments.quick:

@@ -1,0 +1,47 @@
+"""Policies with random weights, by name: the size of a model that cannot be had here, and its speed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+from rpo_lightning.policies import load_policy, load_tokenizer
+
+PREFIX = "random:"
+# As DeepSeek-R1-Distill-Qwen-1.5B but for its tied embeddings, and one for trying a script.
+SIZES: dict[str, dict[str, Any]] = {
+    "qwen2-1.5b": {
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "vocab_size": 151_936, "max_position_embeddings": 32_768,
+    },
+    "qwen2-tiny": {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 41_000, "max_position_embeddings": 8_192,
+    },
+}  # fmt: skip
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """A policy in torch's default dtype and its tokenizer: ``random:`` and a size, or what users name.
+
+    Random ones are made on the GPU where there is one.
+    """
+    if not name.startswith(PREFIX):
+        return load_policy(name), load_tokenizer(name)
+    config = Qwen2Config(**SIZES[name.removeprefix(PREFIX)], tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        policy = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
+    return policy.train(), _words(config.vocab_size)
+
+
+def _words(size: int) -> PreTrainedTokenizerFast:
+    """Word ``w17`` is token 17, so that text and ids are each other's image."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="w0", pad_token="w0", bos_token="w1", eos_token="w2"
+    )

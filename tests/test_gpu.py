@@ -1,0 +1,171 @@
+"""What only a GPU can show; skipped elsewhere. ``make test-gpu``."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from rpo_lightning import ExperienceCacheCallback
+from rpo_lightning.cuts import AnchoredCut
+from rpo_lightning.engines import EngineContext, Sampling, VLLMEngine
+from rpo_lightning.objectives import DAPO
+from rpo_lightning.policies import load_policy
+from rpo_lightning.refresh import CorrectMemberRefresh
+
+from .conftest import REASONER, make_data, make_group, make_module, make_trainer
+from .test_shared_rows import gradient
+from .test_vllm_engine import change, differences, requests, untied
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def _exact_products(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+def grouped_heads():
+    """A small Qwen2 with six query heads on two of keys, of the usual size."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=512, hidden_size=384, intermediate_size=512, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config).train()
+
+
+def long_groups():
+    """Uneven groups after trunks of 301, 70 and 1 tokens."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count):
+        return tuple(torch.randint(3, 40, (count,), generator=generator).tolist())
+
+    return [
+        make_group([1.0, 0.0, 0.0, 1.0], [ids(n) for n in suffixes], ids(prompt), ids(prefix), uid=str(prompt))
+        for prompt, prefix, suffixes in ((21, 280, (5, 90, 1, 64)), (30, 40, (33, 2, 17, 130)), (1, 0, (8, 120, 7, 3)))
+    ]
+
+
+def flat(gradients):
+    return torch.cat([g.float().flatten() for g in gradients.values()])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("scope", ["suffix", "response"])
+@pytest.mark.parametrize("make", [grouped_heads, lambda: load_policy(REASONER)], ids=["grouped heads", "reasoner"])
+def test_packed_rows_are_as_exact_as_plain_rows_in_bf16(make, scope, checkpointing):
+    policy, batch = make().cuda(), long_groups()
+    exact, _ = gradient(policy, DAPO(), batch=batch, scope=scope, share_prefixes=False)
+    masked, _ = gradient(policy, DAPO(), batch=batch, scope=scope)
+    assert (flat(masked) - flat(exact)).norm() < 1e-4 * flat(exact).norm()  # fp32: SDPA with a mask
+    if checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        plain, _ = gradient(policy, DAPO(), batch=batch, scope=scope, share_prefixes=False)
+        packed, metrics = gradient(policy, DAPO(), batch=batch, scope=scope)
+        split, _ = gradient(policy, DAPO(), batch=batch, scope=scope, micro_batch_tokens=420)
+    assert metrics["tokens"] == 301 + 160 + 70 + 182 + 1 + 138  # every trunk once
+    rounding = (flat(plain) - flat(exact)).norm()
+    assert rounding > 0
+    for gradients in (packed, split):
+        assert (flat(gradients) - flat(exact)).norm() < 1.5 * rounding
+
+
+def test_packed_rows_continue_frozen_trunks_in_bf16():
+    policy, batch = grouped_heads().cuda(), long_groups()
+    exact, _ = gradient(policy, DAPO(), batch=batch, prefix_gradient=False)  # fp32: SDPA with a mask
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        packed, _ = gradient(policy, DAPO(), batch=batch, prefix_gradient=False)
+        plain, _ = gradient(policy, DAPO(), batch=batch, share_prefixes=False)
+    whole, _ = gradient(policy, DAPO(), batch=batch, share_prefixes=False)
+    rounding = (flat(plain) - flat(whole)).norm() / flat(whole).norm()
+    assert (flat(packed) - flat(exact)).norm() < 2 * rounding * flat(exact).norm()
+    assert (flat(exact) - flat(whole)).norm() > 10 * rounding * flat(whole).norm()  # it is another gradient
+
+
+@pytest.fixture
+def start(tokenizer):
+    engines = []
+
+    def start(policy, **settings):
+        engines.append(VLLMEngine(gpu_memory_utilization=0.2, options={"max_num_seqs": 32}, **settings))
+        engines[-1].attach(policy, tokenizer, EngineContext(max_length=512))
+        engines[-1].load_weights(policy, version=0)
+        return engines[-1]
+
+    yield start
+    for engine in engines:
+        engine.shutdown()
+
+
+def assert_in_sync(engine, policy, tokenizer):
+    """Log-probs as close to those of fp32 as a bf16 policy's are."""
+    asked = requests(tokenizer)
+    outputs = engine.generate(asked, Sampling(), seed=3)
+    rounded = copy.deepcopy(policy).cpu()
+    to_policy, to_exact = differences(asked, outputs, rounded, copy.deepcopy(rounded).float())
+    rounding = (to_policy - to_exact).abs().mean()
+    assert to_exact.abs().mean() < 2 * rounding
+    return to_exact.abs().mean() / rounding
+
+
+@pytest.mark.parametrize("variant", [lambda p: p, untied], ids=["tied", "untied"])
+@pytest.mark.parametrize("sleep_level", [0, 1, 2])
+def test_vllm_follows_the_policy_with_cuda_graphs_and_through_sleep(start, tokenizer, variant, sleep_level):
+    policy = variant(load_policy(REASONER)).bfloat16().cuda()
+    engine = start(policy, sleep_level=sleep_level)
+    assert_in_sync(engine, policy, tokenizer)
+    for version in (1, 2):
+        free = torch.cuda.mem_get_info()[0]
+        engine.sleep()
+        freed = torch.cuda.mem_get_info()[0] - free
+        assert (freed > 2**30) == (sleep_level > 0)
+        cpu = policy.cpu()
+        change(cpu, seed=version)
+        policy = cpu.cuda()
+        engine.load_weights(policy, version)
+        assert_in_sync(engine, policy, tokenizer)
+    engine.sleep()
+    if sleep_level == 2:
+        assert engine.weights_version is None
+        engine.load_weights(policy, version)
+    engine.wake()  # the same policy
+    assert_in_sync(engine, policy, tokenizer)
+
+
+def fit(folder, steps, checkpoint=None, engine=None, **trainer_settings):
+    module = make_module(engine=engine)
+    cache = ExperienceCacheCallback(AnchoredCut(), CorrectMemberRefresh(), initialisation="lazy")
+    saving = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1)
+    trainer = make_trainer(
+        folder, accelerator="gpu", precision="bf16-mixed", max_steps=steps, callbacks=[cache, saving],
+        **trainer_settings,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=make_data(), ckpt_path=checkpoint)
+    return trainer, module, cache
+
+
+def test_rpo_trains_on_vllm_in_mixed_precision_and_resumes(tmp_path):
+    def engine():
+        return VLLMEngine(gpu_memory_utilization=0.2, options={"max_num_seqs": 64})
+
+    trainer, module, cache = fit(tmp_path / "whole", 6, engine=engine())
+    assert 0 < trainer.callback_metrics["mismatch/logprob_mean"] < 0.05
+    assert any(entry.response is not None for entry in cache.cache)
+    checkpoint = next((tmp_path / "whole").glob("*step=4.ckpt"))
+    resumed, again, _ = fit(tmp_path / "resumed", 6, checkpoint, engine())
+    assert (resumed.global_step, again.iteration) == (6, module.iteration)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_makes_the_update_of_a_single_device(tmp_path, stage):
+    pytest.importorskip("deepspeed")
+    alone, _, _ = fit(tmp_path / "alone", 1)
+    sharded, _, _ = fit(tmp_path / "sharded", 1, strategy=f"deepspeed_stage_{stage}")
+    for name in ("loss/grad_norm", "reward/mean", "loss/entropy"):
+        assert sharded.callback_metrics[name] == pytest.approx(alone.callback_metrics[name], rel=0.1)
