@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from rpo_lightning.engines import GenerationRequest, Sampling, TransformersEngine
+from rpo_lightning.engines import GenerationRequest, Sampling, TransformersEngine, decode_attention
 from rpo_lightning.engines.growing_cache import growing_cache
 from rpo_lightning.engines.token_sampling import draw
 from rpo_lightning.errors import ConfigurationError, EngineError
@@ -53,6 +55,36 @@ def test_log_probs_stay_the_policys_under_top_p_and_top_k(engine, policy, tokeni
     completion = outputs[0][0]
     expected = reference_logprobs(policy, asked[0].token_ids + completion.token_ids, len(completion.token_ids))
     torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "rpo_shared_prefix", "eager"])
+def test_grouped_heads_decode_as_the_policy_computes_without_copies_of_keys(tokenizer, monkeypatch, attention):
+    torch.manual_seed(0)
+    policy = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.3,
+        )
+    )  # fmt: skip
+    policy.set_attn_implementation(attention)
+    engine = TransformersEngine()
+    engine.attach(policy, tokenizer)
+    engine.load_weights(policy, version=0)
+    heads = []
+
+    def note(query, key, *args, **kwargs):
+        heads.append((query.shape[1], key.shape[1]))
+        return scaled_dot_product_attention(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(decode_attention, "scaled_dot_product_attention", note)
+    asked = requests(tokenizer, samples=2, budget=40)  # of different lengths, so that there is a mask
+    for request, completions in zip(asked, engine.generate(asked, Sampling(), seed=1), strict=True):
+        for completion in completions:
+            row = request.token_ids + completion.token_ids
+            expected = reference_logprobs(policy, row, len(completion.token_ids))
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
+    assert set(heads) == (set() if attention == "eager" else {(2, 2)})
+    assert policy.config._attn_implementation == attention
 
 
 def test_sequences_end_at_the_end_token_or_at_their_own_budget(engine, tokenizer):

@@ -2,7 +2,8 @@
 
 It decodes with the policy itself, so there are no weights to copy. Each request's prompt and prefix
 are prefilled once and their keys and values repeated for the G samples; requests of different
-lengths share a batch (padded on the left); a sequence leaves the batch when it ends.
+lengths share a batch (padded on the left); a sequence leaves the batch when it ends. Grouped heads are
+decoded without copies of their keys and values.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.engines.base import EngineContext, GenerationRequest, RolloutEngine, Sampling
+from rpo_lightning.engines.decode_attention import decoding_attention
 from rpo_lightning.engines.growing_cache import growing_cache, select_sequences
 from rpo_lightning.engines.stop_tokens import stop_token_ids
 from rpo_lightning.engines.token_sampling import draw
@@ -210,7 +212,7 @@ def _inference(policy: PreTrainedModel) -> Iterator[None]:
     was_training = policy.training
     policy.eval()
     try:
-        with torch.no_grad(), whole_parameters(policy):
+        with torch.no_grad(), whole_parameters(policy), decoding_attention(policy):
             yield
     finally:
         policy.train(was_training)

@@ -42,6 +42,7 @@ LEARNING_RATE = 3e-3
 WARMUP_UPDATES = 50
 BATCH_OPERATIONS = 64 * 24
 EVALUATION_PROBLEMS = 256
+EVALUATE_EVERY = 20
 
 
 def make_tokenizer(operations: int = OPERATIONS) -> PreTrainedTokenizerFast:
@@ -138,11 +139,12 @@ class Teaching:
         """Teach until ``updates`` are made or the sampled accuracy is ``sufficient``."""
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
         name = "linear" if decays else "constant_with_warmup"
+        every = EVALUATE_EVERY if sufficient <= 1 else updates // 3  # only to be seen
         schedule = get_scheduler(name, optimizer, num_warmup_steps=WARMUP_UPDATES, num_training_steps=updates)
         for update in range(1, updates + 1):
             loss = self._update(optimizer, operations, left_out_share)
             schedule.step()
-            if update % 20 == 0:
+            if update % every == 0:
                 # Seeds beyond those of the shipped data sets, so that nothing evaluated later was seen here.
                 accuracy = sampled_accuracy(self.model, self.tokenizer, operations, seed=10_000 + self.update_count)
                 print(
