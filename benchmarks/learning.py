@@ -7,7 +7,8 @@ updates. Runs are appended to ``learning.jsonl`` as they end and are not repeate
 stopped and called again; ``--report`` makes the tables and pictures of what is there. ``--quick`` runs two arms
 for two updates and keeps nothing.
 
-Longer chains need a reasoner of their own (``make_reasoner --operations``), which is made in ``models/`` at first.
+Longer chains have reasoners of their own in ``reasoners/``, made from the shorter ones with ``make_reasoner
+--operations --start`` and rounded to bf16. At 800 tokens a run has half as many updates.
 "Seconds" are processor seconds of a one-thread process without its evaluations: other runs at the same time
 disturb them less than the clock. The last line is JSON.
 """
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,35 @@ from machine import hardware
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "benchmarks" / "learning.jsonl"
-UPDATES, EVALUATE_EVERY = 40, 10
-# Answers sampled together, of which an evaluation has many.
-EVALUATED_AT_ONCE = 512
-# Tokens of a chain: operations of a problem, the longest response, seeds.
-LENGTHS = {200: (24, 320, 5), 400: (50, 670, 3), 800: (100, 1340, 3)}
+EVALUATE_EVERY = 10
+
+
+@dataclass(frozen=True)
+class Length:
+    """Chains of about as many tokens.
+
+    Attributes:
+        policy: The reasoner that they are asked of.
+        operations: Of a problem.
+        longest: Tokens of a response at most.
+        seeds: Runs of an arm.
+        updates: Of a run.
+        at_once: Answers of an evaluation that are sampled together; more do not fit a CPU's cache.
+    """
+
+    policy: str
+    operations: int
+    longest: int
+    seeds: int
+    updates: int
+    at_once: int
+
+
+LENGTHS = {
+    200: Length("embedded:arithmetic-reasoner", 24, 320, 5, 40, 512),
+    400: Length(str(ROOT / "benchmarks" / "reasoners" / "operations-50"), 50, 670, 3, 40, 128),
+    800: Length(str(ROOT / "benchmarks" / "reasoners" / "operations-100"), 100, 1340, 3, 20, 64),
+}
 
 FULL_PATH = ["--cache=null"]
 LENGTH_AWARE = ['--model.rewards=[{"class_path": "LengthAwareAccuracyReward"}]']
@@ -69,38 +95,24 @@ ARMS: dict[str, list[str]] = {
 }
 
 
-def policy_for(length: int) -> str:
-    """The reasoner for chains of this length, made if it is not there."""
-    operations = LENGTHS[length][0]
-    if length == min(LENGTHS):
-        return "embedded:arithmetic-reasoner"
-    folder = ROOT / "models" / f"arithmetic-reasoner-{operations}"
-    if not folder.exists():
-        shorter = max(n for n in LENGTHS if n < length)
-        subprocess.run(
-            [sys.executable, "-m", "rpo_lightning.tasks.make_reasoner", f"--operations={operations}",
-             f"--start={policy_for(shorter)}", f"--out={folder}"], check=True,
-        )  # fmt: skip
-    return str(folder)
-
-
 def run(length: int, arm: str, seed: int, updates: int, problems: int) -> dict[str, Any]:
     """One run in a process of its own."""
-    operations, longest, _ = LENGTHS[length]
+    chains = LENGTHS[length]
     with tempfile.TemporaryDirectory() as folder:
         recorder = {"class_path": "learning_curve.CurveRecorder", "init_args": {"path": f"{folder}/curve.json"}}
         command = [
             sys.executable, "-m", "rpo_lightning", "fit", f"--config={ROOT}/configs/quickstart.yaml",
-            f"--model.policy={policy_for(length)}", f"--model.max_response_tokens={longest}", "--model.eval_samples=4",
-            f"--data.train.operations={operations}", f"--data.val.operations={operations}",
-            f"--data.val.size={problems}",
-            "--model.engine=TransformersEngine", f"--model.engine.max_sequences={EVALUATED_AT_ONCE}",
+            f"--model.policy={chains.policy}", f"--model.max_response_tokens={chains.longest}",
+            "--model.eval_samples=4", f"--data.train.operations={chains.operations}",
+            f"--data.val.operations={chains.operations}", f"--data.val.size={problems}",
+            "--model.engine=TransformersEngine", f"--model.engine.max_sequences={chains.at_once}",
             f"--seed_everything={seed}", f"--trainer.max_steps={updates}", "--trainer.enable_progress_bar=false",
             f"--trainer.val_check_interval={EVALUATE_EVERY}", f"--trainer.logger.init_args.save_dir={folder}",
             f"--trainer.callbacks=[{json.dumps(recorder)}]", "--completions.every_n_batches=1000",
-            *(o.replace("{quarter}", str(longest // 4)) for o in ARMS[arm]),
+            *(o.replace("{quarter}", str(chains.longest // 4)) for o in ARMS[arm]),
         ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmarks")}
+        paths = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])  # this tree's package, whatever is installed
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise SystemExit(f"{arm}, seed {seed}: failed\n{done.stderr[-2000:]}")
@@ -117,11 +129,10 @@ def run_missing(lengths: list[int], arms: list[str], processes: int) -> None:
     """Run what has not been run yet, first seeds first."""
     there = {(r["length"], r["arm"], r["seed"]) for r in recorded()}
     for length in lengths:
-        policy_for(length)
-        seeds = range(LENGTHS[length][2])
+        seeds = range(LENGTHS[length].seeds)
         wanted = [(length, arm, seed) for seed in seeds for arm in arms if (length, arm, seed) not in there]
         with ThreadPoolExecutor(processes) as pool:
-            for future in [pool.submit(run, *key, UPDATES, 128) for key in wanted]:
+            for future in [pool.submit(run, *key, LENGTHS[length].updates, 128) for key in wanted]:
                 result = future.result()
                 with RUNS.open("a") as file:
                     file.write(json.dumps(result) + "\n")

@@ -4,6 +4,8 @@ Two kernel calls a layer serve a whole micro-batch, however many rows and suffix
 trunk and every suffix attends causally to itself; in the second all suffixes of a row together attend to their
 trunk. Where both meet they are merged by their log-sum-exps, as in ``suffix_attention``: nothing is padded, no
 trunk is copied for its suffixes, and no score is computed that a mask would throw away.
+
+The kernels are torch's own, called as torch calls them but not by a public name; ``flash_support`` tries them first.
 """
 
 from __future__ import annotations
@@ -19,10 +21,6 @@ from torch.autograd.function import once_differentiable
 
 from rpo_lightning.rows import RowShape
 from rpo_lightning.suffix_attention import merge
-
-# What the kernels take.
-_DTYPES = (torch.float16, torch.bfloat16)
-_LARGEST_HEAD = 256
 
 
 @dataclass(frozen=True)
@@ -103,12 +101,6 @@ class PackedRows:
             return cls(own, None)
         lengths = [len(x) for x in suffixes], [len(x) for x in trunks]
         return cls(own, Sequences.of(*lengths, device, torch.cat(suffixes), torch.cat(trunks)))
-
-
-def takes(query: Tensor) -> bool:
-    """Whether there are kernels for such queries."""
-    size = query.shape[-1]
-    return query.is_cuda and query.dtype in _DTYPES and size % 8 == 0 and size <= _LARGEST_HEAD
 
 
 def packed_attention(

@@ -29,7 +29,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from rpo_lightning.packed_attention import PackedRows, packed_attention, takes
+from rpo_lightning.flash_support import takes
+from rpo_lightning.packed_attention import PackedRows, packed_attention
 from rpo_lightning.rows import RowShape
 from rpo_lightning.suffix_attention import SuffixAttention
 
@@ -156,7 +157,7 @@ def shared_prefix_attention(
     if freeze_into is not None:
         freeze_into[layer] = (key.detach(), value.detach())
     frozen = None if frozen_trunks is None else frozen_trunks[layer]
-    if takes(query):
+    if takes(query, key):
         return packed_attention(query, key, value, shared_layout.packed, scaling, frozen), None
     pieces = [piece for span in shared_layout.spans for piece in _row(query, key, value, span, scaling, frozen)]
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None

@@ -12,6 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from rpo_lightning import ExperienceCacheCallback
 from rpo_lightning.cuts import AnchoredCut
 from rpo_lightning.engines import EngineContext, Sampling, VLLMEngine
+from rpo_lightning.flash_support import kernels_agree
 from rpo_lightning.objectives import DAPO
 from rpo_lightning.policies import load_policy
 from rpo_lightning.refresh import CorrectMemberRefresh
@@ -53,6 +54,12 @@ def long_groups():
 
 def flat(gradients):
     return torch.cat([g.float().flatten() for g in gradients.values()])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(9, 3, 64), (12, 2, 128), (3, 3, 32)])
+def test_torchs_kernels_pass_the_trial(dtype, heads, key_heads, size):
+    assert kernels_agree(torch.device("cuda", 0), dtype, heads, key_heads, size)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

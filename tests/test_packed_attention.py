@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
-from rpo_lightning import packed_attention, shared_attention
+from rpo_lightning import flash_support, packed_attention, shared_attention
 from rpo_lightning.objectives import DAPO
 from rpo_lightning.packed_attention import PackedRows
 from rpo_lightning.rows import RowShape
@@ -74,7 +75,7 @@ def packed(monkeypatch):
 
     monkeypatch.setattr(packed_attention, "_attend", attend)
     monkeypatch.setattr(packed_attention, "_attend_backward", dense_attend_backward)
-    monkeypatch.setattr(shared_attention, "takes", lambda query: True)
+    monkeypatch.setattr(shared_attention, "takes", lambda query, key: True)
     return calls
 
 
@@ -122,3 +123,56 @@ def test_rows_are_packed_as_the_sequences_they_consist_of():
     assert rows.shared.key_index.tolist() == [0, 1, 3]
     assert not rows.shared.causal
     assert PackedRows.of([RowShape(0, 5, ())], torch.device("cpu")).shared is None
+
+
+def agree():
+    return flash_support.kernels_agree.__wrapped__(torch.device("cpu"), torch.bfloat16, 6, 2, 16)
+
+
+def test_kernels_are_tried_before_their_first_use(packed, caplog):
+    state = torch.get_rng_state()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert agree()
+    assert len(packed) == 2
+    assert not caplog.records
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def top_left(q, k, v, sequences, scale):
+    """A kernel whose first query sees the first key only, as torch's SDPA has it."""
+    if not sequences.causal:
+        return dense_attend(q, k, v, sequences, scale)
+    pairs = torch.stack([sequences.query_bounds.diff(), sequences.key_bounds.diff()]).amin(0)
+    kept = torch.cat([first + torch.arange(n) for first, n in zip(sequences.key_bounds, pairs, strict=False)])
+    keys = kept if sequences.key_index is None else sequences.key_index[kept]
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int32), pairs.cumsum(0).int()])
+    return dense_attend(
+        q, k, v, replace(sequences, key_index=keys, key_bounds=bounds, most_keys=int(pairs.max())), scale
+    )
+
+
+def without_trunks(*arguments):
+    """A backward pass that leaves the keys' gradients out where suffixes share them."""
+    of_queries, of_keys, of_values = dense_attend_backward(*arguments)
+    return of_queries, of_keys * float(arguments[6].causal), of_values
+
+
+def missing(*arguments):
+    raise RuntimeError("no such operator")
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "reason"),
+    [
+        ("_attend", top_left, "off by"),
+        ("_attend_backward", without_trunks, "off by"),
+        ("_attend", missing, "no such operator"),
+    ],
+)
+def test_kernels_that_compute_something_else_are_not_used_and_a_warning_says_why(
+    packed, monkeypatch, caplog, name, kernel, reason
+):
+    monkeypatch.setattr(packed_attention, name, kernel)
+    assert not agree()
+    assert len(caplog.records) == 1
+    assert reason in caplog.text
