@@ -3,11 +3,11 @@
 ``python benchmarks/versus_trl.py`` (needs ``make smollm2``) makes an environment with TRL's newest release
 and the torch and transformers of ``constraints.txt``, and trains SmolLM2-135M in fp32 on the same questions with
 the same G, response length, loss (DAPO's token mean), optimizer and no gradient checkpointing: TRL with its
-transformers generation; rpo-lightning's full path on ``TransformersEngine``; and RPO, which keeps all but
-``--suffix`` tokens. rpo-lightning trains on ``--rows`` responses in one pass (as a budget of tokens), TRL on its
-whole batch, as it does by default, and in a second arm on as few. Each arm is a process of its own. Seconds are means
-over the steps after the first; memory is what the process held at most beyond its imports: weights, gradients,
-optimizer state, activations.
+transformers generation; rpo-lightning's full path and RPO, which keeps all but ``--suffix`` tokens, each on
+``TransformersEngine`` and on vLLM, which runs on CPUs here too. rpo-lightning trains on ``--rows`` responses in
+one pass (as a budget of tokens), TRL on its whole batch, as it does by default, and in a second arm on as few. Each
+arm is a process of its own. Seconds are means over the steps after the first; memory is what the process held at
+most beyond its imports: weights, gradients, optimizer state, activations, and vLLM with its copy of the weights.
 
 Before that, both make one step on the same responses (TRL's own, of different lengths): loss and gradient
 norm must agree. The last line is JSON. ``--quick`` takes responses of 64 tokens and two steps.
@@ -37,12 +37,19 @@ from text_reward import text_reward
 from rpo_lightning import RPODataModule, RPOModule
 from rpo_lightning.engines.base import EngineContext, GenerationRequest, RolloutEngine, Sampling
 from rpo_lightning.engines.transformers_engine import TransformersEngine
+from rpo_lightning.engines.vllm_engine import VLLMEngine
 from rpo_lightning.policies import load_policy, load_tokenizer
 from rpo_lightning.records import Completion
 from rpo_lightning.rewards import ExactMatchVerifier, FunctionReward
 
 ROOT = Path(__file__).parents[1]
 PROMPT = 64
+OURS = (
+    ("rpo-lightning, full path", "full", "transformers"),
+    ("rpo-lightning, full path on vLLM", "full", "vllm"),
+    ("rpo-lightning, RPO", "rpo", "transformers"),
+    ("rpo-lightning, RPO on vLLM", "rpo", "vllm"),
+)
 # Hardly ever sampled: responses have the length that is measured. And common words, to end at.
 NEVER, COMMON = [3], [28, 30, 284, 198]
 
@@ -110,7 +117,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
     policy.float()
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(settings["end_ids"][0])
     policy.generation_config.eos_token_id = settings["end_ids"]
-    engine: RolloutEngine = TransformersEngine()
+    engine: RolloutEngine = VLLMEngine() if settings.get("engine") == "vllm" else TransformersEngine()
     if check:
         replies: dict[tuple[int, ...], list[list[int]]] = {}
         for prompt_ids, ids in zip(settings["prompt_ids"], settings["completion_ids"], strict=True):
@@ -231,18 +238,20 @@ def main() -> None:
             name: run(trl, "trl_arm.py", {**settings, "arm": "trl", "rows": rows}, folder)
             for name, rows in (("TRL", whole), (f"TRL, {arguments.rows} rows a pass", arguments.rows))
         }
-        for name, arm in (("rpo-lightning, full path", "full"), ("rpo-lightning, RPO", "rpo")):
-            arms[name] = run(here, "versus_trl.py", {**settings, "arm": arm}, folder)
+        for name, arm, engine in OURS:
+            arms[name] = run(here, "versus_trl.py", {**settings, "arm": arm, "engine": engine}, folder)
     version = subprocess.run(
         [str(trl), "-c", "import trl; print(trl.__version__)"], capture_output=True, text=True, check=True
     )
-    theirs, in_parts, full, rpo = arms.values()
+    theirs, in_parts, full, full_on_vllm, rpo, rpo_on_vllm = arms.values()
     shape = f"{arguments.questions} x G = {arguments.group}, {length} tokens, suffixes of {suffix}, fp32"
     setting = f"TRL {version.stdout.strip()}; {shape}"
     record = {
         "hardware": hardware(), "setting": setting, "first_step": first, "first_loss_diff": first["first_loss_diff"],
         "arms": {n: {k: arm[k] for k in ("seconds", "peak_bytes")} for n, arm in arms.items()},
         "time_ratio_full": theirs["seconds"] / full["seconds"], "time_ratio_rpo": theirs["seconds"] / rpo["seconds"],
+        "time_ratio_full_vllm": theirs["seconds"] / full_on_vllm["seconds"],
+        "time_ratio_rpo_vllm": theirs["seconds"] / rpo_on_vllm["seconds"],
         "memory_ratio_full": full["peak_bytes"] / theirs["peak_bytes"],
         "time_ratio_full_equal_rows": in_parts["seconds"] / full["seconds"],
         "memory_ratio_full_equal_rows": full["peak_bytes"] / in_parts["peak_bytes"],

@@ -13,12 +13,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
-from rpo_lightning import RPODataModule, RPOModule
+from rpo_lightning import RPODataModule, RPOModule, packed_attention, shared_attention
 from rpo_lightning.cache import ExperienceCache
 from rpo_lightning.policies import load_policy, load_tokenizer
 from rpo_lightning.records import Completion, Group, Prompt, RolloutRequest, Sample
 from rpo_lightning.rewards import AccuracyReward, ExactMatchVerifier
 from rpo_lightning.tasks.arithmetic import ArithmeticChain
+
+from .dense_kernels import dense_attend, dense_attend_backward
 
 REASONER = "embedded:arithmetic-reasoner"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -51,6 +53,21 @@ def exact_policy():
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return Starcoder2ForCausalLM(config).double()
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """Packed rows wherever rows are shared, computed densely; counts the calls of the kernel."""
+    calls = []
+
+    def attend(q, k, v, sequences, scale):
+        calls.append(sequences)
+        return dense_attend(q, k, v, sequences, scale)
+
+    monkeypatch.setattr(packed_attention, "_attend", attend)
+    monkeypatch.setattr(packed_attention, "_attend_backward", dense_attend_backward)
+    monkeypatch.setattr(shared_attention, "takes", lambda query, key: True)
+    return calls
 
 
 def make_group(

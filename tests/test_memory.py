@@ -66,8 +66,8 @@ def saved_bytes(model, batch, mixed: bool) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def estimated_saved(shape: ModelShape, plan: Plan, tokens: int, scored: int) -> float:
-    plan = replace(plan, micro_batch_tokens=tokens, prompt_tokens=1, response_tokens=1, on_gpu=False)
+def estimated_saved(shape: ModelShape, plan: Plan, tokens: int, scored: int, on_gpu: bool = False) -> float:
+    plan = replace(plan, micro_batch_tokens=tokens, prompt_tokens=1, response_tokens=1, on_gpu=on_gpu)
     kept = next(part for part in activation_parts(shape, plan) if part.name == "activations kept")
     return kept.backward + saved_by_head_bytes(shape, plan, scored)
 
@@ -91,6 +91,17 @@ def test_activations_of_shared_rows_are_within_a_tenth_of_what_autograd_saves(pr
     saved = saved_bytes(model, SHARED, precision is Precision.MIXED)
     expected = estimated_saved(shape_of(model), Plan(precision=precision), tokens=len(SHARED[0]), scored=6 * 29)
     assert expected == pytest.approx(saved, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", [Precision.MIXED, Precision.HALF])
+def test_activations_of_rows_packed_for_a_gpu_are_within_a_twentieth_of_what_autograd_saves(precision, packed):
+    model = small(dtype=torch.bfloat16 if precision is Precision.HALF else torch.float32)
+    row_cost(model, shares=True, full_logits=False)
+    packed.clear()
+    saved = saved_bytes(model, SHARED, precision is Precision.MIXED)
+    assert packed
+    expected = estimated_saved(shape_of(model), Plan(precision=precision), len(SHARED[0]), scored=6 * 29, on_gpu=True)
+    assert expected == pytest.approx(saved, rel=0.05)
 
 
 @pytest.mark.parametrize("precision", [Precision.FULL, Precision.MIXED, Precision.HALF])
