@@ -19,6 +19,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from random_policy import make
 from work import ModelWork
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +51,7 @@ class Model:
 
 
 GPUS = (Gpu("H20", 148e12, 4.0e12), Gpu("H100", 989e12, 3.35e12))
+H200 = Gpu("H200", 989e12, 4.8e12)
 MODELS = (
     Model("1.5B", 1.54e9, 2 * 28 * 2 * 128 * 2, 2689.5, ((300, 145.9), (500, 158.4), (800, 382.2)), 9.2),
     Model("7B", 7.07e9, 2 * 28 * 4 * 128 * 2, 2457.9, ((300, 147.1), (500, 168.2), (800, 397.9)), 3.6),
@@ -140,6 +142,18 @@ def on_one_gpu(gpu: Gpu, work: ModelWork, setting: Setting) -> dict[str, float]:
     return {"full_over_rpo": full / rpo, "full_over_rpo_plain_rows": full / plain, "plain_over_shared": plain / rpo}
 
 
+def one_gpu_settings() -> list[dict[str, object]]:
+    """What one GPU allows with the paper's lengths at L = 300: 150 + 2543 + 146 tokens, 16 questions at a time."""
+    rows: list[dict[str, object]] = []
+    for size in ("qwen2-1.5b", "qwen2-7b"):
+        work = ModelWork.of(make(size, "meta"))
+        for gpu in (GPUS[1], H200):
+            for group in (6, 16):
+                ratios = on_one_gpu(gpu, work, Setting(PROMPT, 2689, 146, group, 16))
+                rows.append({"model": size, "gpu": gpu.name, "G": group, **ratios})
+    return rows
+
+
 def check(measured: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
     """Predict the shared update of ``iteration.json`` from its two plain ones.
 
@@ -177,7 +191,9 @@ def main() -> None:
     assumed = f"training at {TRAIN_EFFICIENCY:.0%} and prefill at {PREFILL_EFFICIENCY:.0%} of the peak, decoding at "
     assumed += f"{BANDWIDTH_EFFICIENCY:.0%} of the bandwidth, {CONCURRENT} sequences at once"
     print(f"predicted, not measured; assumed: {assumed}\n\n{table(rows)}\n")
-    record: dict[str, object] = {"gpus": [asdict(g) for g in GPUS], "predictions": rows}
+    one_gpu = one_gpu_settings()
+    print(f"one GPU, training and prefill at half the peak, decoding at the memory's speed\n\n{table(one_gpu)}\n")
+    record: dict[str, object] = {"gpus": [asdict(g) for g in GPUS], "predictions": rows, "one_gpu": one_gpu}
     if arguments.iteration.exists():
         record["check"] = check(json.loads(arguments.iteration.read_text()))
         print(f"against {arguments.iteration.name}: {record['check']}\n")

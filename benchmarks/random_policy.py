@@ -11,17 +11,29 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 from rpo_lightning.policies import load_policy, load_tokenizer
 
 PREFIX = "random:"
-# As DeepSeek-R1-Distill-Qwen-1.5B but for its tied embeddings, and one for trying a script.
+# As DeepSeek-R1-Distill-Qwen-1.5B and -7B but for tied embeddings, and one for trying a script.
 SIZES: dict[str, dict[str, Any]] = {
     "qwen2-1.5b": {
         "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
         "num_key_value_heads": 2, "vocab_size": 151_936, "max_position_embeddings": 32_768,
+    },
+    "qwen2-7b": {
+        "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152_064, "max_position_embeddings": 32_768,
     },
     "qwen2-tiny": {
         "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 41_000, "max_position_embeddings": 8_192,
     },
 }  # fmt: skip
+
+
+def make(size: str, device: str) -> Any:
+    """A policy of one of the sizes, with random weights; on ``meta`` without weights."""
+    config = Qwen2Config(**SIZES[size], tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype()).train()
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -31,11 +43,8 @@ def load(name: str) -> tuple[Any, Any]:
     """
     if not name.startswith(PREFIX):
         return load_policy(name), load_tokenizer(name)
-    config = Qwen2Config(**SIZES[name.removeprefix(PREFIX)], tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        policy = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
-    return policy.train(), _words(config.vocab_size)
+    policy = make(name.removeprefix(PREFIX), "cuda" if torch.cuda.is_available() else "cpu")
+    return policy, _words(policy.config.vocab_size)
 
 
 def _words(size: int) -> PreTrainedTokenizerFast:
