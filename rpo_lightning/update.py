@@ -183,11 +183,12 @@ class PolicyLoss:
         device = computed.logprobs_BS.device
         lengths_B = torch.tensor([lengths[r.group, r.member] for r in rows])
         mask_BS = computed.mask_BS & (lengths_B > 0).to(device)[:, None]
-        old_BS = computed.logprobs_BS.detach().clone()
-        for i, row in enumerate(rows):
-            frozen = groups[row.group].old_logprobs
-            if frozen is not None:
-                old_BS[i, old_BS.shape[1] - row.scope_length :] = old_BS.new_tensor(frozen[row.member])
+        old_BS = computed.logprobs_BS.detach()
+        frozen = [groups[row.group].old_logprobs for row in rows]
+        if any(of_group is not None for of_group in frozen):
+            known = [of_group[row.member] if of_group else () for of_group, row in zip(frozen, rows, strict=True)]
+            frozen_BS, known_BS = _right_aligned(known, old_BS)
+            old_BS = torch.where(known_BS, frozen_BS, old_BS)
         importance_BS = self._importance(groups, rows, old_BS, mask_BS, mismatch)
         weights_B = self.objective.sequence_weights(lengths_B, float(totals[0]), float(totals[1]))
         inputs = LossInputs(
@@ -207,13 +208,10 @@ class PolicyLoss:
         """Compare with the engine's log-probs, which exist for sampled tokens only; weights of the loss tokens."""
         if self.settings.importance_correction is None:
             return None
-        engine_BS, sampled_BS = old_BS.clone(), torch.zeros_like(mask_BS)
-        for i, row in enumerate(rows):
-            logprobs = groups[row.group].completions[row.member].logprobs
-            engine_BS[i, old_BS.shape[1] - len(logprobs) :] = old_BS.new_tensor(logprobs)
-            sampled_BS[i, old_BS.shape[1] - len(logprobs) :] = True
+        logprobs = [groups[row.group].completions[row.member].logprobs for row in rows]
+        engine_BS, sampled_BS = _right_aligned(logprobs, old_BS)
         sampled_BS &= mask_BS
-        difference_BS = (old_BS - engine_BS) * sampled_BS
+        difference_BS = torch.where(sampled_BS, old_BS - engine_BS, 0.0)
         mismatch.add(difference_BS, sampled_BS)
         return self.settings.importance_correction.weights(difference_BS, sampled_BS)
 
@@ -231,6 +229,15 @@ class PolicyLoss:
     def _loss_length(self, groups: Sequence[Group], row: Row) -> int:
         finished = groups[row.group].completions[row.member].finished
         return 0 if self.settings.mask_truncated and not finished else row.scope_length
+
+
+def _right_aligned(rows: Sequence[Sequence[float]], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers at the ends of the rows of a tensor like another, and where they are; made where lists are, sent once."""
+    values_BS, mask_BS = torch.zeros(like.shape, dtype=like.dtype), torch.zeros(like.shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        start = like.shape[1] - len(row)
+        values_BS[i, start:], mask_BS[i, start:] = torch.tensor(row, dtype=like.dtype), True
+    return values_BS.to(like.device), mask_BS.to(like.device)
 
 
 def _without_trunk_gradient(cost: RowCost) -> RowCost:
