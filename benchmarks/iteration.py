@@ -4,7 +4,8 @@
 questions (prompts of 64 tokens) with G = 6: full-path responses of 1,024 tokens, and RPO that keeps all but
 64 tokens of such responses; every size is an option. ``rpo_plain_rows`` is the published way, in which every
 response is trained on with its whole prefix. On a CPU rows of their own pass one by one in the update, which is
-faster than several at once. Seconds and tokens of every phase are means over the iterations after the first.
+faster than several at once. Each arm is a process of its own. Seconds and tokens of every phase are means over the
+iterations after the first.
 The cache is filled by hand: its cost is one full path a question and not part of an iteration.
 
 On a GPU the update's operations (``work.py``; nothing recomputed is counted) and the bytes that decoding
@@ -17,6 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +141,9 @@ def main() -> None:
     arguments.iterations = 1 if arguments.quick else arguments.iterations
     results = {}
     for arm in arguments.arms:
-        results[arm] = run(arm, arguments)
+        # In a process of its own: a GPU's memory is free again after it, and vLLM sleeps once a process.
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            results[arm] = process.submit(run, arm, arguments).result()
         print(f"{arm}: {results[arm]}", flush=True)
     setting = (
         f"{Path(arguments.model).name}, {arguments.prompt} + {arguments.length} tokens, suffixes of "

@@ -48,9 +48,12 @@ def load(name: str) -> tuple[Any, Any]:
 
 
 def _words(size: int) -> PreTrainedTokenizerFast:
-    """Word ``w17`` is token 17, so that text and ids are each other's image."""
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    """Word ``<17>`` is token 17, so that text and ids are each other's image."""
+    tokenizer = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(size)}, unk_token="<0>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="w0", pad_token="w0", bos_token="w1", eos_token="w2"
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<0>", pad_token="<0>", bos_token="<1>", eos_token="<2>"
     )
+    ids = [100, 200, 1000, size - 1]
+    assert words(words.decode(ids))["input_ids"] == ids
+    return words

@@ -151,7 +151,8 @@ def main() -> None:
     context = EngineContext(max_length=PROMPT + max(sum(c) for c in arguments.cells), dtype=policy.dtype)
     results, sync = [], None
     for name in arguments.engines:
-        engine = VLLMEngine(**arguments.engine) if name == "vllm" else TransformersEngine()
+        at_once = arguments.groups * arguments.group
+        engine = VLLMEngine(**arguments.engine) if name == "vllm" else TransformersEngine(at_once)
         engine.attach(policy, tokenizer, context)
         engine.load_weights(policy, 0)
         # Compilation and first touches are no part of what is measured.

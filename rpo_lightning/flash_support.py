@@ -26,9 +26,11 @@ _TRIAL = (RowShape(3, 2, (4, 7)), RowShape(0, 5, (6,)), RowShape(2, 1, (1, 3, 2)
 _TRIAL_ERROR = 0.05
 
 
-def takes(query: Tensor, key: Tensor) -> bool:
-    """Whether there are kernels for such queries and keys, and they compute what they should."""
+def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether there are kernels for such queries, keys and values, and they compute what they should."""
     size = query.shape[-1]
+    if value.shape[-1] != size:
+        return False
     if not (query.is_cuda and torch.version.cuda) or query.dtype not in _DTYPES or size % 8 or size > _LARGEST_HEAD:
         return False
     if torch.cuda.get_device_capability(query.device) < _OLDEST_CAPABILITY:
@@ -39,10 +41,24 @@ def takes(query: Tensor, key: Tensor) -> bool:
 @lru_cache
 def kernels_agree(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> bool:
     """Whether the kernels compute what attention with a mask does on a few tokens; warns if not."""
+
+    def unchanged(tensor: Tensor) -> Tensor:
+        return tensor
+
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        # Asked within a model's forward pass, of which autocast, default devices and what a checkpointed layer notes
+        # as saved are no business of the trial's.
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+            torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged),
+            torch.device("cpu"),
+        ):
             error = _trial_error(device, dtype, heads, key_heads, size)
         problem = None if error < _TRIAL_ERROR else f"a trial is off by {error:.2g}"
+    except torch.OutOfMemoryError:
+        raise  # which says nothing of the kernels
     except (RuntimeError, TypeError, AttributeError) as failure:
         problem = f"a trial failed ({' '.join(str(failure).split())[:200]})"
     if problem is not None:

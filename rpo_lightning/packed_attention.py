@@ -87,8 +87,8 @@ class PackedRows:
         suffixes: list[Tensor] = []
         trunks: list[Tensor] = []
         for shape, frozen_start, start in zip(shapes, frozen_starts, starts, strict=False):
-            frozen = torch.arange(frozen_start, frozen_start + shape.frozen)
-            computed = torch.arange(start, start + len(shape))
+            frozen = torch.arange(frozen_start, frozen_start + shape.frozen, device="cpu")
+            computed = torch.arange(start, start + len(shape), device="cpu")
             parts = [shape.trunk, *shape.suffixes] if shape.branches else [len(shape)]
             queries += parts
             keys += [shape.frozen + parts[0], *parts[1:]]

@@ -157,7 +157,7 @@ def shared_prefix_attention(
     if freeze_into is not None:
         freeze_into[layer] = (key.detach(), value.detach())
     frozen = None if frozen_trunks is None else frozen_trunks[layer]
-    if takes(query, key):
+    if takes(query, key, value):
         return packed_attention(query, key, value, shared_layout.packed, scaling, frozen), None
     pieces = [piece for span in shared_layout.spans for piece in _row(query, key, value, span, scaling, frozen)]
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None

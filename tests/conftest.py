@@ -66,7 +66,7 @@ def packed(monkeypatch):
 
     monkeypatch.setattr(packed_attention, "_attend", attend)
     monkeypatch.setattr(packed_attention, "_attend_backward", dense_attend_backward)
-    monkeypatch.setattr(shared_attention, "takes", lambda query, key: True)
+    monkeypatch.setattr(shared_attention, "takes", lambda *_: True)
     return calls
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from rpo_lightning import ExperienceCacheCallback
+from rpo_lightning import ExperienceCacheCallback, packed_attention
 from rpo_lightning.cuts import AnchoredCut
-from rpo_lightning.engines import EngineContext, Sampling, VLLMEngine
+from rpo_lightning.engines import VLLMEngine
 from rpo_lightning.flash_support import kernels_agree
 from rpo_lightning.objectives import DAPO
 from rpo_lightning.policies import load_policy
@@ -19,14 +21,30 @@ from rpo_lightning.refresh import CorrectMemberRefresh
 
 from .conftest import REASONER, make_data, make_group, make_module, make_trainer
 from .test_shared_rows import gradient
-from .test_vllm_engine import change, differences, requests, untied
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(autouse=True)
-def _exact_products(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def _exact_products():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """Calls of the kernels, which are tried anew."""
+    calls, attend = [], packed_attention._attend
+
+    def note(q, k, v, sequences, scale):
+        calls.append(sequences)
+        return attend(q, k, v, sequences, scale)
+
+    monkeypatch.setattr(packed_attention, "_attend", note)
+    kernels_agree.cache_clear()
+    return calls
 
 
 def grouped_heads():
@@ -59,17 +77,20 @@ def flat(gradients):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(9, 3, 64), (12, 2, 128), (3, 3, 32)])
 def test_torchs_kernels_pass_the_trial(dtype, heads, key_heads, size):
-    assert kernels_agree(torch.device("cuda", 0), dtype, heads, key_heads, size)
+    kernels_agree.cache_clear()
+    with torch.device("cuda"):
+        assert kernels_agree(torch.device("cuda", 0), dtype, heads, key_heads, size)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("scope", ["suffix", "response"])
 @pytest.mark.parametrize("make", [grouped_heads, lambda: load_policy(REASONER)], ids=["grouped heads", "reasoner"])
-def test_packed_rows_are_as_exact_as_plain_rows_in_bf16(make, scope, checkpointing):
+def test_packed_rows_are_as_exact_as_plain_rows_in_bf16(make, scope, checkpointing, kernel_calls):
     policy, batch = make().cuda(), long_groups()
     exact, _ = gradient(policy, DAPO(), batch=batch, scope=scope, share_prefixes=False)
     masked, _ = gradient(policy, DAPO(), batch=batch, scope=scope)
     assert (flat(masked) - flat(exact)).norm() < 1e-4 * flat(exact).norm()  # fp32: SDPA with a mask
+    assert not kernel_calls
     if checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -77,72 +98,32 @@ def test_packed_rows_are_as_exact_as_plain_rows_in_bf16(make, scope, checkpointi
         packed, metrics = gradient(policy, DAPO(), batch=batch, scope=scope)
         split, _ = gradient(policy, DAPO(), batch=batch, scope=scope, micro_batch_tokens=420)
     assert metrics["tokens"] == 301 + 160 + 70 + 182 + 1 + 138  # every trunk once
+    assert kernel_calls
     rounding = (flat(plain) - flat(exact)).norm()
     assert rounding > 0
     for gradients in (packed, split):
         assert (flat(gradients) - flat(exact)).norm() < 1.5 * rounding
 
 
-def test_packed_rows_continue_frozen_trunks_in_bf16():
+def test_packed_rows_continue_frozen_trunks_in_bf16(kernel_calls):
     policy, batch = grouped_heads().cuda(), long_groups()
     exact, _ = gradient(policy, DAPO(), batch=batch, prefix_gradient=False)  # fp32: SDPA with a mask
     with torch.autocast("cuda", dtype=torch.bfloat16):
         packed, _ = gradient(policy, DAPO(), batch=batch, prefix_gradient=False)
         plain, _ = gradient(policy, DAPO(), batch=batch, share_prefixes=False)
+    assert kernel_calls
     whole, _ = gradient(policy, DAPO(), batch=batch, share_prefixes=False)
     rounding = (flat(plain) - flat(whole)).norm() / flat(whole).norm()
     assert (flat(packed) - flat(exact)).norm() < 2 * rounding * flat(exact).norm()
     assert (flat(exact) - flat(whole)).norm() > 10 * rounding * flat(whole).norm()  # it is another gradient
 
 
-@pytest.fixture
-def start(tokenizer):
-    engines = []
-
-    def start(policy, **settings):
-        engines.append(VLLMEngine(gpu_memory_utilization=0.2, options={"max_num_seqs": 32}, **settings))
-        engines[-1].attach(policy, tokenizer, EngineContext(max_length=512))
-        engines[-1].load_weights(policy, version=0)
-        return engines[-1]
-
-    yield start
-    for engine in engines:
-        engine.shutdown()
-
-
-def assert_in_sync(engine, policy, tokenizer):
-    """Log-probs as close to those of fp32 as a bf16 policy's are."""
-    asked = requests(tokenizer)
-    outputs = engine.generate(asked, Sampling(), seed=3)
-    rounded = copy.deepcopy(policy).cpu()
-    to_policy, to_exact = differences(asked, outputs, rounded, copy.deepcopy(rounded).float())
-    rounding = (to_policy - to_exact).abs().mean()
-    assert to_exact.abs().mean() < 2 * rounding
-    return to_exact.abs().mean() / rounding
-
-
-@pytest.mark.parametrize("variant", [lambda p: p, untied], ids=["tied", "untied"])
-@pytest.mark.parametrize("sleep_level", [0, 1, 2])
-def test_vllm_follows_the_policy_with_cuda_graphs_and_through_sleep(start, tokenizer, variant, sleep_level):
-    policy = variant(load_policy(REASONER)).bfloat16().cuda()
-    engine = start(policy, sleep_level=sleep_level)
-    assert_in_sync(engine, policy, tokenizer)
-    for version in (1, 2):
-        free = torch.cuda.mem_get_info()[0]
-        engine.sleep()
-        freed = torch.cuda.mem_get_info()[0] - free
-        assert (freed > 2**30) == (sleep_level > 0)
-        cpu = policy.cpu()
-        change(cpu, seed=version)
-        policy = cpu.cuda()
-        engine.load_weights(policy, version)
-        assert_in_sync(engine, policy, tokenizer)
-    engine.sleep()
-    if sleep_level == 2:
-        assert engine.weights_version is None
-        engine.load_weights(policy, version)
-    engine.wake()  # the same policy
-    assert_in_sync(engine, policy, tokenizer)
+@pytest.mark.parametrize("policy", ["tied", "untied"])
+@pytest.mark.parametrize("sleep_level", ["0", "1", "2"])
+def test_vllm_follows_the_policy_with_cuda_graphs_and_through_sleep(policy, sleep_level):
+    command = [sys.executable, "-m", "tests.vllm_sleep", policy, sleep_level]  # a process has one engine that sleeps
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def fit(folder, steps, checkpoint=None, engine=None, **trainer_settings):
@@ -170,9 +151,13 @@ def test_rpo_trains_on_vllm_in_mixed_precision_and_resumes(tmp_path):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_makes_the_update_of_a_single_device(tmp_path, stage):
+def test_deepspeed_trains(tmp_path, stage):
     pytest.importorskip("deepspeed")
-    alone, _, _ = fit(tmp_path / "alone", 1)
-    sharded, _, _ = fit(tmp_path / "sharded", 1, strategy=f"deepspeed_stage_{stage}")
-    for name in ("loss/grad_norm", "reward/mean", "loss/entropy"):
-        assert sharded.callback_metrics[name] == pytest.approx(alone.callback_metrics[name], rel=0.1)
+    start = load_policy(REASONER).state_dict()
+    trainer, module, cache = fit(tmp_path, 2, strategy=f"deepspeed_stage_{stage}")
+    assert 0 < trainer.callback_metrics["loss/grad_norm"] < 100
+    assert any(entry.response is not None for entry in cache.cache)
+    module.save_pretrained(tmp_path / "policy")
+    end = load_policy(str(tmp_path / "policy")).state_dict()
+    change = max((end[name].float().cpu() - before.float()).abs().max() for name, before in start.items())
+    assert 1e-5 < change < 1e-2  # two steps of AdamW at 1e-4, and bf16's rounding of weights below 1

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rpo_lightning import flash_support, packed_attention
+from rpo_lightning import flash_support, model_support, packed_attention, shared_attention
 from rpo_lightning.objectives import DAPO
 from rpo_lightning.packed_attention import PackedRows
 from rpo_lightning.rows import RowShape
@@ -69,11 +69,33 @@ def agree():
 
 def test_kernels_are_tried_before_their_first_use(packed, caplog):
     state = torch.get_rng_state()
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert agree()
-    assert len(packed) == 2
+    # As in a model's forward pass: without gradient, under autocast and Lightning's default device.
+    for surroundings in (torch.no_grad(), torch.inference_mode(), torch.device("meta")):
+        packed.clear()
+        with surroundings, torch.autocast("cpu", dtype=torch.bfloat16):
+            assert agree()
+        assert len(packed) == 2
     assert not caplog.records
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_trial_within_a_checkpointed_layer_leaves_the_layer_alone(exact_policy, packed, monkeypatch):
+    batch = groups()
+    plain, _ = gradient(exact_policy, DAPO(), batch=batch)
+    exact_policy.gradient_checkpointing_enable({"use_reentrant": False})
+    exact_policy.train()
+    model_support.row_cost(exact_policy, shares=True, full_logits=False)
+    tried = []
+
+    def takes(query, key, value):
+        if torch.is_grad_enabled() and not tried:  # first in a layer that is computed again
+            tried.append(agree())
+        return True
+
+    monkeypatch.setattr(shared_attention, "takes", takes)
+    monkeypatch.setattr(model_support, "_trial", lambda *_, **__: torch.zeros(1))
+    assert_same(plain, gradient(exact_policy, DAPO(), batch=batch)[0], GOAL)
+    assert tried == [True]
 
 
 def top_left(q, k, v, sequences, scale):

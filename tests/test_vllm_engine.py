@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,6 +194,23 @@ def test_sleep_that_the_platform_cannot_is_said_and_changes_nothing(start, polic
     engine.wake()
     engine.load_weights(policy, 1)
     assert largest_difference(engine, policy, tokenizer) < FP32
+
+
+def test_a_second_engine_that_could_sleep_stays_awake_with_a_warning(monkeypatch, caplog):
+    """vLLM's allocator refuses a second engine in a process; what it holds is told by vLLM itself."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    held = SimpleNamespace(get_current_usage=lambda: 1)
+    monkeypatch.setattr("rpo_lightning.engines.vllm_platform.on_cpu", lambda: False)
+    assert VLLMEngine()._supported_sleep_level() == 1
+    monkeypatch.setattr(CuMemAllocator, "instance", held)
+    assert VLLMEngine(sleep_level=2)._supported_sleep_level() == 0
+    assert "stays awake" in caplog.text
+    caplog.clear()
+    assert VLLMEngine(sleep_level=0)._supported_sleep_level() == 0
+    held.get_current_usage = lambda: 0
+    assert VLLMEngine(sleep_level=2)._supported_sleep_level() == 2
+    assert not caplog.records
 
 
 def test_a_policy_on_a_gpu_that_vllm_would_not_take_is_refused():

@@ -142,7 +142,14 @@ class VLLMEngine(RolloutEngine):
 
     def _supported_sleep_level(self) -> SleepLevel:
         if not vllm_platform.on_cpu():
-            return 1 if self.sleep_level is None else self.sleep_level
+            wanted: SleepLevel = 1 if self.sleep_level is None else self.sleep_level
+            if wanted and vllm_platform.earlier_engine_holds_memory():
+                log.warning(
+                    "an earlier vLLM engine of this process still holds memory that can sleep, and vLLM allows one "
+                    "such engine a process: this one stays awake while the policy trains"
+                )
+                return 0
+            return wanted
         if self.sleep_level:
             log.warning(f"model.engine.sleep_level={self.sleep_level}: vLLM cannot sleep on a CPU, it stays awake")
         return 0

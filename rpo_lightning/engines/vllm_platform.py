@@ -52,6 +52,12 @@ def on_cpu() -> bool:
     return bool(importlib.import_module("vllm.platforms").current_platform.is_cpu())
 
 
+def earlier_engine_holds_memory() -> bool:
+    """Whether vLLM's allocator for sleep, of which a process has one, still serves an engine that was stopped."""
+    allocator = importlib.import_module("vllm.device_allocator.cumem").CuMemAllocator.instance
+    return allocator is not None and allocator.get_current_usage() > 0
+
+
 def platform_options(settings: dict[str, Any]) -> dict[str, Any]:
     """Engine options for this platform that the user left open."""
     if not on_cpu():

@@ -56,10 +56,10 @@ def _adapter_bytes(shape: ModelShape, plan: Plan) -> float:
 def shared_row_bytes_per_token(shape: ModelShape, plan: Plan) -> float:
     """What attention of shared rows keeps beside that, in one layer, at worst.
 
-    On a GPU in 16 bits nothing (``packed_attention``). Elsewhere its pieces are put together in another tensor. On a
-    GPU in fp32 every member has keys and values of the whole trunk of its own, with as many heads as the queries:
-    for a row of trunk t and G suffixes s that is G (t + s) for t + G s tokens, nearly G where trunks are long (RPO),
-    less where only the prompt is shared.
+    On a GPU in 16 bits nothing (``packed_attention``, if ``flash_support`` allows it). Elsewhere its pieces are put
+    together in another tensor. On a GPU in fp32 every member has keys and values of the whole trunk of its own, with as
+    many heads as the queries: for a row of trunk t and G suffixes s that is G (t + s) for t + G s tokens, nearly G
+    where trunks are long (RPO), less where only the prompt is shared.
     """
     c = plan.precision.computed
     if not plan.shares_prefixes or (plan.on_gpu and c == 2):
