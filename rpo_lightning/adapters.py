@@ -89,10 +89,22 @@ class LoRA:
             task_type="CAUSAL_LM",
             **self.options,
         )
+        _keep_weights_unpacked(policy)
         try:
             return get_peft_model(policy, config)
         except ValueError as error:
             raise ConfigurationError(f"model.adapter: {str(error).splitlines()[0]}") from error
+
+
+def _keep_weights_unpacked(policy: Any) -> None:
+    """Have bitsandbytes leave 4-bit weights as they are on CPUs with AVX512-BF16.
+
+    There it packs them anew at the first evaluation, for good: scales are rounded to bf16, sizes that are no multiples
+    of its blocks fail, and what reads the weights (engine, export) would find another format.
+    """
+    for module in policy.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def has_adapter(policy: Any) -> bool:
