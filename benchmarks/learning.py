@@ -54,6 +54,11 @@ class Length:
     updates: int
     at_once: int
 
+    @property
+    def name(self) -> str:
+        """Of the reasoner, as it stands in the records."""
+        return self.policy.rpartition("/")[2].removeprefix("embedded:")
+
 
 LENGTHS = {
     200: Length("embedded:arithmetic-reasoner", 24, 320, 5, 40, 512),
@@ -117,17 +122,21 @@ def run(length: int, arm: str, seed: int, updates: int, problems: int) -> dict[s
         if done.returncode:
             raise SystemExit(f"{arm}, seed {seed}: failed\n{done.stderr[-2000:]}")
         curve = json.loads((Path(folder) / "curve.json").read_text())
-    return {"length": length, "arm": arm, "seed": seed, "hardware": hardware(), "curve": curve}
+    return {
+        "length": length, "policy": chains.name, "arm": arm, "seed": seed, "hardware": hardware(), "curve": curve,
+    }  # fmt: skip
 
 
 def recorded() -> list[dict[str, Any]]:
-    """The runs so far."""
-    return [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+    """The runs so far: those of the present reasoners, and an earlier one's at lengths that have no others."""
+    runs = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
+    present = {r["length"] for r in runs if r["policy"] == LENGTHS[r["length"]].name}
+    return [r for r in runs if r["policy"] == LENGTHS[r["length"]].name or r["length"] not in present]
 
 
 def run_missing(lengths: list[int], arms: list[str], processes: int) -> None:
     """Run what has not been run yet, first seeds first."""
-    there = {(r["length"], r["arm"], r["seed"]) for r in recorded()}
+    there = {(r["length"], r["arm"], r["seed"]) for r in recorded() if r["policy"] == LENGTHS[r["length"]].name}
     for length in lengths:
         seeds = range(LENGTHS[length].seeds)
         wanted = [(length, arm, seed) for seed in seeds for arm in arms if (length, arm, seed) not in there]
