@@ -7,8 +7,9 @@ updates. Runs are appended to ``learning.jsonl`` as they end and are not repeate
 stopped and called again; ``--report`` makes the tables and pictures of what is there. ``--quick`` runs two arms
 for two updates and keeps nothing.
 
-Longer chains have reasoners of their own in ``reasoners/``, made from the shorter ones with ``make_reasoner
---operations --start`` and rounded to bf16. At 800 tokens a run has half as many updates.
+Longer chains have reasoners of their own in ``reasoners/``, made from the shorter ones with ``python -m
+rpo_lightning.tasks.make_reasoner --operations 50 --start FOLDER --out FOLDER --bfloat16``. At 800 tokens a run has half
+as many updates.
 "Seconds" are processor seconds of a one-thread process without its evaluations: other runs at the same time
 disturb them less than the clock. The last line is JSON.
 """

@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=6)
     parser.add_argument("--operations", type=int, default=OPERATIONS)
     parser.add_argument("--start", type=Path, help="a reasoner to continue from, instead of the curriculum")
+    parser.add_argument("--bfloat16", action="store_true", help="save the weights rounded, in half the space")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer(args.operations)
@@ -189,7 +190,7 @@ def main() -> None:
     left_out_share = 1 - CARELESS_SUCCESS ** (1 / args.operations)
     teaching.run(args.operations, CARELESS_UPDATES, left_out_share, decays=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_policy(model, tokenizer, args.out)
+    save_policy(cast(Any, model).bfloat16() if args.bfloat16 else model, tokenizer, args.out)
     print(f"saved {sum(p.numel() for p in model.parameters()):,} parameters to {args.out}")
 
 
