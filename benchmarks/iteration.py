@@ -19,6 +19,7 @@ import argparse
 import json
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def run(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
     read = work.decoding(trunk, suffix, arguments.questions * arguments.group, 2 if on_gpu else 4)
     return {
         "seconds": sum(seconds.values()), "phases": seconds, "tokens": tokens,
-        "each": [sum(i["seconds"].values()) for i in measured],
+        "each": [sum(i["seconds"].values()) for i in measured], "work": asdict(work),
         "update_tflops": operations / seconds["update"] / 1e12, "decode_gbytes_per_s": read / seconds["decode"] / 1e9,
     }  # fmt: skip
 
@@ -109,14 +110,15 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def allowed(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+def allowed(arguments: argparse.Namespace, work: ModelWork) -> dict[str, dict[str, float]]:
     """What this GPU reaches at best, and the ratios that follow from it on paper."""
     best = ceilings()
     gpu = Gpu(torch.cuda.get_device_name(), best["bf16_tflops"] * 1e12, best["copy_gbytes_per_s"] * 1e9)
-    setting = Setting(
-        arguments.prompt, arguments.length, arguments.suffix, arguments.group, arguments.questions
-    )  # fmt: skip
-    return {"ceilings": best, "allowed": on_one_gpu(gpu, ModelWork.of(load_endless(arguments.model)[0]), setting)}
+    lengths = (arguments.prompt, arguments.length, arguments.suffix)
+    return {
+        "ceilings": best,
+        "allowed": on_one_gpu(gpu, work, Setting(*lengths, arguments.group, arguments.questions)),
+    }
 
 
 def main() -> None:
@@ -157,7 +159,8 @@ def main() -> None:
         record["ratio"] = results["full"]["seconds"] / results["rpo"]["seconds"]
         print(f"full path over RPO: {record['ratio']:.2f}\n")
     if on_gpu:
-        record |= allowed(arguments)
+        work = ModelWork(**results[arguments.arms[0]]["work"])
+        record |= allowed(arguments, work)
         print(f"the GPU's best: {record['ceilings']}\nratios that it allows: {record['allowed']}\n")
     if not arguments.quick:
         arguments.out.write_text(json.dumps(record, indent=2) + "\n")

@@ -131,13 +131,18 @@ def run(length: int, arm: str, seed: int, updates: int, problems: int) -> dict[s
 def recorded() -> list[dict[str, Any]]:
     """The runs so far: those of the present reasoners, and an earlier one's at lengths that have no others."""
     runs = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
-    present = {r["length"] for r in runs if r["policy"] == LENGTHS[r["length"]].name}
-    return [r for r in runs if r["policy"] == LENGTHS[r["length"]].name or r["length"] not in present]
+    present = {r["length"] for r in runs if of_present_reasoner(r)}
+    return [r for r in runs if of_present_reasoner(r) or r["length"] not in present]
+
+
+def of_present_reasoner(run: dict[str, Any]) -> bool:
+    """Whether a run started from what runs of its length start from now."""
+    return bool(run["policy"] == LENGTHS[run["length"]].name)
 
 
 def run_missing(lengths: list[int], arms: list[str], processes: int) -> None:
     """Run what has not been run yet, first seeds first."""
-    there = {(r["length"], r["arm"], r["seed"]) for r in recorded() if r["policy"] == LENGTHS[r["length"]].name}
+    there = {(r["length"], r["arm"], r["seed"]) for r in recorded() if of_present_reasoner(r)}
     for length in lengths:
         seeds = range(LENGTHS[length].seeds)
         wanted = [(length, arm, seed) for seed in seeds for arm in arms if (length, arm, seed) not in there]
