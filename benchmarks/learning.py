@@ -9,7 +9,7 @@ for two updates and keeps nothing.
 
 Longer chains have reasoners of their own in ``reasoners/``, made from the shorter ones with ``python -m
 rpo_lightning.tasks.make_reasoner --operations 50 --start FOLDER --out FOLDER --bfloat16``. At 800 tokens a run has half
-as many updates.
+as many updates and half as many questions, so that it visits each as often.
 "Seconds" are processor seconds of a one-thread process without its evaluations: other runs at the same time
 disturb them less than the clock. The last line is JSON.
 """
@@ -45,6 +45,7 @@ class Length:
         longest: Tokens of a response at most.
         seeds: Runs of an arm.
         updates: Of a run.
+        questions: To train on.
         at_once: Answers of an evaluation that are sampled together; more do not fit a CPU's cache.
     """
 
@@ -53,6 +54,7 @@ class Length:
     longest: int
     seeds: int
     updates: int
+    questions: int
     at_once: int
 
     @property
@@ -62,9 +64,9 @@ class Length:
 
 
 LENGTHS = {
-    200: Length("embedded:arithmetic-reasoner", 24, 320, 5, 40, 512),
-    400: Length(str(ROOT / "benchmarks" / "reasoners" / "operations-50"), 50, 670, 3, 40, 128),
-    800: Length(str(ROOT / "benchmarks" / "reasoners" / "operations-100"), 100, 1340, 3, 20, 64),
+    200: Length("embedded:arithmetic-reasoner", 24, 320, 5, 40, 192, 512),
+    400: Length(str(ROOT / "benchmarks" / "reasoners" / "operations-50"), 50, 670, 3, 40, 192, 128),
+    800: Length(str(ROOT / "benchmarks" / "reasoners" / "operations-100"), 100, 1340, 3, 20, 96, 128),
 }
 
 FULL_PATH = ["--cache=null"]
@@ -109,7 +111,8 @@ def run(length: int, arm: str, seed: int, updates: int, problems: int) -> dict[s
         command = [
             sys.executable, "-m", "rpo_lightning", "fit", f"--config={ROOT}/configs/quickstart.yaml",
             f"--model.policy={chains.policy}", f"--model.max_response_tokens={chains.longest}",
-            "--model.eval_samples=4", f"--data.train.operations={chains.operations}",
+            "--model.eval_samples=4",
+            f"--data.train.size={chains.questions}", f"--data.train.operations={chains.operations}",
             f"--data.val.operations={chains.operations}", f"--data.val.size={problems}",
             "--model.engine=TransformersEngine", f"--model.engine.max_sequences={chains.at_once}",
             f"--seed_everything={seed}", f"--trainer.max_steps={updates}", "--trainer.enable_progress_bar=false",
@@ -118,7 +121,7 @@ def run(length: int, arm: str, seed: int, updates: int, problems: int) -> dict[s
             *(o.replace("{quarter}", str(chains.longest // 4)) for o in ARMS[arm]),
         ]  # fmt: skip
         paths = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])  # this tree's package, whatever is installed
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1", "PYTHONPATH": paths}
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise SystemExit(f"{arm}, seed {seed}: failed\n{done.stderr[-2000:]}")

@@ -13,6 +13,7 @@ Shape suffixes used throughout the package:
 ``G``  group size
 ``V``  vocabulary
 ``N``  sequences being decoded at once
+``R``  requests whose sequences they are
 ====== =====================================================================
 """
 

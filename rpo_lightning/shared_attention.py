@@ -152,7 +152,7 @@ def shared_prefix_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
-    query, key, value = _same_dtype(query, key, value)
+    query, key, value = same_dtype(query, key, value)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if freeze_into is not None:
         freeze_into[layer] = (key.detach(), value.detach())
@@ -178,7 +178,7 @@ def _row(
     return [of_trunk, _suffixes(own, k[:, :, :keys], v[:, :, :keys], span, scaling)]
 
 
-def _same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast rotary embeddings leave queries and keys in fp32; kernels want one dtype."""
     device = tensors[0].device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[-1].dtype

@@ -57,19 +57,38 @@ def test_log_probs_stay_the_policys_under_top_p_and_top_k(engine, policy, tokeni
     torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "rpo_shared_prefix", "eager"])
-def test_grouped_heads_decode_as_the_policy_computes_without_copies_of_keys(tokenizer, monkeypatch, attention):
+@pytest.fixture
+def grouped_policy():
+    """Two query heads to a head of keys, and weights large enough for attention to matter."""
     torch.manual_seed(0)
-    policy = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.3,
-        )
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.3,
     )  # fmt: skip
-    policy.set_attn_implementation(attention)
+    return Qwen2ForCausalLM(config)
+
+
+def generated(policy, tokenizer, asked, temperature=1.0):
     engine = TransformersEngine()
     engine.attach(policy, tokenizer)
     engine.load_weights(policy, version=0)
+    return engine.generate(asked, Sampling(temperature), seed=1)
+
+
+def assert_log_probs_are_the_policys(policy, asked, outputs, tolerance):
+    for request, completions in zip(asked, outputs, strict=True):
+        assert len(completions) == request.samples
+        for completion in completions:
+            row = request.token_ids + completion.token_ids
+            expected = reference_logprobs(policy, row, len(completion.token_ids))
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_grouped_heads_decode_as_the_policy_computes_without_copies_of_keys(
+    grouped_policy, tokenizer, monkeypatch, attention
+):
+    grouped_policy.set_attn_implementation(attention)
     heads = []
 
     def note(query, key, *args, **kwargs):
@@ -78,13 +97,66 @@ def test_grouped_heads_decode_as_the_policy_computes_without_copies_of_keys(toke
 
     monkeypatch.setattr(decode_attention, "scaled_dot_product_attention", note)
     asked = requests(tokenizer, samples=2, budget=40)  # of different lengths, so that there is a mask
-    for request, completions in zip(asked, engine.generate(asked, Sampling(), seed=1), strict=True):
+    assert_log_probs_are_the_policys(grouped_policy, asked, generated(grouped_policy, tokenizer, asked), 1e-5)
+    assert set(heads) == (set() if attention == "eager" else {(2, 2)})
+    assert grouped_policy.config._attn_implementation == attention
+
+
+@pytest.fixture(params=["the CPU's kernel", "matrix products"])
+def read_keys(request, monkeypatch):
+    """Shapes of the keys that decoding reads, with the parts of its attention computed either way."""
+    shapes = []
+    by_products = request.param == "matrix products"
+    part = decode_attention.attended_by_products if by_products else decode_attention.attended
+
+    def note(query, key, *args):
+        shapes.append(tuple(key.shape[:3]))
+        return part(query, key, *args)
+
+    monkeypatch.setattr(decode_attention, "attended", note)
+    return shapes
+
+
+def test_members_of_a_group_read_one_copy_of_their_prompt_until_the_last_of_them_ends(
+    grouped_policy, tokenizer, read_keys
+):
+    grouped_policy.set_attn_implementation("rpo_shared_prefix")
+    sizes = zip(QUESTIONS, (3, 5, 1), (40, 5, 20), strict=True)
+    asked = [GenerationRequest(tuple(tokenizer(q)["input_ids"]), samples, budget) for q, samples, budget in sizes]
+    longest = max(len(r.token_ids) for r in asked)
+    outputs = generated(grouped_policy, tokenizer, asked)
+    assert_log_probs_are_the_policys(grouped_policy, asked, outputs, 1e-5)
+    trunks, own = set(read_keys[::2]), set(read_keys[1::2])
+    assert {shape[1:] for shape in trunks} == {(2, longest)}
+    assert max(rows for rows, *_ in trunks) == 3
+    assert min(rows for rows, *_ in trunks) == 1  # the others' went with their last sequence
+    assert max(rows for rows, *_ in own) == 9
+    assert max(tokens for *_, tokens in own) < 40
+    assert grouped_policy.config._attn_implementation == "rpo_shared_prefix"
+
+
+def test_shared_prompts_decode_greedily_as_transformers_generate(policy, tokenizer, read_keys):
+    policy.set_attn_implementation("rpo_shared_prefix")
+    outputs = generated(policy, tokenizer, requests(tokenizer, samples=2), temperature=0)
+    for question, completions in zip(QUESTIONS, outputs, strict=True):
+        ids = torch.tensor([tokenizer(question)["input_ids"]])
+        expected = policy.eval().generate(ids, do_sample=False, max_new_tokens=256)[0, ids.shape[1] :]
+        assert [list(c.token_ids) for c in completions] == [expected.tolist()] * 2
+    assert read_keys
+
+
+def test_shared_prompts_decode_under_autocast(grouped_policy, tokenizer, read_keys):
+    grouped_policy.set_attn_implementation("rpo_shared_prefix")
+    asked = requests(tokenizer, samples=2, budget=20)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = generated(grouped_policy, tokenizer, asked)
+    assert read_keys
+    for request, completions in zip(asked, outputs, strict=True):
         for completion in completions:
             row = request.token_ids + completion.token_ids
-            expected = reference_logprobs(policy, row, len(completion.token_ids))
-            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-5, rtol=0)
-    assert set(heads) == (set() if attention == "eager" else {(2, 2)})
-    assert policy.config._attn_implementation == attention
+            expected = reference_logprobs(grouped_policy, row, len(completion.token_ids))
+            difference = (torch.tensor(completion.logprobs) - expected).abs().mean()
+            assert difference < 0.15  # logits have a standard deviation of 2; bf16 keeps 8 bits
 
 
 def test_sequences_end_at_the_end_token_or_at_their_own_budget(engine, tokenizer):

@@ -1,14 +1,18 @@
-"""Attention of one new token per sequence, without a copy of keys and values for every query head.
+"""Attention of one new token per sequence, without copies of keys and values.
 
 transformers' SDPA copies keys and values until there are as many as query heads whenever there is a mask, at
 every step and in every layer: with long sequences that is most of decoding. The query heads that share a head of
 keys see the same tokens, so that they can be computed as that many queries of one head.
+
+So can the sequences that continue one prompt and prefix, their *trunk*: it is read once for all of them, each
+reads its own tokens, and the two parts are merged by their log-sum-exps, as in training (``suffix_attention``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +23,49 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rpo_lightning.shared_attention import IMPLEMENTATION as SHARED
+from rpo_lightning.shared_attention import same_dtype
+from rpo_lightning.suffix_attention import merge
 
 IMPLEMENTATION = "rpo_decoding"
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass(frozen=True)
+class SharedTrunks:
+    """Trunks of the requests whose sequences are decoded.
+
+    Attributes:
+        layers: Keys and values of each layer, [R, heads, T, size].
+        mask_R11T: What is added to the scores: minus infinity where a trunk is padded.
+        members: Sequences of a request at most.
+        slot_N: Place of each sequence among R times ``members``.
+    """
+
+    layers: list[tuple[Tensor, Tensor]]
+    mask_R11T: Tensor
+    members: int
+    slot_N: Tensor
+
+    def attention(self, layer: int, query: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+        """Attention of sequences to their trunks.
+
+        Args:
+            layer: Index of the layer.
+            query: Queries, [N, heads of keys, queries of each, size].
+            scale: Factor of the scores.
+
+        Returns:
+            Output like the queries, and log-sum-exps of the scores.
+        """
+        key, value = self.layers[layer]
+        slots = query.new_zeros(len(key) * self.members, *query.shape[1:])
+        slots[self.slot_N] = query
+        of_trunks = attended(
+            slots.unflatten(0, (len(key), -1)).transpose(1, 2).flatten(2, 3), key, value, scale, self.mask_R11T
+        )
+        output, lse = (x.unflatten(2, (self.members, -1)).transpose(1, 2).flatten(0, 1)[self.slot_N] for x in of_trunks)
+        return output, lse
 
 
 def decode_attention(
@@ -30,6 +75,7 @@ def decode_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    shared_trunks: SharedTrunks | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as an implementation of transformers', [sequences, queries, heads, size].
@@ -39,28 +85,69 @@ def decode_attention(
         query: Queries, [sequences, heads, queries, size].
         key: Keys, of as many heads or fewer.
         value: Values, like the keys.
-        attention_mask: Which keys the queries see.
+        attention_mask: Which keys the queries see; not asked where there are trunks.
         scaling: Factor of the scores.
+        shared_trunks: What comes before the keys.
         **kwargs: What else transformers hands on.
     """
+    if shared_trunks is not None:
+        query, key, value = same_dtype(query, key, value)
+        grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
+        of_trunk = shared_trunks.attention(int(module.layer_idx), grouped, scaling)  # type: ignore[arg-type]
+        output, _ = merge(*of_trunk, *attended(grouped, key, value, scaling))
+        return output.flatten(1, 2)[:, None], None
     if query.shape[2] > 1 or query.shape[1] == key.shape[1] or kwargs.get("position_bias") is not None:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return output, None
     grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
-    attended = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
-    return attended.flatten(1, 2)[:, None], None
+    output = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return output.flatten(1, 2)[:, None], None
+
+
+def attended(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of all queries to all keys that the mask does not hide, and log-sum-exps of the scores.
+
+    Args:
+        query: Queries, [rows, heads, queries, size].
+        key: Keys, of as many heads.
+        value: Values, like the keys.
+        scale: Factor of the scores; 1/√size if not given.
+        mask: What is added to the scores.
+    """
+    key, value = key.to(query.dtype), value.to(query.dtype)
+    if query.device.type == "cpu":
+        mask = None if mask is None else mask.to(query.dtype)
+        output, lse = _flash(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
+        return output, lse
+    return attended_by_products(query, key, value, scale, mask)
+
+
+def attended_by_products(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`attended` where no kernel at hand gives log-sum-exps; scores of one token a sequence are few."""
+    scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1).to(value.dtype) @ value, scores.logsumexp(-1)
 
 
 @contextmanager
-def decoding_attention(policy: PreTrainedModel) -> Iterator[None]:
-    """Have a model that computes with SDPA, or with ours, decode with :func:`decode_attention`."""
+def decoding_attention(policy: PreTrainedModel) -> Iterator[bool]:
+    """Have a model that computes with SDPA, or with ours, decode with :func:`decode_attention`.
+
+    Yields:
+        Whether sequences may share a trunk: the model has been shown to keep members of a shared row apart.
+    """
     before = policy.config._attn_implementation
     if before not in ("sdpa", SHARED):
-        yield
+        yield False
         return
     policy.set_attn_implementation(IMPLEMENTATION)
     try:
-        yield
+        yield before == SHARED
     finally:
         policy.set_attn_implementation(before)
 

@@ -1,9 +1,9 @@
 """Rollouts on plain transformers: the engine that runs everywhere.
 
 It decodes with the policy itself, so there are no weights to copy. Each request's prompt and prefix
-are prefilled once and their keys and values repeated for the G samples; requests of different
-lengths share a batch (padded on the left); a sequence leaves the batch when it ends. Grouped heads are
-decoded without copies of their keys and values.
+are prefilled once, and the G samples read the same keys and values of them (``sequence_cache``); requests of
+different lengths share a batch (padded on the left); a sequence leaves the batch when it ends. Grouped heads
+are decoded without copies of their keys and values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.engines.base import EngineContext, GenerationRequest, RolloutEngine, Sampling
 from rpo_lightning.engines.decode_attention import decoding_attention
-from rpo_lightning.engines.growing_cache import growing_cache, select_sequences
+from rpo_lightning.engines.growing_cache import growing_cache
+from rpo_lightning.engines.sequence_cache import CopiedTrunks, OneTrunkEach, SequenceCache
 from rpo_lightning.engines.stop_tokens import stop_token_ids
 from rpo_lightning.engines.token_sampling import draw
 from rpo_lightning.errors import ConfigurationError, EngineError
@@ -72,9 +73,9 @@ class TransformersEngine(RolloutEngine):
         start, self._prefill_seconds = time.perf_counter(), 0.0
         generator = torch.Generator(device=self._policy.device).manual_seed(seed)
         results: list[list[Completion]] = [[] for _ in requests]
-        with _inference(self._policy):
+        with _inference(self._policy) as shares:
             for chunk in self._chunks(requests):
-                batch = _DecodingBatch(self._policy, self._stop_ids, self._pad_id, sampling, generator)
+                batch = _DecodingBatch(self._policy, self._stop_ids, self._pad_id, sampling, generator, shares)
                 for index, completions in zip(chunk, batch.run([requests[i] for i in chunk]), strict=True):
                     results[index].extend(completions)
                     if on_progress is not None:
@@ -112,6 +113,7 @@ class _DecodingBatch:
         pad_id: int,
         sampling: Sampling,
         generator: torch.Generator,
+        shares_trunks: bool,
     ) -> None:
         self.policy = policy
         self.device = policy.device
@@ -119,47 +121,51 @@ class _DecodingBatch:
         self.pad_id = pad_id
         self.sampling = sampling
         self.generator = generator
+        self.shares_trunks = shares_trunks
         self.prefill_seconds = 0.0
 
     def run(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
         start = time.perf_counter()
-        logits_NV, cache, mask_NT = self._prefill(requests)
+        logits_RV, trunks, mask_RT = self._prefill(requests)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.prefill_seconds = time.perf_counter() - start
         counts = torch.tensor([r.samples for r in requests], device=self.device)
         owner_N = torch.repeat_interleave(torch.arange(len(requests), device=self.device), counts)
-        select_sequences(cache, owner_N)
-        logits_NV, mask_NT = logits_NV[owner_N], mask_NT[owner_N]
         budgets_N = torch.tensor([r.max_new_tokens for r in requests], device=self.device)[owner_N]
-        tokens, logprobs, finished = self._decode(logits_NV, cache, mask_NT, budgets_N)
+        cache: SequenceCache
+        if self.shares_trunks and len(owner_N) > len(requests) and OneTrunkEach.takes(trunks):
+            cache = OneTrunkEach(self.policy, trunks, mask_RT, owner_N)
+        else:
+            cache = CopiedTrunks(trunks, mask_RT, owner_N, longest=int(budgets_N.max()))
+        tokens, logprobs, finished = self._decode(logits_RV[owner_N], cache, mask_RT.sum(-1)[owner_N], budgets_N)
         completions: list[list[Completion]] = [[] for _ in requests]
         for row, owner in enumerate(owner_N.tolist()):
             completions[owner].append(Completion(tuple(tokens[row]), tuple(logprobs[row]), finished[row]))
         return completions
 
     def _prefill(self, requests: Sequence[GenerationRequest]) -> tuple[Tensor, DynamicCache, Tensor]:
-        """Compute the keys and values of every prompt once; logits of the last position, [N, V]."""
+        """Compute the keys and values of every request once; logits of the last position, [R, V]."""
         width = max(len(r.token_ids) for r in requests)
-        ids_NT = torch.full((len(requests), width), self.pad_id)
-        mask_NT = torch.zeros((len(requests), width), dtype=torch.long)
+        ids_RT = torch.full((len(requests), width), self.pad_id)
+        mask_RT = torch.zeros((len(requests), width), dtype=torch.long)
         for row, request in enumerate(requests):
-            ids_NT[row, width - len(request.token_ids) :] = torch.tensor(request.token_ids)
-            mask_NT[row, width - len(request.token_ids) :] = 1
-        ids_NT, mask_NT = ids_NT.to(self.device), mask_NT.to(self.device)
+            ids_RT[row, width - len(request.token_ids) :] = torch.tensor(request.token_ids)
+            mask_RT[row, width - len(request.token_ids) :] = 1
+        ids_RT, mask_RT = ids_RT.to(self.device), mask_RT.to(self.device)
         cache = growing_cache(self.policy.config)
         output = self.policy(
-            input_ids=ids_NT,
-            attention_mask=mask_NT,
-            position_ids=(mask_NT.cumsum(-1) - 1).clamp(min=0),
+            input_ids=ids_RT,
+            attention_mask=mask_RT,
+            position_ids=(mask_RT.cumsum(-1) - 1).clamp(min=0),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[:, -1], cache, mask_NT
+        return output.logits[:, -1], cache, mask_RT
 
     def _decode(
-        self, logits_NV: Tensor, cache: DynamicCache, mask_NT: Tensor, budgets_N: Tensor
+        self, logits_NV: Tensor, cache: SequenceCache, positions_N: Tensor, budgets_N: Tensor
     ) -> tuple[list[list[int]], list[list[float]], list[bool]]:
         """Sample until every sequence has ended or spent its budget."""
         total = len(budgets_N)
@@ -170,10 +176,6 @@ class _DecodingBatch:
         finished_N = torch.zeros(total, dtype=torch.bool, device=self.device)
         rows = torch.arange(total, device=self.device)  # the sequences still in the batch
         live = torch.ones(total, dtype=torch.bool, device=self.device)  # which of them go on
-        positions_N = mask_NT.sum(-1)
-        # Room for the whole suffix, so that the mask is sliced instead of concatenated at every step.
-        mask_NT = torch.cat([mask_NT, mask_NT.new_ones(total, limit)], dim=1)
-        width = mask_NT.shape[1] - limit
         for step in range(limit):
             token_N, logprob_N = draw(logits_NV, self.sampling, self.generator)
             tokens_NT[rows, step] = token_N
@@ -187,15 +189,13 @@ class _DecodingBatch:
                 break
             if remaining <= (1 - _REBUILD_SHARE) * len(rows):
                 keep = live.nonzero().squeeze(1)
-                select_sequences(cache, keep)
-                rows, live, token_N, mask_NT = rows[keep], live[keep], token_N[keep], mask_NT[keep]
-                positions_N = positions_N[keep]
+                cache.keep(keep)
+                rows, live, token_N, positions_N = rows[keep], live[keep], token_N[keep], positions_N[keep]
             logits_NV = self.policy(
                 input_ids=token_N[:, None],
-                attention_mask=mask_NT[:, : width + step + 1],
                 position_ids=(positions_N + step)[:, None],
-                past_key_values=cache,
                 use_cache=True,
+                **cache.inputs(),
             ).logits[:, -1]
         lengths = lengths_N.tolist()
         tokens = [row[:n] for row, n in zip(tokens_NT.tolist(), lengths, strict=True)]
@@ -204,15 +204,18 @@ class _DecodingBatch:
 
 
 @contextmanager
-def _inference(policy: PreTrainedModel) -> Iterator[None]:
+def _inference(policy: PreTrainedModel) -> Iterator[bool]:
     """Evaluation mode without gradients, all parameters whole, and as before afterwards.
 
     Ranks decode for different numbers of steps, so that parameters cannot be gathered step by step.
+
+    Yields:
+        Whether sequences may share a trunk.
     """
     was_training = policy.training
     policy.eval()
     try:
-        with torch.no_grad(), whole_parameters(policy), decoding_attention(policy):
-            yield
+        with torch.no_grad(), whole_parameters(policy), decoding_attention(policy) as shares_trunks:
+            yield shares_trunks
     finally:
         policy.train(was_training)

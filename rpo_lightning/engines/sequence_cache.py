@@ -1,0 +1,109 @@
+"""Keys and values of the sequences that ``TransformersEngine`` decodes.
+
+Members of a group continue the same prompt and prefix, their *trunk*. Where the policy has been shown to keep the
+members of a shared row apart (``model_support``), a trunk stays where it was computed, one for a group: a step reads
+it once instead of once for every member, which is most of decoding where prefixes are long. Elsewhere every sequence
+has a copy of its trunk.
+
+Shape suffixes are those of ``records``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from rpo_lightning.engines.decode_attention import SharedTrunks
+from rpo_lightning.engines.growing_cache import GrowingLayer, growing_cache, select_sequences
+
+
+class SequenceCache(ABC):
+    """What the policy has to know of the tokens so far."""
+
+    @abstractmethod
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of the policy's next forward pass, which takes one token of each sequence."""
+
+    @abstractmethod
+    def keep(self, indices: Tensor) -> None:
+        """Drop all sequences but these."""
+
+
+class CopiedTrunks(SequenceCache):
+    """Every sequence has keys and values of all its tokens.
+
+    Args:
+        cache: Of the requests; taken over.
+        mask_RT: Zero where a request is padded.
+        owner_N: The request of each sequence.
+        longest: Tokens that a sequence may get.
+    """
+
+    def __init__(self, cache: DynamicCache, mask_RT: Tensor, owner_N: Tensor, longest: int) -> None:
+        select_sequences(cache, owner_N)
+        self._cache = cache
+        # Room for the whole suffix, so that the mask is sliced instead of concatenated at every step.
+        self._mask_NT = torch.cat([mask_RT[owner_N], mask_RT.new_ones(len(owner_N), longest)], dim=1)
+
+    def inputs(self) -> dict[str, Any]:
+        """Keys, values and mask of whole sequences."""
+        return {
+            "past_key_values": self._cache,
+            "attention_mask": self._mask_NT[:, : self._cache.get_seq_length() + 1],
+        }
+
+    def keep(self, indices: Tensor) -> None:
+        """Drop sequences and their copies."""
+        select_sequences(self._cache, indices)
+        self._mask_NT = self._mask_NT[indices]
+
+
+class OneTrunkEach(SequenceCache):
+    """Requests have keys and values of their trunk, sequences those of their own tokens.
+
+    Args:
+        policy: The model.
+        cache: Of the requests; taken over.
+        mask_RT: Zero where a request is padded.
+        owner_N: The request of each sequence, in ascending order.
+    """
+
+    def __init__(self, policy: PreTrainedModel, cache: DynamicCache, mask_RT: Tensor, owner_N: Tensor) -> None:
+        counts_R = torch.bincount(owner_N, minlength=len(mask_RT))
+        first_R = counts_R.cumsum(0) - counts_R
+        self._members = int(counts_R.max())
+        self._slot_N = owner_N * self._members + torch.arange(len(owner_N), device=owner_N.device) - first_R[owner_N]
+        self._trunks = cache
+        hidden_RT = torch.zeros(mask_RT.shape, device=mask_RT.device).masked_fill(mask_RT == 0, float("-inf"))
+        self._mask_R11T = hidden_RT[:, None, None]
+        self._own = growing_cache(policy.config)
+
+    @staticmethod
+    def takes(cache: DynamicCache) -> bool:
+        """Whether all of a cache's layers keep every token (not so recurrent ones and sliding windows)."""
+        return all(type(layer) is GrowingLayer for layer in cache.layers)
+
+    def inputs(self) -> dict[str, Any]:
+        """The mask is that of the trunks: sequences see all tokens of their own."""
+        layers = [
+            cast(tuple[Tensor, Tensor], (x.keys, x.values)) for x in cast(list[GrowingLayer], self._trunks.layers)
+        ]
+        return {
+            "past_key_values": self._own,
+            "attention_mask": self._mask_R11T,
+            "shared_trunks": SharedTrunks(layers, self._mask_R11T, self._members, self._slot_N),
+        }
+
+    def keep(self, indices: Tensor) -> None:
+        """Drop sequences, and each trunk with the last of its sequences."""
+        select_sequences(self._own, indices)
+        slot_N = self._slot_N[indices]
+        live_R, owner_N = (slot_N // self._members).unique(return_inverse=True)
+        if len(live_R) < len(self._mask_R11T):
+            select_sequences(self._trunks, live_R)
+            self._mask_R11T = self._mask_R11T[live_R]
+        self._slot_N = owner_N * self._members + slot_N % self._members
