@@ -6,7 +6,8 @@ weights and cache; graphs and workspaces stay, which is assumed to be ``ASLEEP_B
 
 The transformers engine decodes with the policy's own weights and needs keys and values of its sequences: layers × 2 ×
 key × tokens, with room for 128 tokens more, one layer of it twice while it grows; logits of all sequences, in fp32 and
-as log-probs and probabilities; and the prompts' activations in one layer.
+as log-probs and probabilities; and the prompts' activations in one layer. Where members of a group share rows in
+training they have one copy of their prompt here (``engines/sequence_cache.py``).
 """
 
 from __future__ import annotations
@@ -58,9 +59,11 @@ def _decoding_parts(shape: ModelShape, plan: Plan) -> list[Part]:
     # Rotary embeddings leave keys in the precision of the residual stream.
     held = plan.precision.held if plan.casts_weights else plan.precision.computed
     token = shape.key * (held + plan.precision.computed)
-    cache = (shape.layers + 1) * token * sequences * (plan.longest + _ROOM)
+    requests = max(1, sequences // plan.group_size)
+    trunks = requests * (plan.prompt_tokens + _ROOM) if plan.shares_prefixes and plan.group_size > 1 else 0
+    own = plan.response_tokens if trunks else plan.longest
+    cache = (shape.layers + 1) * token * (trunks + sequences * (own + _ROOM))
     logits = sequences * shape.vocabulary * (plan.precision.computed + 12)
-    prompts = max(1, sequences // plan.group_size) * plan.longest if plan.has_cache else 0
-    prompts = prompts or max(1, sequences // plan.group_size) * plan.prompt_tokens
+    prompts = requests * (plan.longest if plan.has_cache else plan.prompt_tokens)
     prefill = prompts * (held * 3 * shape.hidden + plan.precision.computed * 3 * shape.intermediate)
     return [Part("keys and values", rollout=cache), Part("logits and prompts", rollout=max(logits, prefill))]
