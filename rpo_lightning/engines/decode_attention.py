@@ -39,13 +39,13 @@ class SharedTrunks:
         layers: Keys and values of each layer, [R, heads, T, size].
         mask_R11T: What is added to the scores: minus infinity where a trunk is padded.
         members: Sequences of a request at most.
-        slot_N: Place of each sequence among R times ``members``.
+        slot_N: Place of each sequence among R times ``members``; ``None`` if every place is taken.
     """
 
     layers: list[tuple[Tensor, Tensor]]
     mask_R11T: Tensor
     members: int
-    slot_N: Tensor
+    slot_N: Tensor | None
 
     def attention(self, layer: int, query: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
         """Attention of sequences to their trunks.
@@ -59,13 +59,14 @@ class SharedTrunks:
             Output like the queries, and log-sum-exps of the scores.
         """
         key, value = self.layers[layer]
-        slots = query.new_zeros(len(key) * self.members, *query.shape[1:])
-        slots[self.slot_N] = query
-        of_trunks = attended(
-            slots.unflatten(0, (len(key), -1)).transpose(1, 2).flatten(2, 3), key, value, scale, self.mask_R11T
-        )
-        output, lse = (x.unflatten(2, (self.members, -1)).transpose(1, 2).flatten(0, 1)[self.slot_N] for x in of_trunks)
-        return output, lse
+        slots = query
+        if self.slot_N is not None:
+            slots = query.new_zeros(len(key) * self.members, *query.shape[1:])
+            slots[self.slot_N] = query
+        slots = slots.unflatten(0, (len(key), -1)).transpose(1, 2).flatten(2, 3)
+        of_slots = attended(slots, key, value, scale, self.mask_R11T)
+        output, lse = (x.unflatten(2, (self.members, -1)).transpose(1, 2).flatten(0, 1) for x in of_slots)
+        return (output, lse) if self.slot_N is None else (output[self.slot_N], lse[self.slot_N])
 
 
 def decode_attention(

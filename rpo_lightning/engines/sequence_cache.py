@@ -92,10 +92,12 @@ class OneTrunkEach(SequenceCache):
         layers = [
             cast(tuple[Tensor, Tensor], (x.keys, x.values)) for x in cast(list[GrowingLayer], self._trunks.layers)
         ]
+        every_place = len(self._slot_N) == len(self._mask_R11T) * self._members
+        slot_N = None if every_place else self._slot_N
         return {
             "past_key_values": self._own,
             "attention_mask": self._mask_R11T,
-            "shared_trunks": SharedTrunks(layers, self._mask_R11T, self._members, self._slot_N),
+            "shared_trunks": SharedTrunks(layers, self._mask_R11T, self._members, slot_N),
         }
 
     def keep(self, indices: Tensor) -> None:
