@@ -11,7 +11,8 @@ Longer chains have reasoners of their own in ``reasoners/``, made from the short
 rpo_lightning.tasks.make_reasoner --operations 50 --start FOLDER --out FOLDER --bfloat16``. At 800 tokens a run has half
 as many updates and half as many questions, so that it visits each as often.
 "Seconds" are processor seconds of a one-thread process without its evaluations: other runs at the same time
-disturb them less than the clock. The last line is JSON.
+disturb them less than the clock. Runs of one length and seed start from the same evaluation, which only the first of
+them makes (it would be the same to the digit). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -103,9 +104,10 @@ ARMS: dict[str, list[str]] = {
 }
 
 
-def run(length: int, arm: str, seed: int, updates: int, problems: int) -> dict[str, Any]:
+def run(length: int, arm: str, seed: int, updates: int, problems: int, shares_start: bool = True) -> dict[str, Any]:
     """One run in a process of its own."""
     chains = LENGTHS[length]
+    start = known_start(length, seed) if shares_start and "capped" not in arm else []
     with tempfile.TemporaryDirectory() as folder:
         recorder = {"class_path": "learning_curve.CurveRecorder", "init_args": {"path": f"{folder}/curve.json"}}
         command = [
@@ -116,7 +118,8 @@ def run(length: int, arm: str, seed: int, updates: int, problems: int) -> dict[s
             f"--data.val.operations={chains.operations}", f"--data.val.size={problems}",
             "--model.engine=TransformersEngine", f"--model.engine.max_sequences={chains.at_once}",
             f"--seed_everything={seed}", f"--trainer.max_steps={updates}", "--trainer.enable_progress_bar=false",
-            f"--trainer.val_check_interval={EVALUATE_EVERY}", f"--trainer.logger.init_args.save_dir={folder}",
+            f"--trainer.num_sanity_val_steps={0 if start else -1}", f"--trainer.val_check_interval={EVALUATE_EVERY}",
+            f"--trainer.logger.init_args.save_dir={folder}",
             f"--trainer.callbacks=[{json.dumps(recorder)}]", "--completions.every_n_batches=1000",
             *(o.replace("{quarter}", str(chains.longest // 4)) for o in ARMS[arm]),
         ]  # fmt: skip
@@ -125,7 +128,7 @@ def run(length: int, arm: str, seed: int, updates: int, problems: int) -> dict[s
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise SystemExit(f"{arm}, seed {seed}: failed\n{done.stderr[-2000:]}")
-        curve = json.loads((Path(folder) / "curve.json").read_text())
+        curve = start + json.loads((Path(folder) / "curve.json").read_text())
     return {
         "length": length, "policy": chains.name, "arm": arm, "seed": seed, "hardware": hardware(), "curve": curve,
     }  # fmt: skip
@@ -136,6 +139,15 @@ def recorded() -> list[dict[str, Any]]:
     runs = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
     present = {r["length"] for r in runs if of_present_reasoner(r)}
     return [r for r in runs if of_present_reasoner(r) or r["length"] not in present]
+
+
+def known_start(length: int, seed: int) -> list[dict[str, float]]:
+    """What the starting policy answers, from an earlier run whose responses may be as long; empty if there is none."""
+    starts = [
+        r["curve"][:1] for r in recorded()
+        if (r["length"], r["seed"]) == (length, seed) and of_present_reasoner(r) and "capped" not in r["arm"]
+    ]  # fmt: skip
+    return starts[0] if starts else []
 
 
 def of_present_reasoner(run: dict[str, Any]) -> bool:
@@ -168,7 +180,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two arms, two updates, nothing is kept")
     arguments = parser.parse_args()
     if arguments.quick:
-        runs = [run(min(LENGTHS), arm, 0, 2, 16) for arm in ("GRPO, full path", "RPO, anchored")]
+        runs = [run(min(LENGTHS), arm, 0, 2, 16, shares_start=False) for arm in ("GRPO, full path", "RPO, anchored")]
         folder = Path(tempfile.mkdtemp())
     else:
         if not arguments.report:

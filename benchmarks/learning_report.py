@@ -17,6 +17,7 @@ import numpy as np
 Curves = dict[int, list[dict[str, float]]]
 # What an arm is compared with, by the objective that its name begins with.
 BASELINES = {"GRPO": "GRPO, full path", "RPO": "GRPO, full path", "DAPO": "DAPO, full path"}
+MEASURES = {"accuracy": "held-out accuracy without a prefix", "pass@4": "held-out pass@4 without a prefix"}
 AXES = {
     "update": ("updates", 1),
     "decoded_tokens": ("decoded tokens, thousands", 1e3),
@@ -86,23 +87,30 @@ def table(arms: dict[str, dict[str, Any]]) -> str:
 
 
 def draw(arms: dict[str, Curves], title: str, path: Path) -> None:
-    """Accuracy against every measure of work; the band is a standard deviation over seeds."""
-    figure, axes = plt.subplots(1, len(AXES), figsize=(18, 6.5), sharey=True)
+    """Accuracy and pass@4 against every measure of work; the band is a standard deviation over seeds."""
+    figure, axes = plt.subplots(len(MEASURES), len(AXES), figsize=(18, 11), sharex="col", sharey="row")
+    for (measure, label), row in zip(MEASURES.items(), axes, strict=True):
+        draw_measure(arms, measure, row)
+        row[0].set_ylabel(label)
+    for axis, (label, _) in zip(axes[-1], AXES.values(), strict=True):
+        axis.set_xlabel(label)
+    figure.suptitle(f"{title}: mean and standard deviation over seeds (number of seeds in brackets)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=8)
+    figure.tight_layout(rect=(0, 0.1, 1, 0.98))
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def draw_measure(arms: dict[str, Curves], measure: str, axes: Any) -> None:
+    """One measure of what a policy knows, against every measure of work."""
     colours = plt.get_cmap("tab20")
     for index, (name, curves) in enumerate(arms.items()):
         points = min(len(curve) for curve in curves.values())
-        accuracy = np.array([[p["accuracy"] for p in curve[:points]] for curve in curves.values()])
-        centre, spread = accuracy.mean(0), accuracy.std(0, ddof=1) if len(accuracy) > 1 else accuracy.std(0)
+        values = np.array([[p[measure] for p in curve[:points]] for curve in curves.values()])
+        centre, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else values.std(0)
         style = "-" if "full path" in name else "--"
-        for axis, (key, (label, unit)) in zip(axes, AXES.items(), strict=True):
+        for axis, (key, (_, unit)) in zip(axes, AXES.items(), strict=True):
             work = np.array([[p[key] for p in curve[:points]] for curve in curves.values()]).mean(0) / unit
             axis.plot(work, centre, style, color=colours(index), marker=".", label=f"{name} ({len(curves)})")
             axis.fill_between(work, centre - spread, centre + spread, color=colours(index), alpha=0.08, linewidth=0)
-            axis.set_xlabel(label)
             axis.grid(alpha=0.3)
-    axes[0].set_ylabel("held-out accuracy without a prefix")
-    figure.suptitle(f"{title}: mean and standard deviation over seeds (number of seeds in brackets)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=8)
-    figure.tight_layout(rect=(0, 0.16, 1, 0.97))
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
