@@ -94,6 +94,11 @@ BASIC: dict[str, list[str]] = {
 ARMS: dict[str, list[str]] = {
     **BASIC,
     **{f"{name}, length-aware": [*overrides, *LENGTH_AWARE] for name, overrides in BASIC.items()},
+    "RPO, free budget, three times the updates": [
+        *BASIC["RPO, free budget"],
+        "--trainer.max_steps={thrice}",
+        "--trainer.val_check_interval=20",
+    ],
     "GRPO, full path capped at a quarter": [*OBJECTIVE, *FULL_PATH, "--model.max_response_tokens={quarter}"],
     "DAPO, full path": [*DAPO, *FULL_PATH],
     "DAPO, RPO anchored": DAPO,
@@ -107,6 +112,7 @@ ARMS: dict[str, list[str]] = {
 def run(length: int, arm: str, seed: int, updates: int, problems: int, shares_start: bool = True) -> dict[str, Any]:
     """One run in a process of its own."""
     chains = LENGTHS[length]
+    quarter = str(chains.longest // 4)
     start = known_start(length, seed) if shares_start and "capped" not in arm else []
     with tempfile.TemporaryDirectory() as folder:
         recorder = {"class_path": "learning_curve.CurveRecorder", "init_args": {"path": f"{folder}/curve.json"}}
@@ -121,7 +127,7 @@ def run(length: int, arm: str, seed: int, updates: int, problems: int, shares_st
             f"--trainer.num_sanity_val_steps={0 if start else -1}", f"--trainer.val_check_interval={EVALUATE_EVERY}",
             f"--trainer.logger.init_args.save_dir={folder}",
             f"--trainer.callbacks=[{json.dumps(recorder)}]", "--completions.every_n_batches=1000",
-            *(o.replace("{quarter}", str(chains.longest // 4)) for o in ARMS[arm]),
+            *(o.replace("{quarter}", quarter).replace("{thrice}", str(3 * updates)) for o in ARMS[arm]),
         ]  # fmt: skip
         paths = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])  # this tree's package, whatever is installed
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1", "PYTHONPATH": paths}
