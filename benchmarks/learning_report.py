@@ -45,45 +45,75 @@ def write_report(runs: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     return figures
 
 
-def figures_of(
-    curves: dict[int, list[dict[str, float]]], baseline: dict[int, list[dict[str, float]]]
-) -> dict[str, Any]:
-    """Ends of an arm's curves over seeds, and the paired difference of accuracy from the baseline."""
+def figures_of(curves: Curves, baseline: Curves) -> dict[str, Any]:
+    """Ends of an arm's curves over seeds, and paired differences of accuracy from the baseline.
+
+    The baseline is taken at its end, and where it had decoded and processed as many tokens as the arm at its end
+    (between two evaluations on the line that joins them).
+    """
     ends = {seed: curve[-1] for seed, curve in curves.items()}
-    paired = [ends[seed]["accuracy"] - baseline[seed][-1]["accuracy"] for seed in ends if seed in baseline]
-    half_width = STUDENT[len(paired) - 1] * stdev(paired) / len(paired) ** 0.5 if 1 < len(paired) <= 5 else None
-
-    def spread(name: str) -> tuple[float, float]:
-        values = [end[name] for end in ends.values()]
-        return mean(values), stdev(values) if len(values) > 1 else 0.0
-
+    paired = {
+        "difference": [e["accuracy"] - baseline[seed][-1]["accuracy"] for seed, e in ends.items() if seed in baseline],
+        **{
+            f"at_equal_{work}": [
+                e["accuracy"] - reached(baseline[seed], work, e[work]) for seed, e in ends.items() if seed in baseline
+            ]
+            for work in ("decoded_tokens", "processed_tokens")
+        },
+    }
     names = ("accuracy", "pass@4", "decoded_tokens", "processed_tokens", "cpu_seconds")
     return {
         "seeds": len(ends),
         "before": mean(curve[0]["accuracy"] for curve in curves.values()),
-        **{name: spread(name) for name in names},
-        "difference": mean(paired) if paired else None,
-        "half_width": half_width,
+        **{name: spread([end[name] for end in ends.values()]) for name in names},
+        **{name: interval(differences) for name, differences in paired.items()},
     }
 
 
+def reached(curve: list[dict[str, float]], work: str, amount: float) -> float:
+    """Accuracy of a run after an amount of work; after all of it if it did less."""
+    return float(np.interp(amount, [p[work] for p in curve], [p["accuracy"] for p in curve]))
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    return mean(values), stdev(values) if len(values) > 1 else 0.0
+
+
+def interval(differences: list[float]) -> tuple[float, float | None] | None:
+    """Mean, and half the width of its 95 % interval."""
+    if not differences:
+        return None
+    count = len(differences)
+    return mean(differences), STUDENT[count - 1] * stdev(differences) / count**0.5 if 1 < count <= 5 else None
+
+
 def table(arms: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table, mean ± standard deviation over seeds."""
+    """A Markdown table, mean ± standard deviation over seeds, differences ± half the width of an interval."""
     lines = [
         "| arm | seeds | accuracy | pass@4 | decoded tokens | processed tokens | processor s | "
-        "accuracy − full path, paired |",
-        "|" + " --- |" * 8,
+        "accuracy − full path | at equal decoded | at equal processed |",
+        "|" + " --- |" * 10,
     ]
     for name, arm in arms.items():
         thousands = [f"{arm[c][0] / 1e3:,.0f}k" for c in ("decoded_tokens", "processed_tokens")]
-        difference = "" if arm["difference"] is None or name in BASELINES.values() else f"{arm['difference']:+.3f}"
-        difference += f" ± {arm['half_width']:.3f}" if difference and arm["half_width"] is not None else ""
         cells = [f"{arm[c][0]:.3f} ± {arm[c][1]:.3f}" for c in ("accuracy", "pass@4")]
+        compared = (
+            [] if name in BASELINES.values() else ["difference", "at_equal_decoded_tokens", "at_equal_processed_tokens"]
+        )
+        differences = [signed(arm[c]) for c in compared] or [""] * 3
         lines.append(
             f"| {name} | {arm['seeds']} | {' | '.join(cells)} | {' | '.join(thousands)} | "
-            f"{arm['cpu_seconds'][0]:.0f} | {difference} |"
+            f"{arm['cpu_seconds'][0]:.0f} | {' | '.join(differences)} |"
         )
     return "\n".join(lines)
+
+
+def signed(difference: tuple[float, float | None] | None) -> str:
+    """A difference as a table shows it."""
+    if difference is None:
+        return ""
+    return f"{difference[0]:+.3f}" + (f" ± {difference[1]:.3f}" if difference[1] is not None else "")
 
 
 def draw(arms: dict[str, Curves], title: str, path: Path) -> None:
