@@ -141,29 +141,20 @@ def run(length: int, arm: str, seed: int, updates: int, problems: int, shares_st
 
 
 def recorded() -> list[dict[str, Any]]:
-    """The runs so far: those of the present reasoners, and an earlier one's at lengths that have no others."""
+    """The runs so far that started from the present reasoners."""
     runs = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.exists() else []
-    present = {r["length"] for r in runs if of_present_reasoner(r)}
-    return [r for r in runs if of_present_reasoner(r) or r["length"] not in present]
+    return [r for r in runs if r["policy"] == LENGTHS[r["length"]].name]
 
 
 def known_start(length: int, seed: int) -> list[dict[str, float]]:
     """What the starting policy answers, from an earlier run whose responses may be as long; empty if there is none."""
-    starts = [
-        r["curve"][:1] for r in recorded()
-        if (r["length"], r["seed"]) == (length, seed) and of_present_reasoner(r) and "capped" not in r["arm"]
-    ]  # fmt: skip
-    return starts[0] if starts else []
-
-
-def of_present_reasoner(run: dict[str, Any]) -> bool:
-    """Whether a run started from what runs of its length start from now."""
-    return bool(run["policy"] == LENGTHS[run["length"]].name)
+    runs = [r for r in recorded() if (r["length"], r["seed"]) == (length, seed) and "capped" not in r["arm"]]
+    return runs[0]["curve"][:1] if runs else []
 
 
 def run_missing(lengths: list[int], arms: list[str], processes: int) -> None:
     """Run what has not been run yet, first seeds first."""
-    there = {(r["length"], r["arm"], r["seed"]) for r in recorded() if of_present_reasoner(r)}
+    there = {(r["length"], r["arm"], r["seed"]) for r in recorded()}
     for length in lengths:
         seeds = range(LENGTHS[length].seeds)
         wanted = [(length, arm, seed) for seed in seeds for arm in arms if (length, arm, seed) not in there]

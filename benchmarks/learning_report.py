@@ -133,7 +133,7 @@ def draw(arms: dict[str, Curves], title: str, path: Path) -> None:
 
 def draw_measure(arms: dict[str, Curves], measure: str, axes: Any) -> None:
     """One measure of what a policy knows, against every measure of work."""
-    colours = plt.get_cmap("tab20")
+    colours = plt.get_cmap("tab10" if len(arms) <= 10 else "tab20")
     for index, (name, curves) in enumerate(arms.items()):
         points = min(len(curve) for curve in curves.values())
         values = np.array([[p[measure] for p in curve[:points]] for curve in curves.values()])
