@@ -94,6 +94,12 @@ BASIC: dict[str, list[str]] = {
 ARMS: dict[str, list[str]] = {
     **BASIC,
     **{f"{name}, length-aware": [*overrides, *LENGTH_AWARE] for name, overrides in BASIC.items()},
+    "GRPO, full path, five updates": [
+        *OBJECTIVE,
+        *FULL_PATH,
+        "--trainer.max_steps=5",
+        "--trainer.val_check_interval=5",
+    ],
     "RPO, free budget, three times the updates": [
         *BASIC["RPO, free budget"],
         "--trainer.max_steps={thrice}",

@@ -18,6 +18,8 @@ Curves = dict[int, list[dict[str, float]]]
 # What an arm is compared with, by the objective that its name begins with.
 BASELINES = {"GRPO": "GRPO, full path", "RPO": "GRPO, full path", "DAPO": "DAPO, full path"}
 MEASURES = {"accuracy": "held-out accuracy without a prefix", "pass@4": "held-out pass@4 without a prefix"}
+# The first updates of the same runs, evaluated in between.
+BEGINNINGS = {"GRPO, full path": "GRPO, full path, five updates"}
 AXES = {
     "update": ("updates", 1),
     "decoded_tokens": ("decoded tokens, thousands", 1e3),
@@ -36,13 +38,22 @@ def write_report(runs: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
         for run in runs:
             if run["length"] == length:
                 arms[run["arm"]][run["seed"]] = run["curve"]
-        figures[str(length)] = {
-            arm: figures_of(curves, arms.get(BASELINES[arm.partition(",")[0]], {})) for arm, curves in arms.items()
-        }
+        figures[str(length)] = {arm: figures_of(curves, baseline_of(arm, arms)) for arm, curves in arms.items()}
         hardware = sorted({r["hardware"] for r in runs if r["length"] == length})
         print(f"\nabout {length} tokens; {'; '.join(hardware)}\n\n{table(figures[str(length)])}\n")
         draw(arms, f"embedded task, chains of about {length} tokens", folder / f"learning_{length}.png")
     return figures
+
+
+def baseline_of(arm: str, arms: dict[str, Curves]) -> Curves:
+    """What an arm is compared with, with every point that was evaluated."""
+    name = BASELINES[arm.partition(",")[0]]
+    beginnings = arms.get(BEGINNINGS.get(name, ""), {})
+    merged = {}
+    for seed, curve in arms.get(name, {}).items():
+        points = {p["update"]: p for p in [*beginnings.get(seed, []), *curve]}
+        merged[seed] = [points[update] for update in sorted(points)]
+    return merged
 
 
 def figures_of(curves: Curves, baseline: Curves) -> dict[str, Any]:
