@@ -47,7 +47,7 @@ class Length:
         seeds: Runs of an arm.
         updates: Of a run.
         questions: To train on.
-        at_once: Answers of an evaluation that are sampled together; more do not fit a CPU's cache.
+        at_once: Answers that are sampled together at most.
     """
 
     policy: str
