@@ -74,6 +74,7 @@ FULL_PATH = ["--cache=null"]
 LENGTH_AWARE = ['--model.rewards=[{"class_path": "LengthAwareAccuracyReward"}]']
 PAPER = ["--cache.cut=FractionOfShortestCut", "--cache.refresh=EpsilonGreedyRefresh", "--cache.initialisation=eager"]
 OBJECTIVE = ["--model.objective=GRPO"]
+CAPPED = [*OBJECTIVE, *FULL_PATH, "--model.max_response_tokens={quarter}"]
 DAPO = ["--model.dynamic_sampling=DynamicSampling"]
 
 
@@ -105,7 +106,8 @@ ARMS: dict[str, list[str]] = {
         "--trainer.max_steps={thrice}",
         "--trainer.val_check_interval=20",
     ],
-    "GRPO, full path capped at a quarter": [*OBJECTIVE, *FULL_PATH, "--model.max_response_tokens={quarter}"],
+    "GRPO, full path capped at a quarter": CAPPED,
+    "GRPO, full path capped at a quarter, length-aware": [*CAPPED, *LENGTH_AWARE],
     "DAPO, full path": [*DAPO, *FULL_PATH],
     "DAPO, RPO anchored": DAPO,
     "GRPO, full path, 32 x 4": [*OBJECTIVE, *FULL_PATH, *shape(32, 4)],
