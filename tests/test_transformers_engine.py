@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from rpo_lightning.engines import GenerationRequest, Sampling, TransformersEngine, decode_attention
+from rpo_lightning.engines import GenerationRequest, Sampling, TransformersEngine, decode_attention, sequence_cache
 from rpo_lightning.engines.growing_cache import growing_cache
 from rpo_lightning.engines.token_sampling import draw
 from rpo_lightning.errors import ConfigurationError, EngineError
@@ -116,6 +116,7 @@ def read_keys(request, monkeypatch):
         return part(query, key, *args)
 
     monkeypatch.setattr(decode_attention, "attended", note)
+    monkeypatch.setattr(sequence_cache, "_BYTES_WORTH_SHARING", 0)
     return shapes
 
 
@@ -147,8 +148,24 @@ def test_shared_prompts_decode_greedily_as_transformers_generate(policy, tokeniz
     assert read_keys
 
 
-def test_shared_prompts_decode_under_autocast(grouped_policy, tokenizer, read_keys):
+@pytest.mark.parametrize(("beyond", "is_shared"), [(0, True), (1, False)])
+def test_sequences_have_copies_of_their_prompts_where_these_are_small(
+    grouped_policy, tokenizer, read_keys, monkeypatch, beyond, is_shared
+):
     grouped_policy.set_attn_implementation("rpo_shared_prefix")
+    asked = requests(tokenizer, samples=3, budget=10)
+    longest = max(len(r.token_ids) for r in asked)
+    copied_bytes = 6 * longest * 2 * 2 * 16 * 4  # six more copies of two heads' keys and values of 16 fp32 numbers
+    monkeypatch.setattr(sequence_cache, "_BYTES_WORTH_SHARING", copied_bytes + beyond)
+    assert_log_probs_are_the_policys(grouped_policy, asked, generated(grouped_policy, tokenizer, asked))
+    assert bool(read_keys) == is_shared
+
+
+@pytest.mark.parametrize("values", [torch.bfloat16, torch.float32])  # fp32 where they are normalised
+def test_shared_prompts_decode_under_autocast(grouped_policy, tokenizer, read_keys, values):
+    grouped_policy.set_attn_implementation("rpo_shared_prefix")
+    for layer in grouped_policy.model.layers:
+        layer.self_attn.v_proj.register_forward_hook(lambda module, given, output: output.to(values))
     asked = requests(tokenizer, samples=2, budget=20)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = generated(grouped_policy, tokenizer, asked)
@@ -159,6 +176,14 @@ def test_shared_prompts_decode_under_autocast(grouped_policy, tokenizer, read_ke
             expected = reference_logprobs(grouped_policy, row, len(completion.token_ids))
             difference = (torch.tensor(completion.logprobs) - expected).abs().mean()
             assert difference < 0.15  # logits have a standard deviation of 2; bf16 keeps 8 bits
+
+
+def test_under_autocast_keys_are_kept_in_the_precision_of_values(grouped_policy):
+    cache = growing_cache(grouped_policy.config)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for token in (3, 4):
+            grouped_policy(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+    assert [(x.keys.dtype, x.get_seq_length()) for x in cache.layers] == [(torch.bfloat16, 2)] * 2
 
 
 def test_sequences_end_at_the_end_token_or_at_their_own_budget(engine, tokenizer):

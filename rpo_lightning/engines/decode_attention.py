@@ -42,7 +42,7 @@ class SharedTrunks:
         slot_N: Place of each sequence among R times ``members``; ``None`` if every place is taken.
     """
 
-    layers: list[tuple[Tensor, Tensor]]
+    layers: list[tuple[Tensor, ...]]
     mask_R11T: Tensor
     members: int
     slot_N: Tensor | None
@@ -117,7 +117,6 @@ def attended(
         scale: Factor of the scores; 1/√size if not given.
         mask: What is added to the scores.
     """
-    key, value = key.to(query.dtype), value.to(query.dtype)
     if query.device.type == "cpu":
         mask = None if mask is None else mask.to(query.dtype)
         output, lse = _flash(query, key, value, 0.0, False, attn_mask=mask, scale=scale)

@@ -2,7 +2,8 @@
 
 transformers' ``DynamicCache`` copies every key and value at every step; over a long suffix that is
 quadratic and, on a CPU, the larger part of decoding. The layers here keep spare room and write in
-place.
+place. Under autocast rotary embeddings leave keys in fp32, which attention casts whenever it reads them: here
+they are cast once, as they are written.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class GrowingLayer(DynamicLayer):
         self._room: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append keys and values of shape [N, heads, tokens, head_dim] and return all of them."""
+        """Append keys and values of shape [N, heads, tokens, head_dim] and return all of them, in the values' dtype."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         used = self.get_seq_length()
@@ -50,7 +51,7 @@ class GrowingLayer(DynamicLayer):
     def _grow(self, key_states: Tensor, value_states: Tensor, used: int, capacity: int) -> None:
         rooms = []
         for new, old in ((key_states, self.keys), (value_states, self.values)):
-            room = new.new_empty(*new.shape[:2], capacity, new.shape[-1])
+            room = value_states.new_empty(*new.shape[:2], capacity, new.shape[-1])
             if used:
                 room[:, :, :used] = cast(Tensor, old)
             rooms.append(room)

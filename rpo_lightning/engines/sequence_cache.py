@@ -2,8 +2,8 @@
 
 Members of a group continue the same prompt and prefix, their *trunk*. Where the policy has been shown to keep the
 members of a shared row apart (``model_support``), a trunk stays where it was computed, one for a group: a step reads
-it once instead of once for every member, which is most of decoding where prefixes are long. Elsewhere every sequence
-has a copy of its trunk.
+it once instead of once for every member, which is most of decoding where prefixes are long. Elsewhere, and where
+there is little to share, every sequence has a copy of its trunk.
 
 Shape suffixes are those of ``records``.
 """
@@ -19,6 +19,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rpo_lightning.engines.decode_attention import SharedTrunks
 from rpo_lightning.engines.growing_cache import GrowingLayer, growing_cache, select_sequences
+from rpo_lightning.shared_attention import same_dtype
+
+# Attention in two parts takes about as long on a CPU as reading this many bytes of copies in a layer: of 1.6 and 2.0 MB
+# (a reasoner of 3 layers, SmolLM2-135M) copies and parts were equally fast, on one and on two threads.
+_BYTES_WORTH_SHARING = 2 * 10**6
 
 
 class SequenceCache(ABC):
@@ -77,27 +82,33 @@ class OneTrunkEach(SequenceCache):
         first_R = counts_R.cumsum(0) - counts_R
         self._members = int(counts_R.max())
         self._slot_N = owner_N * self._members + torch.arange(len(owner_N), device=owner_N.device) - first_R[owner_N]
-        self._trunks = cache
+        self._cache = cache
         hidden_RT = torch.zeros(mask_RT.shape, device=mask_RT.device).masked_fill(mask_RT == 0, float("-inf"))
         self._mask_R11T = hidden_RT[:, None, None]
         self._own = growing_cache(policy.config)
+        self._trunks = self._shared()
 
     @staticmethod
-    def takes(cache: DynamicCache) -> bool:
-        """Whether all of a cache's layers keep every token (not so recurrent ones and sliding windows)."""
-        return all(type(layer) is GrowingLayer for layer in cache.layers)
+    def pays(cache: DynamicCache, copies: int) -> bool:
+        """Whether trunks may be shared, and whether that is worth it: always on a GPU, where it was not measured.
+
+        Args:
+            cache: Of the requests. All of its layers must keep every token (not so recurrent ones and sliding windows).
+            copies: Of trunks that it saves: sequences without requests.
+        """
+        layers = cast(list[GrowingLayer], cache.layers)
+        if copies == 0 or not all(type(layer) is GrowingLayer for layer in layers):
+            return False
+        key, value = cast(Tensor, layers[0].keys), cast(Tensor, layers[0].values)
+        copied_bytes = (key[0].nbytes + value[0].nbytes) * copies
+        return key.device.type != "cpu" or copied_bytes >= _BYTES_WORTH_SHARING
 
     def inputs(self) -> dict[str, Any]:
         """The mask is that of the trunks: sequences see all tokens of their own."""
-        layers = [
-            cast(tuple[Tensor, Tensor], (x.keys, x.values)) for x in cast(list[GrowingLayer], self._trunks.layers)
-        ]
-        every_place = len(self._slot_N) == len(self._mask_R11T) * self._members
-        slot_N = None if every_place else self._slot_N
         return {
             "past_key_values": self._own,
             "attention_mask": self._mask_R11T,
-            "shared_trunks": SharedTrunks(layers, self._mask_R11T, self._members, slot_N),
+            "shared_trunks": self._trunks,
         }
 
     def keep(self, indices: Tensor) -> None:
@@ -106,6 +117,18 @@ class OneTrunkEach(SequenceCache):
         slot_N = self._slot_N[indices]
         live_R, owner_N = (slot_N // self._members).unique(return_inverse=True)
         if len(live_R) < len(self._mask_R11T):
-            select_sequences(self._trunks, live_R)
+            select_sequences(self._cache, live_R)
             self._mask_R11T = self._mask_R11T[live_R]
         self._slot_N = owner_N * self._members + slot_N % self._members
+        self._trunks = self._shared()
+
+    def _shared(self) -> SharedTrunks:
+        """The trunks as attention takes them."""
+        layers = cast(list[GrowingLayer], self._cache.layers)
+        every_place = len(self._slot_N) == len(self._mask_R11T) * self._members
+        return SharedTrunks(
+            [same_dtype(cast(Tensor, x.keys), cast(Tensor, x.values)) for x in layers],
+            self._mask_R11T,
+            self._members,
+            None if every_place else self._slot_N,
+        )

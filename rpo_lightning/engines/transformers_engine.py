@@ -134,7 +134,7 @@ class _DecodingBatch:
         owner_N = torch.repeat_interleave(torch.arange(len(requests), device=self.device), counts)
         budgets_N = torch.tensor([r.max_new_tokens for r in requests], device=self.device)[owner_N]
         cache: SequenceCache
-        if self.shares_trunks and len(owner_N) > len(requests) and OneTrunkEach.takes(trunks):
+        if self.shares_trunks and OneTrunkEach.pays(trunks, copies=len(owner_N) - len(requests)):
             cache = OneTrunkEach(self.policy, trunks, mask_RT, owner_N)
         else:
             cache = CopiedTrunks(trunks, mask_RT, owner_N, longest=int(budgets_N.max()))

@@ -7,7 +7,7 @@ weights and cache; graphs and workspaces stay, which is assumed to be ``ASLEEP_B
 The transformers engine decodes with the policy's own weights and needs keys and values of its sequences: layers × 2 ×
 key × tokens, with room for 128 tokens more, one layer of it twice while it grows; logits of all sequences, in fp32 and
 as log-probs and probabilities; and the prompts' activations in one layer. Where members of a group share rows in
-training they have one copy of their prompt here (``engines/sequence_cache.py``).
+training they have one copy of their prompt here, but for less than 2 MB a layer (``engines/sequence_cache.py``).
 """
 
 from __future__ import annotations
@@ -56,9 +56,8 @@ def engine_parts(shape: ModelShape, plan: Plan, device_bytes: float | None) -> l
 
 def _decoding_parts(shape: ModelShape, plan: Plan) -> list[Part]:
     sequences = max(plan.group_size, plan.engine.sequences)
-    # Rotary embeddings leave keys in the precision of the residual stream.
     held = plan.precision.held if plan.casts_weights else plan.precision.computed
-    token = shape.key * (held + plan.precision.computed)
+    token = shape.key * 2 * plan.precision.computed
     requests = max(1, sequences // plan.group_size)
     trunks = requests * (plan.prompt_tokens + _ROOM) if plan.shares_prefixes and plan.group_size > 1 else 0
     own = plan.response_tokens if trunks else plan.longest
