@@ -2,7 +2,7 @@
 
 Both are tried once on a few tokens against ordinary rows with full logits, because what a model does with
 its attention (recurrent layers have none) or to its logits (caps, scales) is not told by its
-configuration. What a few tokens cannot show, sliding windows and dropout, is read from it.
+configuration. What a few tokens cannot show, windows, chunks and dropout, is read from it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 # The trial's log-probs agree to rounding in the model's precision, or are plainly different.
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}
 _COARSE_AGREEMENT = 0.2
+# Layers whose attention is full up to a known length. Sparse and indexed ones may be so for a trial's few tokens.
+_FULL_UP_TO_A_LENGTH = {"full_attention", "sliding_attention", "chunked_attention"}
 # Attention kernels reach about half the rate of matrix products (benchmarks/update_phase.py, on a CPU).
 _ATTENTION_SLOWDOWN = 2.0
 # Gathering and merging a suffix's hidden states, in operations of matrix products per element (same script, on the
@@ -55,11 +57,11 @@ def row_cost(model: Any, shares: bool, full_logits: bool) -> RowCost:
     if obstacle is not None:
         log.warning(f"{obstacle}: every response is trained on in a row of its own, its prefix computed again")
         return RowCost(shares=False)
-    window = _sliding_window(model.config.get_text_config())
-    if window is not None:
-        log.warning(f"sliding window: only sequences of at most {window} tokens share rows")
+    longest = _longest_full_attention(model.config.get_text_config())
+    if longest is not None:
+        log.warning(f"sliding window or chunks: only sequences of at most {longest} tokens share rows")
     attention, branch = _costs(model)
-    return RowCost(attention=attention, branch=branch, longest_shared=window)
+    return RowCost(attention=attention, branch=branch, longest_shared=longest)
 
 
 def sharing_obstacle(model: Any, full_logits: bool = False) -> str | None:
@@ -68,6 +70,9 @@ def sharing_obstacle(model: Any, full_logits: bool = False) -> str | None:
         return f"attention is {model.config._attn_implementation!r}, shared rows need 'sdpa'"
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or _attention_dropout(model) > 0:
         return f"{type(model).__name__} trains with dropout, which members would share"
+    others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _FULL_UP_TO_A_LENGTH
+    if others:
+        return f"{type(model).__name__} has layers of {', '.join(sorted(others))}, for which shared rows are not made"
     alone = _trial(model, shared=False, full_logits=full_logits)
     model.set_attn_implementation(IMPLEMENTATION)
     try:
@@ -88,13 +93,15 @@ def _attention_dropout(model: Any) -> float:
     return float(getattr(model.config.get_text_config(), "attention_dropout", 0.0) or 0.0)
 
 
-def _sliding_window(config: Any) -> int | None:
-    window = getattr(config, "sliding_window", None)
-    uses = getattr(config, "use_sliding_window", True)
+def _longest_full_attention(config: Any) -> int | None:
+    """Tokens up to which windows and chunks hide nothing; ``None`` if there are none."""
     layers = getattr(config, "layer_types", None)
-    if window is None or not uses or (layers is not None and "sliding_attention" not in layers):
-        return None
-    return int(window)
+    limits = []
+    if getattr(config, "use_sliding_window", True) and (layers is None or "sliding_attention" in layers):
+        limits.append(getattr(config, "sliding_window", None))
+    if layers is None or "chunked_attention" in layers:
+        limits.append(getattr(config, "attention_chunk_size", None))
+    return min((int(limit) for limit in limits if limit is not None), default=None)
 
 
 def _costs(model: Any) -> tuple[float, float]:

@@ -96,7 +96,7 @@ class RowCost:
         shares: Whether members may share a row at all.
         trunk: Cost of a trunk's token, where a suffix's costs 1; a third without gradient through the trunk.
         longest_shared: Longest sequence (trunk and one suffix) that may be in a shared row: attention of
-            shared rows knows no sliding window.
+            shared rows knows no windows and chunks.
     """
 
     attention: float = 0.0
@@ -132,12 +132,29 @@ def shared_rows(rows: Sequence[Row], max_tokens: int, cost: RowCost) -> list[Sha
     return [shared for members in groups.values() for shared in _cheapest(members, max_tokens, cost)]
 
 
-def micro_batches(rows: Sequence[SharedRow], max_tokens: int) -> list[list[SharedRow]]:
+def micro_batches(
+    rows: Sequence[SharedRow], max_tokens: int, longest_shared: int | None = None
+) -> list[list[SharedRow]]:
     """Split into as few micro-batches of at most ``max_tokens`` padded tokens as needed, of similar size.
 
     A row longer than that makes a micro-batch of its own. Long rows come first, so that memory peaks early.
+
+    Args:
+        rows: What is to be computed.
+        max_tokens: Padded tokens of a micro-batch.
+        longest_shared: See :class:`RowCost`. Longer rows never stand beside shared ones: the whole micro-batch
+            would be computed without the window.
     """
     ordered = sorted(rows, key=lambda r: (-len(r), r.members[0].group, r.members[0].member))
+    beyond: list[SharedRow] = []
+    within: list[SharedRow] = []
+    for row in ordered:
+        is_beyond = longest_shared is not None and len(row.members) == 1 and len(row) > longest_shared
+        (beyond if is_beyond else within).append(row)
+    return [batch for kind in (beyond, within) if kind for batch in _even(kind, max_tokens)]
+
+
+def _even(ordered: Sequence[SharedRow], max_tokens: int) -> list[list[SharedRow]]:
     batches = _fill(ordered, max_tokens)
     low, high = 1, max_tokens
     while low < high:  # the smallest limit that needs no more micro-batches makes them even

@@ -216,8 +216,8 @@ class PolicyLoss:
         return self.settings.importance_correction.weights(difference_BS, sampled_BS)
 
     def _micro_batches(self, rows: Sequence[Row]) -> list[list[SharedRow]]:
-        limit = self.settings.micro_batch_tokens
-        return micro_batches(shared_rows(rows, limit, self._row_cost), limit) if rows else []
+        limit, cost = self.settings.micro_batch_tokens, self._row_cost
+        return micro_batches(shared_rows(rows, limit, cost), limit, cost.longest_shared) if rows else []
 
     def _logprobs(
         self, model: PreTrainedModel, batch: Sequence[SharedRow], prefix_gradient: bool = True

@@ -13,6 +13,8 @@ from transformers import (
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -31,7 +33,7 @@ from rpo_lightning.rows import Row, RowCost, micro_batches, rows_of, shared_rows
 from rpo_lightning.shared_attention import IMPLEMENTATION
 from rpo_lightning.update import PolicyLoss
 
-from .conftest import make_module
+from .conftest import make_group, make_module
 from .test_logprobs import assert_same, groups, settings
 
 # The goal of the issue: every parameter's gradient in fp64.
@@ -42,7 +44,8 @@ def gradient(policy, objective, reference=None, batch=None, **changes):
     policy.zero_grad()
     reference = reference and FrozenCopy(reference)
     loss = PolicyLoss(policy, reference, objective, settings(**changes), pad_id=0)
-    loss._row_cost = RowCost(shares=loss._row_cost.shares)  # members share wherever it is allowed
+    allowed = loss._row_cost
+    loss._row_cost = RowCost(shares=allowed.shares, longest_shared=allowed.longest_shared)  # shared wherever it may be
     metrics = loss.backward(batch or groups(), lambda x, _: x.backward())
     metrics["tokens"] = loss.processed_tokens
     return {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}, metrics
@@ -217,6 +220,7 @@ def tiny(kind, config, **settings):
     return kind(config(**{**base, **settings}))
 
 
+FEW_EXPERTS = {"intermediate_size_mlp": 64, "num_local_experts": 2, "num_experts_per_tok": 1, "pad_token_id": 0}
 ATTENTION = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 
 
@@ -240,12 +244,43 @@ def test_models_that_it_would_be_wrong_for_fall_back_to_plain_rows_with_one_reas
         assert_same(plain, gradient(model, DAPO())[0], GOAL)
 
 
-def test_a_sliding_window_limits_what_shares_rows(caplog):
-    sliding = tiny(MistralForCausalLM, MistralConfig, **ATTENTION, sliding_window=8)
-    assert row_cost(sliding, shares=True, full_logits=False).longest_shared == 8
-    assert "sliding window" in caplog.text
+@pytest.mark.parametrize(
+    ("kind", "config", "limit"),
+    [
+        (MistralForCausalLM, MistralConfig, {"sliding_window": 16}),
+        (Llama4ForCausalLM, Llama4TextConfig, {"attention_chunk_size": 16, "num_hidden_layers": 4, **FEW_EXPERTS}),
+    ],
+    ids=["window", "chunks"],
+)
+def test_only_sequences_within_a_window_share_rows_and_others_keep_it(kind, config, limit, caplog):
+    model = tiny(kind, config, **ATTENTION, **limit).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)  # attention matters
+    assert row_cost(model, shares=True, full_logits=False).longest_shared == 16
+    assert "at most 16 tokens share rows" in caplog.text
+    long, short = [(5, 6, 7, 8) * 8, (9, 4, 3, 8) * 8], [(5, 6, 7), (8, 9, 10), (7, 6, 5)]
+    batch = [
+        make_group([1.0, 0.0], long, prompt_ids=(11, 12, 13), uid="beyond"),
+        make_group([1.0, 0.0, 0.5], short, prompt_ids=(21, 22, 23, 24, 25, 26, 27), uid="within"),
+    ]
+    plain, of_plain = gradient(model, DAPO(), batch=batch, share_prefixes=False)
+    shared, of_shared = gradient(model, DAPO(), batch=batch)
+    assert of_shared["tokens"] == of_plain["tokens"] - 2 * 7  # one trunk instead of three, where it is allowed
+    assert_same(plain, shared, 2e-6)
+
+
+def test_a_model_without_windows_shares_rows_of_any_length():
     wide = tiny(MistralForCausalLM, MistralConfig, **ATTENTION, sliding_window=None)
     assert row_cost(wide, shares=True, full_logits=False).longest_shared is None
+
+
+def test_layers_that_select_tokens_do_not_share_rows():
+    """Few tokens are all selected, so that a trial would see nothing."""
+    model = tiny(MistralForCausalLM, MistralConfig, **ATTENTION, sliding_window=None)
+    model.config.layer_types = ["full_attention", "indexed_attention"]
+    assert "layers of indexed_attention" in sharing_obstacle(model)
 
 
 def test_a_model_that_caps_its_logits_is_scored_on_its_own_logits(caplog):
