@@ -27,8 +27,8 @@ class CurveRecorder(Callback):
         self._seconds = 0.0
         self._since = 0.0
 
-    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        """Start the clock; by now the starting policy has been evaluated."""
+    def on_fit_start(self, trainer: Trainer, *_: Any) -> None:
+        """Start the clock; an evaluation of the starting policy starts it anew, and the cache is filled after that."""
         self._since = time.process_time()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.adapters import has_adapter
 from rpo_lightning.engines.weights import gathered, named_weights, plain_class, plain_configuration, underlying_model
-from rpo_lightning.files import replacing_folder
+from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.files import writing_policy
 from rpo_lightning.ranks import Ranks
 
 
@@ -26,11 +27,20 @@ def export_policy(
     Args:
         policy: The policy.
         tokenizer: Its tokenizer.
-        folder: Where to; an earlier one is replaced once the new one is whole.
+        folder: Where to; an earlier policy is replaced once the new one is whole, other files stay.
         merged: Merge an adapter into the weights, or save it alone.
         ranks: The ranks that call it.
+
+    Raises:
+        ConfigurationError: The folder holds an adapter, and a whole policy is saved, or the other way round.
     """
     alone = has_adapter(policy) and not merged
+    other = Path(folder) / ("config.json" if alone else "adapter_config.json")
+    if any(ranks.gather(other.exists())):
+        raise ConfigurationError(
+            f"{other} is there, so that {'the adapter and another policy' if alone else 'the policy and an adapter'} "
+            "would be loaded together: save into another folder"
+        )
     weights = _adapter_weights(policy) if alone else named_weights(policy)
     tied = set() if alone else _tied_names(policy)
     # Every rank takes part in gathering, the first one keeps what comes.
@@ -38,7 +48,7 @@ def export_policy(
     if ranks.rank:
         return
     model: Any = policy if alone else _empty_model(policy)
-    with replacing_folder(folder) as partial:
+    with writing_policy(folder) as partial:
         model.save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_WEIGHTS = re.compile(r"(adapter_|pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
 def write_parquet(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -36,12 +39,27 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """Give a folder to write into that takes the place of ``folder`` once the block has ended well."""
+def writing_policy(folder: str | Path) -> Iterator[Path]:
+    """Give a folder to write a policy into, whose files go to ``folder`` once the block has ended well.
+
+    A new folder appears whole. In one that exists, files of the same name are replaced one by one (but not a model
+    card), weights of an earlier policy that has other names for its pieces are removed, and everything else stays.
+    """
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)
+    if not folder.exists():
+        partial.replace(folder)
+        return
+    written = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
+    for name in written:
+        if name == Path("README.md") and (folder / name).exists():
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).replace(folder / name)
+    for path in folder.iterdir():
+        if _WEIGHTS.fullmatch(path.name) and Path(path.name) not in written:
+            path.unlink()
+    shutil.rmtree(partial)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.errors import ConfigurationError
-from rpo_lightning.files import replacing_folder
+from rpo_lightning.files import writing_policy
 
 EMBEDDED_PREFIX = "embedded:"
 _EMBEDDED_FOLDERS = {"arithmetic-reasoner": Path(__file__).parent / "tasks" / "arithmetic_reasoner"}
@@ -68,8 +68,8 @@ def load_policy(name: str, **options: Any) -> PreTrainedModel:
 
 
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
-    """Write an ordinary Hugging Face folder, replacing an earlier one only once the new one is whole."""
-    with replacing_folder(folder) as partial:
+    """Write an ordinary Hugging Face folder; what else is in it stays."""
+    with writing_policy(folder) as partial:
         policy.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return Path(folder)

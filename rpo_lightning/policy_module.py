@@ -240,8 +240,12 @@ class PolicyModule(LightningModule):
         """Save the policy as an ordinary Hugging Face folder; all ranks must call it, the first one writes.
 
         Args:
-            folder: Where to.
+            folder: Where to. A policy that is there is replaced, other files stay.
             merged: An adapter is merged into the weights; otherwise it is saved alone, as PEFT does.
+
+        Raises:
+            ConfigurationError: There is no policy yet, or the folder holds an adapter beside which a whole policy
+                would be saved, or the other way round.
         """
         if self.policy is None:
             raise ConfigurationError("the policy has not been loaded yet, so there is nothing to save")

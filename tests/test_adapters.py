@@ -88,6 +88,35 @@ def test_a_checkpoint_holds_the_adapter_and_resumes_exactly(tmp_path):
     assert all(torch.equal(parameter, found[name]) for name, parameter in whole.policy.named_parameters())
 
 
+def test_a_policy_is_saved_beside_other_files_and_in_place_of_an_earlier_one(tmp_path):
+    module = make_module()
+    module.configure_model()
+    notes = tmp_path / "notes" / "plan.txt"
+    notes.parent.mkdir()
+    for path in (notes, tmp_path / "README.md"):
+        path.write_text("mine")
+    pieces = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    for name in pieces:
+        (tmp_path / name).write_text("of an earlier policy")
+    module.save_pretrained(tmp_path)
+    assert (notes.read_text(), (tmp_path / "README.md").read_text()) == ("mine", "mine")
+    assert not any((tmp_path / name).exists() for name in pieces)
+    assert torch.equal(logits(load_policy(str(tmp_path))), logits(module.policy))
+    assert not tmp_path.with_name(tmp_path.name + ".partial").exists()
+
+
+def test_an_adapter_and_a_policy_are_not_saved_into_one_folder(tmp_path):
+    module = make_module(adapter=LoRA(rank=4))
+    module.configure_model()
+    module.save_pretrained(tmp_path / "whole")
+    module.save_pretrained(tmp_path / "adapter", merged=False)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for folder, merged in (("whole", False), ("adapter", True)):
+        with pytest.raises(ConfigurationError, match="save into another folder"):
+            module.save_pretrained(tmp_path / folder, merged)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_a_quantised_policy_trains_and_is_saved_in_full_precision(tmp_path, quantization):
     pytest.importorskip("bitsandbytes")
