@@ -92,7 +92,7 @@ class PolicyModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the policy, shard it where the strategy does, and introduce the engine to it and to the run."""
-        self.ranks = Ranks(None if self._trainer is None else self._trainer.strategy)
+        self.ranks.follow(None if self._trainer is None else self._trainer.strategy)
         if self.policy is None:
             placement = placement_for(self._trainer)
             with placement.loading():
@@ -141,11 +141,12 @@ class PolicyModule(LightningModule):
         )
 
     def configure_callbacks(self) -> list[Callback]:
-        """The engine needs its weights: the module brings the callback that syncs them."""
-        from rpo_lightning.callbacks.weight_sync import WeightSyncCallback
+        """What every run needs, unless the trainer has its own: the engine's weights, and an end for failing ranks."""
+        from rpo_lightning.callbacks import LoneExceptionCallback, WeightSyncCallback
 
-        has_one = any(isinstance(c, WeightSyncCallback) for c in cast(Any, self.trainer).callbacks)
-        return [] if has_one else [WeightSyncCallback()]
+        there = cast(Any, self.trainer).callbacks
+        kinds = (WeightSyncCallback, LoneExceptionCallback)
+        return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in there)]
 
     def teardown(self, stage: str) -> None:
         """Stop grading processes and the engine."""

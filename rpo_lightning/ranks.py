@@ -26,6 +26,10 @@ class Ranks:
     def __init__(self, strategy: Any = None) -> None:
         self._strategy = strategy
 
+    def follow(self, strategy: Any) -> None:
+        """Be the ranks of another strategy, for whoever holds this object: a module may go from trainer to trainer."""
+        self._strategy = strategy
+
     @property
     def size(self) -> int:
         """Number of ranks."""

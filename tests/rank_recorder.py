@@ -21,11 +21,13 @@ class RankRecorder(Callback):
     Args:
         folder: Where to.
         kill_after: The iteration after which every process kills itself, once the checkpoint is written.
+        failing_ranks: Ranks that raise at the end of the second iteration.
     """
 
-    def __init__(self, folder: str, kill_after: int = -1) -> None:
+    def __init__(self, folder: str, kill_after: int = -1, failing_ranks: list[int] | None = None) -> None:
         self.folder = folder
         self.kill_after = kill_after
+        self.failing_ranks = failing_ranks or []
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """What the run starts with."""
@@ -34,6 +36,8 @@ class RankRecorder(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """What an iteration left."""
         self._record(trainer, pl_module)
+        if trainer.global_rank in self.failing_ranks and pl_module.iteration == 2:
+            raise RuntimeError(f"rank {trainer.global_rank} fails")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Die as a machine does: before anything is cleaned up, but after the checkpoint."""

@@ -26,14 +26,29 @@ ENGINE = {
 }
 
 
-def fit(folder: Path, strategy: str, engine: str, ranks: int, kill_after: int = -1, resume: str = "") -> int:
+def fit(
+    folder: Path,
+    strategy: str,
+    engine: str,
+    ranks: int,
+    kill_after: int = -1,
+    resume: str = "",
+    failing_ranks: tuple[int, ...] = (),
+) -> int:
     """Four iterations of six questions on whatever number of ranks; returns the exit code."""
     (folder / f"on-{ranks}{resume and '-resumed'}").mkdir(parents=True, exist_ok=True)
-    recorder = {"folder": str(folder / f"on-{ranks}{resume and '-resumed'}"), "kill_after": kill_after}
+    recorder = {
+        "folder": str(folder / f"on-{ranks}{resume and '-resumed'}"),
+        "kill_after": kill_after,
+        "failing_ranks": failing_ranks,
+    }
     checkpoints = {"every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"}
+    if failing_ranks:
+        checkpoints = {"every_n_train_steps": 100, "filename": "{step}", "save_on_exception": True}
     callbacks = [
         {"class_path": "tests.rank_recorder.RankRecorder", "init_args": recorder},
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoints},
+        {"class_path": "rpo_lightning.callbacks.LoneExceptionCallback", "init_args": {"patience": 5.0}},
     ]
     command = [
         sys.executable, "-m", "rpo_lightning", "fit", "--config", str(ROOT / "configs" / "quickstart.yaml"),
@@ -47,9 +62,9 @@ def fit(folder: Path, strategy: str, engine: str, ranks: int, kill_after: int = 
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=400
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=240
     )
-    assert kill_after >= 0 or done.returncode == 0, done.stderr[-3000:]
+    assert kill_after >= 0 or failing_ranks or done.returncode == 0, done.stderr[-3000:]
     return done.returncode
 
 
@@ -60,6 +75,15 @@ def records(folder: Path, rank: int) -> list[dict[str, Any]]:
 
 def policy(folder: Path) -> dict[str, Any]:
     return load_file(next(folder.glob("quickstart/version_*/policy/model.safetensors")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGY)
+@pytest.mark.parametrize("failing", [(1,), (0, 1)], ids=["alone", "together"])
+def test_ranks_that_fail_together_save_a_checkpoint_and_one_that_fails_alone_ends_the_run(tmp_path, strategy, failing):
+    assert fit(tmp_path, strategy, "transformers", ranks=2, failing_ranks=failing) != 0  # and in time
+    saved = [path.name for path in tmp_path.glob("runs-2/quickstart/version_0/checkpoints/*.ckpt")]
+    assert saved == (["step=2.ckpt"] if len(failing) == 2 else [])
 
 
 @pytest.mark.slow

@@ -316,6 +316,15 @@ def test_best_of_k_initialisation_caches_more_correct_responses(tmp_path):
     assert shares[1] > shares[0]
 
 
+def test_a_module_that_was_looked_at_before_trains_with_the_ranks_of_its_trainer(tmp_path):
+    module = make_module()
+    module.configure_model()
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, datamodule=make_data())
+    assert module._loss.ranks is module.ranks
+    assert module.ranks._strategy is trainer.strategy
+
+
 def test_the_exported_policy_is_an_ordinary_folder_with_the_trained_weights(tmp_path):
     module = make_module(optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3))
     make_trainer(tmp_path, max_steps=2, callbacks=[HuggingFaceExportCallback(every_n_steps=1)]).fit(

@@ -1,9 +1,10 @@
-"""Callbacks: experience cache, weight sync, completions, export, predictions, evaluation results, run summary."""
+"""Callbacks: experience cache, weight sync, completions, export, predictions, evaluation results, summary, errors."""
 
 from rpo_lightning.callbacks.completions import CompletionsCallback
 from rpo_lightning.callbacks.evaluation_results import EvaluationResultsCallback
 from rpo_lightning.callbacks.experience_cache import ExperienceCacheCallback
 from rpo_lightning.callbacks.export import HuggingFaceExportCallback
+from rpo_lightning.callbacks.lone_exception import LoneExceptionCallback
 from rpo_lightning.callbacks.predictions import PredictionsCallback
 from rpo_lightning.callbacks.run_summary import RunSummaryCallback
 from rpo_lightning.callbacks.weight_sync import WeightSyncCallback
@@ -13,6 +14,7 @@ __all__ = [
     "EvaluationResultsCallback",
     "ExperienceCacheCallback",
     "HuggingFaceExportCallback",
+    "LoneExceptionCallback",
     "PredictionsCallback",
     "RunSummaryCallback",
     "WeightSyncCallback",
