@@ -21,6 +21,7 @@ from machine import PeakMemory, hardware
 from torch import Tensor
 from update_phase import make_group
 
+from rpo_lightning.advantages import group_advantages
 from rpo_lightning.engines.base import GenerationRequest, Sampling
 from rpo_lightning.engines.transformers_engine import TransformersEngine
 from rpo_lightning.objectives import DAPO
@@ -75,9 +76,10 @@ def make_groups(policy: Any, problems: int, share: float, size: int) -> list[Gro
 
 def gradient(policy: Any, groups: list[Group], exact: bool) -> Tensor:
     """The gradient of DAPO's loss, flat."""
-    settings = UpdateSettings("suffix", "group", 1.0, 8192, False, prefix_gradient=exact)
+    settings = UpdateSettings("suffix", 1.0, 8192, False, prefix_gradient=exact)
     policy.zero_grad(set_to_none=True)
-    PolicyLoss(policy, None, DAPO(), settings, pad_id=0).backward(groups, lambda x, _: x.backward())
+    advantages = group_advantages([g.rewards for g in groups])
+    PolicyLoss(policy, None, DAPO(), settings, pad_id=0).backward(groups, advantages, lambda x, _: x.backward())
     return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
 

@@ -27,6 +27,7 @@ from machine import PeakMemory, ceilings, hardware
 from random_policy import load
 from work import ModelWork
 
+from rpo_lightning.advantages import group_advantages
 from rpo_lightning.logprobs import token_logprobs
 from rpo_lightning.objectives import DAPO
 from rpo_lightning.records import Completion, Group, Prompt, RolloutRequest
@@ -84,13 +85,13 @@ def run(
 ) -> tuple[float, int, dict[str, torch.Tensor], PolicyLoss]:
     """One update's forward and backward passes: seconds, peak bytes, gradients."""
     policy.zero_grad(set_to_none=True)
-    settings = UpdateSettings("suffix", "group", 1.0, max_tokens, False, share_prefixes=share)
+    settings = UpdateSettings("suffix", 1.0, max_tokens, False, share_prefixes=share)
     loss = PolicyLoss(policy, None, DAPO(), settings, pad_id=0)
     if share:
         loss._row_cost = RowCost()  # share whatever it costs: cells where that loses are to be seen
     with PeakMemory() as memory:
         start = time.perf_counter()
-        loss.backward([group], lambda x, _: x.backward())
+        loss.backward([group], group_advantages([group.rewards]), lambda x, _: x.backward())
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
@@ -124,7 +125,7 @@ def measure(
             batch = shared_rows(rows, 10**9, cost)
             computed.append(token_logprobs(policy, batch, 1.0, 0, policy.device).logprobs_BS)
     plain_work, shared_work = (ModelWork.of(policy).update(trunk, suffix, size, share) for share in (False, True))
-    automatic = PolicyLoss(policy, None, DAPO(), UpdateSettings("suffix", "group", 1.0, max_tokens, False), 0)
+    automatic = PolicyLoss(policy, None, DAPO(), UpdateSettings("suffix", 1.0, max_tokens, False), 0)
     chosen = max(len(row.members) for row in shared_rows(rows, max_tokens, automatic._row_cost))
     return Cell(
         prefix, suffix, size,

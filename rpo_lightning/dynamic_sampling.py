@@ -7,7 +7,8 @@ changes, so that the clipped ratio accounts for their age (the published code th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,6 +63,16 @@ class GroupBuffer:
         taken, self.groups = self.groups[:size], self.groups[size:]
         self.refills = 0
         return taken
+
+    @contextmanager
+    def unchanged_by_exceptions(self) -> Iterator[None]:
+        """Hold what it held before where the block fails: the iteration will be made again."""
+        groups, refills = list(self.groups), self.refills
+        try:
+            yield
+        except BaseException:
+            self.groups, self.refills = groups, refills
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """The waiting groups as primitives."""

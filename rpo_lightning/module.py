@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import nullcontext
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.accumulation import GradientAccumulation, accumulation_for
 from rpo_lightning.adapters import LoRA, has_adapter
-from rpo_lightning.advantages import AdvantageScale
+from rpo_lightning.advantages import AdvantageScale, group_advantages
 from rpo_lightning.dynamic_sampling import DynamicSampling, GroupBuffer, has_loss
 from rpo_lightning.engines.base import RolloutEngine, Sampling
 from rpo_lightning.engines.transformers_engine import TransformersEngine
@@ -46,6 +48,8 @@ from rpo_lightning.update import PolicyLoss, UpdateSettings
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 class RPOModule(PolicyModule):
     """Holds the policy and its loss.
@@ -63,7 +67,8 @@ class RPOModule(PolicyModule):
         eval_sampling: How evaluation answers are drawn; as in training if not given.
         eval_samples: Answers per question in evaluation.
         loss_scope: ``suffix`` (on-policy given the prefix) or ``response`` (eq. 5 of the paper).
-        advantage_scale: What advantages are divided by: ``group``, ``batch`` or ``none``.
+        advantage_scale: What advantages are divided by: ``group``, ``batch`` (all groups of a rollout that are
+            trained on) or ``none``.
         mask_truncated: Leave unfinished responses out of the loss (DAPO's overlong filtering).
         dynamic_sampling: Drop groups without variance and refill; off if not given.
         passes_per_rollout: How often the groups of a rollout are trained on.
@@ -75,7 +80,7 @@ class RPOModule(PolicyModule):
         importance_correction: Weights of the loss for what the rollout engine samples otherwise than the
             trainer would; ``TokenTruncated(2.0)`` if not given.
         mismatch_bound: Log-prob differences between engine and trainer that stop the run.
-        max_grad_norm: Gradient norm limit.
+        max_grad_norm: Gradient norm limit; infinite (``.inf``) for no clipping.
         optimizer: Makes the optimizer from the parameters; AdamW at 1e-6 if not given.
         lr_schedule: Learning-rate schedule over the updates.
         gradient_checkpointing: Recompute activations in the backward pass.
@@ -126,6 +131,8 @@ class RPOModule(PolicyModule):
             minibatches_per_pass=minibatches_per_pass,
             micro_batch_tokens=micro_batch_tokens,
         )
+        if not max_grad_norm > 0:
+            raise ConfigurationError(f"model.max_grad_norm must be above 0 (.inf: no clipping), got {max_grad_norm}")
         if sampling.temperature == 0:
             raise ConfigurationError(
                 "model.sampling.temperature=0 samples G times the same response; use a value above 0"
@@ -147,6 +154,7 @@ class RPOModule(PolicyModule):
         self.automatic_optimization = False
         self.objective = objective or DAPO()
         self.group_size = group_size
+        self.advantage_scale = advantage_scale
         self.sampling = sampling
         self.passes_per_rollout = passes_per_rollout
         self.minibatches_per_pass = minibatches_per_pass
@@ -161,7 +169,6 @@ class RPOModule(PolicyModule):
             log.warning(f"{caveat}: neither importance_correction nor mismatch_bound is applied")
         self.update_settings = UpdateSettings(
             loss_scope,
-            advantage_scale,
             sampling.temperature,
             micro_batch_tokens,
             mask_truncated,
@@ -224,12 +231,13 @@ class RPOModule(PolicyModule):
         seed = derive_seed(SeedPurpose.TRAINING, self.global_rank, self.iteration)
         self.engine.metrics()  # those of validation are not this iteration's
         self.groups = self.roll_out(requests, self.group_size, self.sampling, seed)
-        self.iteration += 1
         metrics = rollout_metrics(self.groups) | self.engine.metrics()
         metrics["reward/grading_killed"] = float(self.grader.pool.killed)
-        batch, surplus = self._collect(self.groups, size=len(requests))
         processed = self._loss.processed_tokens
-        of_update = self._update(batch, surplus) if self._is_needed_anywhere(batch) else {}
+        with self.buffer.unchanged_by_exceptions() if self.buffer else nullcontext():
+            batch, surplus = self._collect(self.groups, size=len(requests))
+            of_update = self._update(batch, surplus) if self._is_needed_anywhere(batch) else {}
+        self.iteration += 1  # not before: a checkpoint of an exception makes this iteration again
         tokens = rollout_tokens(self.groups) | {"update": self._loss.processed_tokens - processed}
         samples = sum(len(g.completions) for g in self.groups)
         self.record = IterationRecord(metrics, self.timer.take(), tokens, samples).over(self.ranks)
@@ -269,7 +277,8 @@ class RPOModule(PolicyModule):
         with self.timer("sync"):
             self.engine.sleep()
         parts = min(self.minibatches_per_pass, self.ranks.most(len(groups)))
-        minibatches = _split(groups, parts) * self.passes_per_rollout
+        advantages = group_advantages([g.rewards for g in groups], self.advantage_scale, self.ranks)
+        minibatches = _split(list(zip(groups, advantages, strict=True)), parts) * self.passes_per_rollout
         waiting = [*groups, *surplus] if len(minibatches) > 1 else surplus
         if len(minibatches) > 1 or self.buffer is not None:
             with self.timer("old_logprobs"):
@@ -282,13 +291,14 @@ class RPOModule(PolicyModule):
                 metrics = self._step(minibatch)
         return metrics
 
-    def _step(self, groups: list[Group]) -> dict[str, float]:
-        """One optimizer step."""
+    def _step(self, minibatch: list[tuple[Group, Tensor]]) -> dict[str, float]:
+        """One optimizer step on groups and their advantages."""
         assert self._loss is not None
         assert self._accumulation is not None
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        metrics = self._loss.backward(groups, self._accumulation.backward, self._accumulation.forward)
+        groups, advantages = [g for g, _ in minibatch], [a for _, a in minibatch]
+        metrics = self._loss.backward(groups, advantages, self._accumulation.backward, self._accumulation.forward)
         if "mismatch/logprob_mean" in metrics:
             self.guard.check(metrics["mismatch/logprob_mean"], self.global_step)
         norm = self._accumulation.step(optimizer, self.max_grad_norm)
@@ -327,7 +337,7 @@ class RPOModule(PolicyModule):
             self._generator_states = None
 
 
-def _split(groups: list[Group], parts: int) -> list[list[Group]]:
+def _split(groups: list[T], parts: int) -> list[list[T]]:
     """Split into consecutive lists of nearly equal size, empty ones where there are fewer groups than parts."""
     bounds = [round(i * len(groups) / parts) for i in range(parts + 1)]
     return [groups[a:b] for a, b in pairwise(bounds)]

@@ -27,6 +27,14 @@ class LearningRateSchedule:
     warmup_share: float = 0.0
     arguments: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_share <= 1:
+            raise ConfigurationError(f"model.lr_schedule.warmup_share must be from 0 to 1, got {self.warmup_share}")
+        if self.warmup_share and self.name == "constant":
+            raise ConfigurationError(
+                "model.lr_schedule.name=constant has no warm-up: use constant_with_warmup, or a warmup_share of 0"
+            )
+
     def build(self, optimizer: Optimizer, updates: float) -> LRScheduler:
         """Make the scheduler.
 
@@ -37,7 +45,7 @@ class LearningRateSchedule:
         Raises:
             ConfigurationError: The schedule needs a limit, or does not exist.
         """
-        if updates == float("inf") and (self.name != "constant" or self.warmup_share):
+        if updates == float("inf") and self.name != "constant":
             raise ConfigurationError(
                 f"model.lr_schedule {self.name!r} needs to know how long the run is: set trainer.max_steps or "
                 "trainer.max_epochs"

@@ -1,4 +1,4 @@
-"""The update of the policy: advantages, micro-batches, loss, gradient.
+"""The update of the policy: micro-batches, loss, gradient.
 
 Ranks may have different groups, even none. All of them make as many passes as the busiest, since forward and
 backward passes are collectives where parameters are sharded; what is left over is filled with a row of three
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rpo_lightning.advantages import AdvantageScale, group_advantages
 from rpo_lightning.errors import UpdateError
 from rpo_lightning.importance import ImportanceCorrection
 from rpo_lightning.logprobs import TokenLogprobs, token_logprobs
@@ -41,7 +40,6 @@ class UpdateSettings:
 
     Attributes:
         scope: Which tokens are in the loss.
-        advantage_scale: What advantages are divided by.
         temperature: Sampling temperature.
         micro_batch_tokens: Padded tokens of one forward and backward pass.
         mask_truncated: Leave unfinished responses out of the loss (DAPO's overlong filtering).
@@ -52,7 +50,6 @@ class UpdateSettings:
     """
 
     scope: LossScope
-    advantage_scale: AdvantageScale
     temperature: float
     micro_batch_tokens: int
     mask_truncated: bool
@@ -118,19 +115,23 @@ class PolicyLoss:
                 store[row.member] = computed.logprobs_BS[i][computed.mask_BS[i]].tolist()
 
     def backward(
-        self, groups: Sequence[Group], backward: Backward, forward: Forward = lambda compute: compute()
+        self,
+        groups: Sequence[Group],
+        advantages: Sequence[Tensor],
+        backward: Backward,
+        forward: Forward = lambda compute: compute(),
     ) -> dict[str, float]:
         """Accumulate the gradient of the batch's loss; a collective.
 
         Args:
             groups: This rank's groups of the update; may be empty where other ranks have some.
+            advantages: Those of each group's members, [G].
             backward: Runs the backward pass of a micro-batch. The gradients of ranks are expected to be averaged.
             forward: Runs the forward pass of a micro-batch.
 
         Returns:
             Metrics of the update over all ranks, ``loss/…`` and ``mismatch/…``.
         """
-        advantages = group_advantages([g.rewards for g in groups], self.settings.advantage_scale, self.ranks)
         rows = rows_of(groups, self.settings.scope)
         lengths = {(r.group, r.member): self._loss_length(groups, r) for r in rows}
         counts = [float(sum(lengths.values())), float(sum(n > 0 for n in lengths.values()))]

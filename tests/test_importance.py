@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from rpo_lightning.advantages import group_advantages
 from rpo_lightning.errors import ConfigurationError, EngineError
 from rpo_lightning.importance import NoCorrection, SequenceMasked, SequenceTruncated, TokenTruncated
 from rpo_lightning.mismatch import Mismatch, MismatchBound, MismatchGuard
@@ -56,7 +57,7 @@ def backward(policy, batch, correction, **changes):
     policy.zero_grad()
     # A mean over each sequence: in a mean over all tokens the members' prefix terms would cancel.
     loss = PolicyLoss(policy, None, GRPO(), settings(importance_correction=correction, **changes), pad_id=0)
-    metrics = loss.backward(batch, lambda x, _: x.backward())
+    metrics = loss.backward(batch, group_advantages([g.rewards for g in batch]), lambda x, _: x.backward())
     return {n: p.grad.clone() for n, p in policy.named_parameters()}, metrics
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rpo_lightning.advantages import group_advantages
 from rpo_lightning.logprobs import token_logprobs
 from rpo_lightning.objectives import CISPO, DAPO, GRPO, GSPO, Objective
 from rpo_lightning.output_head import token_scores
@@ -42,7 +43,6 @@ def reference_logprobs(policy, token_ids: tuple[int, ...], count: int, temperatu
 def settings(**changes) -> UpdateSettings:
     defaults = {
         "scope": "suffix",
-        "advantage_scale": "group",
         "temperature": 1.0,
         "micro_batch_tokens": 10**6,
         "mask_truncated": False,
@@ -53,7 +53,8 @@ def settings(**changes) -> UpdateSettings:
 def gradient(policy, objective: Objective, batch=None, **changes) -> dict[str, Tensor]:
     policy.zero_grad()
     loss = PolicyLoss(policy, None, objective, settings(**changes), pad_id=0)
-    loss.backward(batch or groups(), lambda x, _: x.backward())
+    batch = batch or groups()
+    loss.backward(batch, group_advantages([g.rewards for g in batch]), lambda x, _: x.backward())
     return {n: p.grad.clone() for n, p in policy.named_parameters()}
 
 
@@ -176,10 +177,11 @@ def test_frozen_log_probs_make_the_ratio_and_equal_the_policy_that_sampled(polic
             row = group.request.prompt.token_ids + group.response_ids(i)
             expected = reference_logprobs(policy, row, len(old))
             torch.testing.assert_close(torch.tensor(old), expected, atol=1e-5, rtol=0)
-    assert loss.backward(batch, lambda x, _: x.backward())["loss/ratio_deviation_max"] < 1e-5
+    advantages = group_advantages([g.rewards for g in batch])
+    assert loss.backward(batch, advantages, lambda x, _: x.backward())["loss/ratio_deviation_max"] < 1e-5
     with torch.no_grad():
         policy.model.norm.weight.mul_(1.5)
-    assert loss.backward(batch, lambda x, _: x.backward())["loss/ratio_deviation_max"] > 0.01
+    assert loss.backward(batch, advantages, lambda x, _: x.backward())["loss/ratio_deviation_max"] > 0.01
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

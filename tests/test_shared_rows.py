@@ -46,7 +46,8 @@ def gradient(policy, objective, reference=None, batch=None, **changes):
     loss = PolicyLoss(policy, reference, objective, settings(**changes), pad_id=0)
     allowed = loss._row_cost
     loss._row_cost = RowCost(shares=allowed.shares, longest_shared=allowed.longest_shared)  # shared wherever it may be
-    metrics = loss.backward(batch or groups(), lambda x, _: x.backward())
+    batch = batch or groups()
+    metrics = loss.backward(batch, group_advantages([g.rewards for g in batch]), lambda x, _: x.backward())
     metrics["tokens"] = loss.processed_tokens
     return {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}, metrics
 

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rpo_lightning.accumulation import GradientAccumulation
 from rpo_lightning.cache import ExperienceCache
 from rpo_lightning.callbacks import (
     CompletionsCallback,
@@ -30,6 +31,7 @@ from rpo_lightning.objectives import DAPO, GRPO
 from rpo_lightning.records import GoldAnswer
 from rpo_lightning.refresh import CorrectMemberRefresh
 from rpo_lightning.rewards import LengthAwareAccuracyReward, UniformRandomReward
+from rpo_lightning.update import PolicyLoss
 
 from .conftest import cache_contents, make_data, make_group, make_module, make_trainer
 
@@ -226,7 +228,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_ruins_the_policy(
     assert all(torch.equal(start[n], p) for n, p in parameters(module).items())
 
 
-def rpo_run(folder, stop: int, resume=None, **trainer_settings):
+def rpo_run(folder, stop: int, resume=None, more=(), **trainer_settings):
     """A DAPO + RPO run with everything that has state: buffer, cache, schedule, epochs of four batches."""
     from rpo_lightning.schedules import LearningRateSchedule
 
@@ -239,7 +241,7 @@ def rpo_run(folder, stop: int, resume=None, **trainer_settings):
     )
     checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     summary = RunSummaryCallback()
-    trainer = make_trainer(folder, max_steps=stop, callbacks=[cache, summary, checkpoint], **trainer_settings)
+    trainer = make_trainer(folder, max_steps=stop, callbacks=[cache, summary, checkpoint, *more], **trainer_settings)
     trainer.fit(module, datamodule=make_data(), ckpt_path=resume, weights_only=True if resume else None)
     return module, cache, summary
 
@@ -285,6 +287,56 @@ def test_a_crash_keeps_the_cache_and_a_checkpoint_to_go_on_from(tmp_path):
     resumed = make_module()
     make_trainer(tmp_path, callbacks=[again]).fit(resumed, datamodule=make_data(), ckpt_path=crashed)
     assert len(again.cache) == 12  # the interrupted batch was made up for
+
+
+@pytest.mark.parametrize("failing_update", [1, 2])
+def test_a_run_that_ended_within_an_update_is_taken_up_before_it(tmp_path, failing_update, monkeypatch):
+    """Groups that waited for it are not lost, and the seeds are those that it had."""
+    whole, whole_cache, _ = rpo_run(tmp_path / "whole", stop=4)
+    step = GradientAccumulation.step
+
+    def interrupted(self, optimizer, max_norm):
+        if self.module.global_step == failing_update:
+            raise KeyError("in the middle of an update")
+        return step(self, optimizer, max_norm)
+
+    monkeypatch.setattr(GradientAccumulation, "step", interrupted)
+    crash = ModelCheckpoint(tmp_path, filename="crash", every_n_train_steps=100, save_on_exception=True)
+    with pytest.raises(KeyError):
+        rpo_run(tmp_path / "crashed", stop=4, more=[crash])
+    monkeypatch.undo()
+    resumed, resumed_cache, _ = rpo_run(tmp_path / "resumed", stop=4, resume=tmp_path / "crash.ckpt")
+    for name, value in parameters(whole).items():
+        assert torch.equal(value, parameters(resumed)[name]), name
+    assert cache_contents(resumed_cache.cache) == cache_contents(whole_cache.cache)
+    assert whole.buffer.groups == resumed.buffer.groups
+    assert whole.iteration == resumed.iteration
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_advantages_are_scaled_by_the_batch_however_many_updates_it_is_split_into(tmp_path, parts):
+    module = make_module(advantage_scale="batch", minibatches_per_pass=parts)
+    given = []
+    roll_out = module.roll_out
+
+    def with_rewards(requests, samples, *args):
+        groups = roll_out(requests, samples, *args)
+        for number, group in enumerate(groups):
+            group.rewards = [float(i % 2) * (1 + 9 * (number // 2)) for i in range(samples)]
+        return groups
+
+    def note(self, groups, advantages, *args):
+        given.extend(a.abs().max().item() for a in advantages)
+        return backward(self, groups, advantages, *args)
+
+    module.roll_out = with_rewards
+    backward = PolicyLoss.backward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PolicyLoss, "backward", note)
+        make_trainer(tmp_path, max_steps=parts).fit(module, datamodule=make_data())
+    rewards = [float(i % 2) * scale for scale in (1, 1, 10, 10) for i in range(module.group_size)]
+    deviation = torch.tensor(rewards).std().item()
+    assert given == pytest.approx([0.5 / deviation, 0.5 / deviation, 5 / deviation, 5 / deviation], rel=1e-5)
 
 
 def test_a_cache_of_another_data_set_is_refused(tmp_path):
