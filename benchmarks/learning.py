@@ -3,16 +3,16 @@
 ``python benchmarks/learning.py --length 200`` runs every arm of ``ARMS`` with five seeds (three at 400 and 800
 tokens) on ``configs/quickstart.yaml``, each run in a process of one thread. Arms differ in the overrides listed
 alone. Answers to held-out questions are sampled at T = 1 without a prefix, four to a question, every ten
-updates. Runs are appended to ``learning.jsonl`` as they end and are not repeated, so that the script can be
-stopped and called again; ``--report`` makes the tables and pictures of what is there. ``--quick`` runs two arms
-for two updates and keeps nothing.
+iterations (a run with dynamic sampling makes fewer updates). Runs are appended to ``learning.jsonl`` as they end and
+are not repeated, so that the script can be stopped and called again; ``--report`` makes the tables and pictures of
+what is there. ``--quick`` runs two arms for two updates and keeps nothing.
 
 Longer chains have reasoners of their own in ``reasoners/``, made from the shorter ones with ``python -m
 rpo_lightning.tasks.make_reasoner --operations 50 --start FOLDER --out FOLDER --bfloat16``. At 800 tokens a run has half
 as many updates and half as many questions, so that it visits each as often.
-"Seconds" are processor seconds of a one-thread process without its evaluations: other runs at the same time
-disturb them less than the clock. Runs of one length and seed start from the same evaluation, which only the first of
-them makes (it would be the same to the digit). The last line is JSON.
+"Seconds" are processor seconds of a one-thread process, filling the cache included, evaluations excluded: other runs
+at the same time disturb them less than the clock. Runs of one length and seed start from the same evaluation, which
+only the first of them makes (on one machine it would be the same to the digit). The last line is JSON.
 """
 
 from __future__ import annotations

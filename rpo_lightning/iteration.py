@@ -16,15 +16,17 @@ class IterationRecord:
         phase_seconds: Seconds of each phase.
         phase_tokens: Tokens of each phase.
         samples: Responses that were sampled.
+        killed: Gradings that were killed, or died.
     """
 
     metrics: dict[str, float]
     phase_seconds: dict[str, float]
     phase_tokens: dict[str, int]
     samples: int
+    killed: int
 
     def over(self, ranks: Ranks) -> IterationRecord:
-        """The same of all ranks together: tokens and samples add up, the rest is averaged; a collective."""
+        """The same of all ranks together: counts and tokens add up, the rest is averaged; a collective."""
         records = ranks.gather(self)
         if len(records) == 1:
             return self
@@ -40,12 +42,14 @@ class IterationRecord:
             phase_seconds=_means([r.phase_seconds for r in records]),
             phase_tokens={phase: sum(r.phase_tokens.get(phase, 0) for r in records) for phase in phases},
             samples=sum(r.samples for r in records),
+            killed=sum(r.killed for r in records),
         )
 
     def logged(self) -> dict[str, float]:
         """Everything for the logger."""
         return {
             **self.metrics,
+            "reward/grading_killed": float(self.killed),
             **{f"time/{phase}": seconds for phase, seconds in self.phase_seconds.items()},
             **{f"tokens/{phase}": float(tokens) for phase, tokens in self.phase_tokens.items()},
         }

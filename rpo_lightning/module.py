@@ -74,7 +74,8 @@ class RPOModule(PolicyModule):
         passes_per_rollout: How often the groups of a rollout are trained on.
         minibatches_per_pass: Updates that a pass is split into.
         micro_batch_tokens: Padded tokens of one forward and backward pass.
-        share_prefixes: Compute the prompt and prefix of a group once in the update, where that is cheaper.
+        share_prefixes: Compute the prompt and prefix of a group once in the update, and read their keys and values
+            once in the steps of ``TransformersEngine``, where that is cheaper.
         prefix_gradient: Whether the update's gradient goes through prompt and prefix too. Without it the update
             is cheaper and biased (benchmarks/README.md); needs ``loss_scope: suffix``.
         importance_correction: Weights of the loss for what the rollout engine samples otherwise than the
@@ -178,7 +179,7 @@ class RPOModule(PolicyModule):
         )
         self.guard = MismatchGuard(mismatch_bound)
         self.groups: list[Group] = []
-        self.record = IterationRecord({}, {}, {}, 0)
+        self.record = IterationRecord({}, {}, {}, 0, 0)
         self.iteration = 0
         self._loss: PolicyLoss | None = None
         self._accumulation: GradientAccumulation | None = None
@@ -228,11 +229,11 @@ class RPOModule(PolicyModule):
         """Roll out, score, and update the policy unless dynamic sampling asks for more groups."""
         require_requests(requests)
         assert self._loss is not None
+        killed = self.grader.pool.killed
         seed = derive_seed(SeedPurpose.TRAINING, self.global_rank, self.iteration)
         self.engine.metrics()  # those of validation are not this iteration's
         self.groups = self.roll_out(requests, self.group_size, self.sampling, seed)
         metrics = rollout_metrics(self.groups) | self.engine.metrics()
-        metrics["reward/grading_killed"] = float(self.grader.pool.killed)
         processed = self._loss.processed_tokens
         with self.buffer.unchanged_by_exceptions() if self.buffer else nullcontext():
             batch, surplus = self._collect(self.groups, size=len(requests))
@@ -240,7 +241,8 @@ class RPOModule(PolicyModule):
         self.iteration += 1  # not before: a checkpoint of an exception makes this iteration again
         tokens = rollout_tokens(self.groups) | {"update": self._loss.processed_tokens - processed}
         samples = sum(len(g.completions) for g in self.groups)
-        self.record = IterationRecord(metrics, self.timer.take(), tokens, samples).over(self.ranks)
+        killed = self.grader.pool.killed - killed
+        self.record = IterationRecord(metrics, self.timer.take(), tokens, samples, killed).over(self.ranks)
         self._log(of_update, len(requests))
 
     def _log(self, of_update: dict[str, float], size: int) -> None:

@@ -339,6 +339,22 @@ def test_advantages_are_scaled_by_the_batch_however_many_updates_it_is_split_int
     assert given == pytest.approx([0.5 / deviation, 0.5 / deviation, 5 / deviation, 5 / deviation], rel=1e-5)
 
 
+def test_the_cache_is_filled_in_the_precision_of_later_rollouts(tmp_path):
+    module = make_module(max_response_tokens=16)
+    generate, is_mixed = module.engine.generate, []
+
+    def note(*args, **kwargs):
+        is_mixed.append(torch.is_autocast_enabled("cpu"))
+        return generate(*args, **kwargs)
+
+    module.engine.generate = note
+    cache = ExperienceCacheCallback(keep_unfinished=True)
+    trainer = make_trainer(tmp_path, callbacks=[cache], max_steps=1, precision="bf16-mixed")
+    trainer.fit(module, datamodule=make_data())
+    assert len(cache.cache) == 16
+    assert is_mixed == [True, True]
+
+
 def test_a_cache_of_another_data_set_is_refused(tmp_path):
     first = ExperienceCacheCallback(initialisation="lazy")
     make_trainer(tmp_path, callbacks=[first], max_steps=1).fit(make_module(), datamodule=make_data())

@@ -143,7 +143,8 @@ class ExperienceCacheCallback(RunFolderCallback):
             missing = [p for p in data.prompts["train"] if p.uid not in known]
             if missing:
                 sync_engine(trainer)
-                self._initialise(pl_module, missing)
+                with trainer.precision_plugin.train_step_context():  # in which later rollouts are drawn
+                    self._initialise(pl_module, missing)
                 if trainer.is_global_zero:
                     path = self.folder / CACHE_FILE
                     self.cache.save(path)
