@@ -4,6 +4,9 @@ While a model runs, its output head is asked for the log-probs of given tokens i
 works on the positions that are needed only, in chunks whose logits are computed again in the backward
 pass. Peak memory depends on the chunk, not on row length times vocabulary. Running inside the model's
 own forward pass keeps sharding hooks, autocast and adapters on the head working.
+
+Liger's fused linear cross-entropy is not used: a policy loss weighs every token's log-prob for itself, for which its
+gradients were wrong until July 2026 (linkedin/Liger-Kernel, pull request 1298), and it gives no entropies.
 """
 
 from __future__ import annotations
