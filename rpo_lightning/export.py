@@ -34,13 +34,8 @@ def export_policy(
     Raises:
         ConfigurationError: The folder holds an adapter, and a whole policy is saved, or the other way round.
     """
+    require_room(policy, folder, merged, ranks)
     alone = has_adapter(policy) and not merged
-    other = Path(folder) / ("config.json" if alone else "adapter_config.json")
-    if any(ranks.gather(other.exists())):
-        raise ConfigurationError(
-            f"{other} is there, so that {'the adapter and another policy' if alone else 'the policy and an adapter'} "
-            "would be loaded together: save into another folder"
-        )
     weights = _adapter_weights(policy) if alone else named_weights(policy)
     tied = set() if alone else _tied_names(policy)
     # Every rank takes part in gathering, the first one keeps what comes.
@@ -51,6 +46,21 @@ def export_policy(
     with writing_policy(folder) as partial:
         model.save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)
+
+
+def require_room(policy: PreTrainedModel, folder: str | Path, merged: bool, ranks: Ranks) -> None:
+    """Check that a folder does not hold the other kind of policy; a collective. See :func:`export_policy`.
+
+    Raises:
+        ConfigurationError: It does.
+    """
+    alone = has_adapter(policy) and not merged
+    other = Path(folder) / ("config.json" if alone else "adapter_config.json")
+    if any(ranks.gather(other.exists())):
+        raise ConfigurationError(
+            f"{other} is there, so that {'the adapter and another policy' if alone else 'the policy and an adapter'} "
+            "would be loaded together: save into another folder"
+        )
 
 
 def _empty_model(policy: Any) -> Any:

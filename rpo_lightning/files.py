@@ -10,7 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_WEIGHTS = re.compile(r"(adapter_|pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+# Weights in whatever number of pieces, and what loading a policy or its tokenizer looks for besides.
+_OF_A_POLICY = re.compile(
+    r"(adapter_|pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|generation_config|chat_template)\.json"
+    r"|chat_template\.jinja|tokenizer\.model|spiece\.model|vocab\.txt|merges\.txt"
+)
 
 
 def write_parquet(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -43,14 +48,17 @@ def writing_policy(folder: str | Path) -> Iterator[Path]:
     """Give a folder to write a policy into, whose files go to ``folder`` once the block has ended well.
 
     A new folder appears whole. In one that exists, files of the same name are replaced one by one (but not a model
-    card), weights of an earlier policy that has other names for its pieces are removed, and everything else stays.
+    card), weights and tokenizer files of an earlier policy that the new one does not have are removed, and everything
+    else stays.
     """
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".partial")
+    folder = Path(folder).resolve()
+    is_new = not folder.exists()
+    # On the file system of the folder, which may be mounted.
+    partial = folder.with_name(folder.name + ".partial") if is_new else folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
-    if not folder.exists():
+    if is_new:
         partial.replace(folder)
         return
     written = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
@@ -60,6 +68,6 @@ def writing_policy(folder: str | Path) -> Iterator[Path]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (partial / name).replace(folder / name)
     for path in folder.iterdir():
-        if _WEIGHTS.fullmatch(path.name) and Path(path.name) not in written:
+        if _OF_A_POLICY.fullmatch(path.name) and Path(path.name) not in written:
             path.unlink()
     shutil.rmtree(partial)

@@ -70,7 +70,10 @@ def sharing_obstacle(model: Any, full_logits: bool = False) -> str | None:
         return f"attention is {model.config._attn_implementation!r}, shared rows need 'sdpa'"
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or _attention_dropout(model) > 0:
         return f"{type(model).__name__} trains with dropout, which members would share"
-    others = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _FULL_UP_TO_A_LENGTH
+    config = model.config.get_text_config()
+    if getattr(config, "attn_temperature_tuning", False) and not all(getattr(config, "no_rope_layers", [])):
+        return f"{type(model).__name__} scales its queries by their place in a row (attn_temperature_tuning)"
+    others = set(getattr(config, "layer_types", None) or ()) - _FULL_UP_TO_A_LENGTH
     if others:
         return f"{type(model).__name__} has layers of {', '.join(sorted(others))}, for which shared rows are not made"
     alone = _trial(model, shared=False, full_logits=full_logits)

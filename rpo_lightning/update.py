@@ -102,17 +102,16 @@ class PolicyLoss:
     def freeze_old_logprobs(self, groups: Sequence[Group]) -> None:
         """Store the current policy's log-probs with groups that outlive the current weights; a collective."""
         pending = [g for g in groups if g.old_logprobs is None]
-        for group in pending:
-            group.old_logprobs = [[] for _ in group.completions]
+        stores: list[list[list[float]]] = [[[] for _ in group.completions] for group in pending]
         for batch, _ in self._passes(self._micro_batches(rows_of(pending, self.settings.scope))):
             with torch.no_grad():
                 computed = self._logprobs(self.policy, batch or self._idle_batch)
             if batch is None:
                 continue
             for i, row in enumerate(computed.rows):
-                store = pending[row.group].old_logprobs
-                assert store is not None
-                store[row.member] = computed.logprobs_BS[i][computed.mask_BS[i]].tolist()
+                stores[row.group][row.member] = computed.logprobs_BS[i][computed.mask_BS[i]].tolist()
+        for group, store in zip(pending, stores, strict=True):  # all or none: an interruption leaves nothing half done
+            group.old_logprobs = store
 
     def backward(
         self,

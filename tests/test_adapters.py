@@ -14,7 +14,7 @@ from rpo_lightning.cuts import FractionOfShortestCut
 from rpo_lightning.errors import ConfigurationError
 from rpo_lightning.mismatch import MismatchBound
 from rpo_lightning.objectives import GRPO
-from rpo_lightning.policies import load_policy
+from rpo_lightning.policies import load_policy, load_tokenizer
 from rpo_lightning.rewards import UniformRandomReward
 from tests.conftest import REASONER, make_data, make_module, make_trainer
 
@@ -95,14 +95,36 @@ def test_a_policy_is_saved_beside_other_files_and_in_place_of_an_earlier_one(tmp
     notes.parent.mkdir()
     for path in (notes, tmp_path / "README.md"):
         path.write_text("mine")
+    (tmp_path / "chat_template.jinja").write_text("of an earlier tokenizer")
     pieces = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
     for name in pieces:
         (tmp_path / name).write_text("of an earlier policy")
     module.save_pretrained(tmp_path)
     assert (notes.read_text(), (tmp_path / "README.md").read_text()) == ("mine", "mine")
     assert not any((tmp_path / name).exists() for name in pieces)
+    assert load_tokenizer(str(tmp_path)).chat_template == module.tokenizer.chat_template
     assert torch.equal(logits(load_policy(str(tmp_path))), logits(module.policy))
-    assert not tmp_path.with_name(tmp_path.name + ".partial").exists()
+    assert not [*tmp_path.parent.glob("*.partial"), *tmp_path.glob(".partial")]
+
+
+def test_a_policy_is_saved_where_one_stands_and_through_a_link(tmp_path, monkeypatch):
+    module = make_module()
+    module.configure_model()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    monkeypatch.chdir(tmp_path / "here")
+    module.save_pretrained(".")
+    module.save_pretrained(tmp_path / "link")
+    for name in ("here", "there"):
+        assert torch.equal(logits(load_policy(str(tmp_path / name))), logits(module.policy))
+
+
+def test_a_run_that_could_not_save_its_policy_ends_before_it_begins(tmp_path):
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "config.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match="save into another folder"):
+        adapted_run(tmp_path, 1)
+    assert not (tmp_path / "step=1.ckpt").exists()
 
 
 def test_an_adapter_and_a_policy_are_not_saved_into_one_folder(tmp_path):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from rpo_lightning import ExperienceCacheCallback
-from rpo_lightning.callbacks import HuggingFaceExportCallback, RunSummaryCallback
+from rpo_lightning.callbacks import HuggingFaceExportCallback, LoneExceptionCallback, RunSummaryCallback
 from rpo_lightning.cuts import UniformCut
 from rpo_lightning.dynamic_sampling import DynamicSampling, GroupBuffer
+from rpo_lightning.errors import ConfigurationError
 from rpo_lightning.policies import load_policy, load_tokenizer, save_policy
 from rpo_lightning.rewards import Reward, UniformRandomReward
 
@@ -141,6 +143,12 @@ def test_the_clock_of_the_first_iteration_starts_with_training(tmp_path):
     module.timer._since -= 1000  # a thousand seconds of loading
     make_trainer(tmp_path, max_steps=1).fit(module, datamodule=make_data())
     assert module.record.phase_seconds["rest"] < 500
+
+
+def test_a_callback_that_would_save_whatever_fails_is_refused_on_several_ranks():
+    trainer = SimpleNamespace(world_size=2, callbacks=[OnExceptionCheckpoint("folder")])
+    with pytest.raises(ConfigurationError, match="use ModelCheckpoint with save_on_exception"):
+        LoneExceptionCallback().on_train_start(trainer, None)
 
 
 def test_a_schedule_that_dynamic_sampling_would_cut_short_is_told(tmp_path, caplog):

@@ -184,6 +184,24 @@ def test_frozen_log_probs_make_the_ratio_and_equal_the_policy_that_sampled(polic
     assert loss.backward(batch, advantages, lambda x, _: x.backward())["loss/ratio_deviation_max"] > 0.01
 
 
+def test_log_probs_that_were_interrupted_are_not_half_frozen(policy, monkeypatch):
+    batch = groups()
+    loss = PolicyLoss(policy, None, DAPO(), settings(micro_batch_tokens=20), pad_id=0)
+    assert len(loss._micro_batches(rows_of(batch, "suffix"))) > 1
+    whole, calls = loss._logprobs, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(loss, "_logprobs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loss.freeze_old_logprobs(batch)
+    assert [group.old_logprobs for group in batch] == [None, None]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_are_those_of_the_distribution_in_full_precision(temperature, dtype):

@@ -129,7 +129,7 @@ def fail(prompt: str, response: str, answer: str) -> float:
     raise KeyError("no such thing")
 
 
-def test_a_call_over_the_limit_or_in_a_crashed_process_is_killed_scored_zero_and_counted():
+def test_a_call_over_the_limit_or_in_a_crashed_process_is_killed_scored_zero_counted_and_told_once(caplog):
     pool = GradingPool(workers=2, timeout_seconds=1.0)
     try:
         values = pool.numbers(hang_on_two, [("q", r, "a") for r in ("1", "2", "crash", "3")])
@@ -137,6 +137,7 @@ def test_a_call_over_the_limit_or_in_a_crashed_process_is_killed_scored_zero_and
         pool.close()
     assert values == [1.0, 0.0, 0.0, 3.0]
     assert pool.killed == 2
+    assert caplog.text.count("killed after 1 s") == 1
 
 
 def forget_to_return(prompt: str, response: str, answer: str) -> None:

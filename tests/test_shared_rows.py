@@ -221,7 +221,10 @@ def tiny(kind, config, **settings):
     return kind(config(**{**base, **settings}))
 
 
-FEW_EXPERTS = {"intermediate_size_mlp": 64, "num_local_experts": 2, "num_experts_per_tok": 1, "pad_token_id": 0}
+LLAMA_4 = {
+    "num_hidden_layers": 4, "intermediate_size_mlp": 64, "num_local_experts": 2, "num_experts_per_tok": 1,
+    "pad_token_id": 0, "attn_temperature_tuning": False,
+}  # fmt: skip
 ATTENTION = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 
 
@@ -249,7 +252,7 @@ def test_models_that_it_would_be_wrong_for_fall_back_to_plain_rows_with_one_reas
     ("kind", "config", "limit"),
     [
         (MistralForCausalLM, MistralConfig, {"sliding_window": 16}),
-        (Llama4ForCausalLM, Llama4TextConfig, {"attention_chunk_size": 16, "num_hidden_layers": 4, **FEW_EXPERTS}),
+        (Llama4ForCausalLM, Llama4TextConfig, {"attention_chunk_size": 16, **LLAMA_4}),
     ],
     ids=["window", "chunks"],
 )
@@ -275,6 +278,13 @@ def test_only_sequences_within_a_window_share_rows_and_others_keep_it(kind, conf
 def test_a_model_without_windows_shares_rows_of_any_length():
     wide = tiny(MistralForCausalLM, MistralConfig, **ATTENTION, sliding_window=None)
     assert row_cost(wide, shares=True, full_logits=False).longest_shared is None
+
+
+def test_layers_whose_queries_depend_on_their_place_in_a_row_do_not_share_rows():
+    """By thousands of tokens, so that a trial would see nothing."""
+    model = tiny(Llama4ForCausalLM, Llama4TextConfig, **{**ATTENTION, **LLAMA_4, "attn_temperature_tuning": True})
+    assert "attn_temperature_tuning" in sharing_obstacle(model)
+    assert sharing_obstacle(tiny(Llama4ForCausalLM, Llama4TextConfig, **ATTENTION, **LLAMA_4)) is None
 
 
 def test_layers_that_select_tokens_do_not_share_rows():

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from rpo_lightning.callbacks.run_folder import RunFolderCallback
+from rpo_lightning.export import require_room
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,9 @@ class HuggingFaceExportCallback(RunFolderCallback):
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from where the run begins or goes on."""
+        """Count from where the run begins or goes on, and look at the folder before there is anything to lose."""
+        module: Any = pl_module
+        require_room(module.policy, self.folder / POLICY_FOLDER, self.merged, module.ranks)
         self._last_step = trainer.global_step
 
     def on_train_batch_end(

@@ -12,8 +12,10 @@ from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import distributed
+
+from rpo_lightning.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +32,26 @@ class LoneExceptionCallback(Callback):
     def __init__(self, patience: float = 30.0) -> None:
         self.patience = timedelta(seconds=patience)
         self._group: Any = None
+        self._silenced: list[ModelCheckpoint] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make a group of ranks that nothing else waits in, and that does not wait for long."""
-        if trainer.world_size > 1:
-            trainer.strategy.barrier()  # what is not long either is the time in which a group may be made
-            self._group = distributed.new_group(backend="gloo", timeout=self.patience)
+        """Make a group of ranks that nothing else waits in, and that does not wait for long.
+
+        Raises:
+            ConfigurationError: A callback would save on exceptions whatever this one finds.
+        """
+        for callback in self._silenced:  # in an earlier fit
+            callback.save_on_exception = True
+        self._silenced = []
+        if trainer.world_size == 1:
+            return
+        if any(isinstance(callback, OnExceptionCheckpoint) for callback in _callbacks(trainer)):
+            raise ConfigurationError(
+                "OnExceptionCheckpoint would wait for ever where one rank fails alone: use ModelCheckpoint with "
+                "save_on_exception"
+            )
+        trainer.strategy.barrier()  # what is not long either is the time in which a group may be made
+        self._group = distributed.new_group(backend="gloo", timeout=self.patience)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """See who else has one."""
@@ -44,13 +60,15 @@ class LoneExceptionCallback(Callback):
             return
         for callback in saving:
             callback.save_on_exception = False
-        log.warning(
-            f"rank {trainer.global_rank} did not fail together with all others: no checkpoint is saved of this "
-            "moment, earlier ones stay"
-        )
+        self._silenced = saving
+        if self._group is not None:
+            log.warning(
+                f"rank {trainer.global_rank} did not fail together with all others: no checkpoint is saved of this "
+                "moment, earlier ones stay"
+            )
 
     def _all_fail(self) -> bool:
-        """Whether all ranks ask."""
+        """Whether all ranks ask; before training begins there is nothing to save."""
         if self._group is None:
             return False
         try:

@@ -116,6 +116,7 @@ class OneTrunkEach(SequenceCache):
         select_sequences(self._own, indices)
         slot_N = self._slot_N[indices]
         live_R, owner_N = (slot_N // self._members).unique(return_inverse=True)
+        del self._trunks  # lest all of the old ones live until the last of the new ones is made
         if len(live_R) < len(self._mask_R11T):
             select_sequences(self._cache, live_R)
             self._mask_R11T = self._mask_R11T[live_R]

@@ -8,6 +8,7 @@ a script work without an import guard.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as GradingTimeout
@@ -16,6 +17,8 @@ from typing import Any, TypeVar
 from pebble import ProcessExpired, ProcessPool
 
 from rpo_lightning.errors import ConfigurationError, RewardError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -83,6 +86,12 @@ class GradingPool:
             try:
                 results.append(future.result())
             except (GradingTimeout, ProcessExpired):
+                if not self.killed:
+                    log.warning(
+                        f"grading was killed after {self.timeout_seconds * limits:g} s, or died: such responses count "
+                        "as wrong (reward/grading_killed has their number in training, model.grading.timeout_seconds "
+                        "is the limit)"
+                    )
                 self.killed += 1
                 results.append(killed)
             except Exception as error:
