@@ -128,14 +128,20 @@ def signed(difference: tuple[float, float | None] | None) -> str:
 
 
 def draw(arms: dict[str, Curves], title: str, path: Path) -> None:
-    """Accuracy and pass@4 against every measure of work; the band is a standard deviation over seeds."""
+    """Accuracy and pass@4 against every measure of work; the band is a standard deviation over seeds.
+
+    Arms that never answered right would squeeze the others: they are named instead.
+    """
+    flat = [name for name, curves in arms.items() if not any(p["accuracy"] for c in curves.values() for p in c)]
+    arms = {name: curves for name, curves in arms.items() if name not in flat}
     figure, axes = plt.subplots(len(MEASURES), len(AXES), figsize=(18, 11), sharex="col", sharey="row")
     for (measure, label), row in zip(MEASURES.items(), axes, strict=True):
         draw_measure(arms, measure, row)
         row[0].set_ylabel(label)
     for axis, (label, _) in zip(axes[-1], AXES.values(), strict=True):
         axis.set_xlabel(label)
-    figure.suptitle(f"{title}: mean and standard deviation over seeds (number of seeds in brackets)")
+    not_drawn = f"\nzero throughout: {'; '.join(flat)}" if flat else ""
+    figure.suptitle(f"{title}: mean and standard deviation over seeds (number of seeds in brackets){not_drawn}")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncol=4, fontsize=8)
     figure.tight_layout(rect=(0, 0.1, 1, 0.98))
     figure.savefig(path, dpi=80)
