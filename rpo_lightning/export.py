@@ -55,10 +55,12 @@ def require_room(policy: PreTrainedModel, folder: str | Path, merged: bool, rank
         ConfigurationError: It does.
     """
     alone = has_adapter(policy) and not merged
-    other = Path(folder) / ("config.json" if alone else "adapter_config.json")
-    if any(ranks.gather(other.exists())):
+    others = ("config.json", "model*.safetensors", "pytorch_model*.bin") if alone else ("adapter_config.json",)
+    found = [str(path) for pattern in others for path in Path(folder).glob(pattern)]
+    seen = [path for paths in ranks.gather(found) for path in paths]
+    if seen:
         raise ConfigurationError(
-            f"{other} is there, so that {'the adapter and another policy' if alone else 'the policy and an adapter'} "
+            f"{seen[0]} is there, so that {'the adapter and another policy' if alone else 'the policy and an adapter'} "
             "would be loaded together: save into another folder"
         )
 

@@ -132,8 +132,10 @@ def test_an_adapter_and_a_policy_are_not_saved_into_one_folder(tmp_path):
     module.configure_model()
     module.save_pretrained(tmp_path / "whole")
     module.save_pretrained(tmp_path / "adapter", merged=False)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").touch()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for folder, merged in (("whole", False), ("adapter", True)):
+    for folder, merged in (("whole", False), ("weights", False), ("adapter", True)):
         with pytest.raises(ConfigurationError, match="save into another folder"):
             module.save_pretrained(tmp_path / folder, merged)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
