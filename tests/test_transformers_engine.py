@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from rpo_lightning.engines import GenerationRequest, Sampling, TransformersEngine, decode_attention, sequence_cache
 from rpo_lightning.engines.growing_cache import growing_cache
@@ -242,12 +251,42 @@ def test_the_growing_cache_equals_transformers_own(policy):
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
+HYBRIDS = {
+    "linear attention": (Qwen3NextForCausalLM, Qwen3NextConfig, {
+        "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+    }),
+    "convolutions": (Lfm2ForCausalLM, Lfm2Config, {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),
+    "both in every layer": (FalconH1ForCausalLM, FalconH1Config, {
+        "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_layers_that_keep_a_state_instead_of_every_token_decode_as_the_policy_computes(tokenizer, kind):
+    architecture, configuration, settings = HYBRIDS[kind]
+    torch.manual_seed(0)
+    config = configuration(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.3,
+        **settings,
+    )  # fmt: skip
+    policy = architecture(config)
+    asked = requests(tokenizer, samples=2, budget=12)
+    asked = [GenerationRequest(r.token_ids, r.samples, 12 + 4 * i) for i, r in enumerate(asked)]  # leave one by one
+    assert_log_probs_are_the_policys(policy, asked, generated(policy, tokenizer, asked))
+
+
 def test_top_k_and_top_p_exclude_what_they_should():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(2000, 4)
     generator = torch.Generator().manual_seed(0)
     assert set(draw(logits, Sampling(top_k=2), generator)[0].tolist()) == {0, 1}
     assert set(draw(logits, Sampling(top_p=0.6), generator)[0].tolist()) == {0, 1}
     assert set(draw(logits, Sampling(top_p=0.49), generator)[0].tolist()) == {0}
+    # Of 0.5 and 0.3 alone the first has 0.625: top-p is a share of what top-k has left, as in transformers and vLLM.
+    assert set(draw(logits, Sampling(top_k=2, top_p=0.6), generator)[0].tolist()) == {0}
     shares = torch.bincount(draw(logits, Sampling(), generator)[0], minlength=4) / 2000
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.04, rtol=0)
 

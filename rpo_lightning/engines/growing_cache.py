@@ -39,13 +39,13 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, :needed], values[:, :, :needed]
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep, repeat or reorder sequences."""
         used = self.get_seq_length()
         if self._room is None or used == 0:
             return
         keys, values = self._room
-        self._room = (keys[indices], values[indices])
+        self._room = (keys[beam_idx], values[beam_idx])
         self.keys, self.values = self._room[0][:, :, :used], self._room[1][:, :, :used]
 
     def _grow(self, key_states: Tensor, value_states: Tensor, used: int, capacity: int) -> None:
@@ -66,6 +66,6 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
 
 
 def select_sequences(cache: DynamicCache, indices: Tensor) -> None:
-    """Keep, repeat or reorder the sequences of a cache in place."""
+    """Keep, repeat or reorder the sequences of a cache in place; what all kinds of layers can, recurrent ones too."""
     with torch.no_grad():
-        cache.batch_select_indices(indices)
+        cache.reorder_cache(indices)

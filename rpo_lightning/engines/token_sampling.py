@@ -34,11 +34,12 @@ def draw(logits_NV: Tensor, sampling: Sampling, generator: torch.Generator) -> t
 
 
 def _truncate(probs_NV: Tensor, sampling: Sampling) -> Tensor:
-    """Zero what top-k and top-p exclude; the likeliest token always stays."""
+    """Zero what top-k, and of the rest top-p, exclude, as in transformers and vLLM; the likeliest token always stays."""
     ordered_NV, index_NV = probs_NV.sort(-1, descending=True)
-    excluded_NV = ordered_NV.cumsum(-1) - ordered_NV >= sampling.top_p
     if sampling.top_k:
-        excluded_NV[:, sampling.top_k :] = True
+        ordered_NV[:, sampling.top_k :] = 0.0
+        ordered_NV /= ordered_NV.sum(-1, keepdim=True)
+    excluded_NV = ordered_NV.cumsum(-1) - ordered_NV >= sampling.top_p
     return torch.zeros_like(probs_NV).scatter(1, index_NV, ordered_NV.masked_fill(excluded_NV, 0.0))
 
 
