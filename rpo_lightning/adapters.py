@@ -76,7 +76,8 @@ class LoRA:
         """Freeze a policy and give it an adapter.
 
         Raises:
-            ConfigurationError: PEFT is not installed, or the target modules are not there.
+            ConfigurationError: PEFT is not installed, the target modules are not there, or the output head would no
+                longer be the embedding where they are tied.
         """
         require_modules("lora", "peft")
         from peft import LoraConfig, get_peft_model
@@ -91,9 +92,22 @@ class LoRA:
         )
         _keep_weights_unpacked(policy)
         try:
-            return get_peft_model(policy, config)
+            adapted = get_peft_model(policy, config)
         except ValueError as error:
             raise ConfigurationError(f"model.adapter: {str(error).splitlines()[0]}") from error
+        _require_tied_weights(policy, self.options)
+        return adapted
+
+
+def _require_tied_weights(policy: Any, options: dict[str, Any]) -> None:
+    """Neither engines nor a merged policy could hold a head and an embedding that are no longer one."""
+    ends = (policy.get_input_embeddings(), policy.get_output_embeddings())
+    changed = any(hasattr(end, "base_layer") or hasattr(end, "modules_to_save") for end in ends)
+    if changed and policy.config.get_text_config().tie_word_embeddings and not options.get("ensure_weight_tying"):
+        raise ConfigurationError(
+            "model.adapter changes the embedding or the output head, which this policy ties to one another: leave them "
+            "out of target_modules and modules_to_save, or set model.adapter.options.ensure_weight_tying=true"
+        )
 
 
 def _keep_weights_unpacked(policy: Any) -> None:

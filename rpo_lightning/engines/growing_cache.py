@@ -68,4 +68,4 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
 def select_sequences(cache: DynamicCache, indices: Tensor) -> None:
     """Keep, repeat or reorder the sequences of a cache in place; what all kinds of layers can, recurrent ones too."""
     with torch.no_grad():
-        cache.reorder_cache(indices)
+        cache.reorder_cache(cast(torch.LongTensor, indices))

@@ -34,7 +34,7 @@ def draw(logits_NV: Tensor, sampling: Sampling, generator: torch.Generator) -> t
 
 
 def _truncate(probs_NV: Tensor, sampling: Sampling) -> Tensor:
-    """Zero what top-k, and of the rest top-p, exclude, as in transformers and vLLM; the likeliest token always stays."""
+    """Zero what top-k, and of the rest top-p, exclude (transformers' and vLLM's order); the likeliest token stays."""
     ordered_NV, index_NV = probs_NV.sort(-1, descending=True)
     if sampling.top_k:
         ordered_NV[:, sampling.top_k :] = 0.0

@@ -24,7 +24,7 @@ from rpo_lightning.engines import vllm_platform
 from rpo_lightning.engines.base import EngineContext, GenerationRequest, RolloutEngine, Sampling
 from rpo_lightning.engines.stop_tokens import stop_token_ids
 from rpo_lightning.engines.tensor_parallel import TensorParallelGroup
-from rpo_lightning.engines.weights import named_weights, save_architecture
+from rpo_lightning.engines.weights import checkpoint_weights, save_architecture
 from rpo_lightning.errors import ConfigurationError, EngineError
 from rpo_lightning.records import Completion
 
@@ -184,7 +184,7 @@ class VLLMEngine(RolloutEngine):
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
         try:
-            vllm_platform.load_weights(self._llm, named_weights(policy))
+            vllm_platform.load_weights(self._llm, checkpoint_weights(policy))
         except Exception as error:
             log.error("vLLM failed while it was given the policy's weights", exc_info=True)
             raise EngineError(f"vLLM did not take the policy's weights: {_cause(error)}") from error

@@ -1,11 +1,12 @@
-"""A policy's weights as a stream of (checkpoint name, tensor), whatever the policy is wrapped in.
+"""A policy's weights as a stream of (name, tensor), whatever the policy is wrapped in.
 
 One parameter at a time is gathered (FSDP2, ZeRO-3) or merged (LoRA and other PEFT adapters), so that
 there is never a second full copy. The policy itself is left bit for bit as it was: an adapter is
 merged into its layer, the merged weight copied, and the layer's own weight put back from a copy,
 because subtracting the adapter again would leave rounding behind.
 
-Quantised weights are given in the precision that they are computed in.
+Quantised weights are given in the precision that they are computed in. Buffers that checkpoints hold (biases of
+routers, scales of layers) are weights too.
 
 Tied parameters appear under each of their names: vLLM 0.32 on a CPU otherwise keeps an old output head.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +23,42 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers.core_model_loading import revert_weight_conversion
+
+
+def checkpoint_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Stream the weights as a checkpoint of this architecture names and divides them, which is what engines load.
+
+    transformers computes with experts in one tensor, for one, which checkpoints hold one by one. With sharded
+    parameters this is a collective: every rank has to exhaust it.
+    """
+    model = underlying_model(policy)
+    for _, weights in groupby(named_weights(policy), key=lambda weight: _layer_of(weight[0])):
+        yield from revert_weight_conversion(model, dict(weights)).items()
 
 
 def named_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Stream the weights that the policy computes with, under the names its checkpoint has.
+    """Stream the weights that the policy computes with, under the names that its architecture gives them.
 
     With sharded parameters this is a collective: every rank has to exhaust it.
     """
     model = underlying_model(policy)
     adapters = {name: module for name, module in model.named_modules() if _is_adapted(module)}
+    yield from _parameters(model, adapters)
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        layer_name, adapted, inner = name.rpartition(".base_layer.")
+        plain_name = f"{layer_name}.{inner}" if adapted else name
+        if name in saved and ".original_module." not in name and (adapted or not _is_within(name, adapters)):
+            yield _saved_module_name(plain_name), gathered(buffer)
+
+
+def _parameters(model: nn.Module, adapters: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         layer_name, adapted, inner = name.rpartition(".base_layer.")
         if adapted:
             yield f"{layer_name}.{inner}", _merged(adapters[layer_name], inner)
-        elif any(name.startswith(f"{layer}.") for layer in _ancestors(name, adapters)):
+        elif _is_within(name, adapters):
             continue  # the adapter's own parameters
         elif ".original_module." not in name:
             yield (
@@ -128,9 +152,15 @@ def _is_adapted(module: nn.Module) -> bool:
     return hasattr(module, "base_layer") and hasattr(module, "merge") and hasattr(module, "unmerge")
 
 
-def _ancestors(name: str, adapters: dict[str, nn.Module]) -> Iterator[str]:
+def _is_within(name: str, adapters: dict[str, nn.Module]) -> bool:
     parts = name.split(".")
-    return (layer for i in range(1, len(parts)) if (layer := ".".join(parts[:i])) in adapters)
+    return any(".".join(parts[:i]) in adapters for i in range(1, len(parts)))
+
+
+def _layer_of(name: str) -> tuple[str, ...]:
+    """The beginning of a name up to the number of its layer; weights of a layer come one after another."""
+    parts = name.split(".")
+    return tuple(parts[: next((i + 1 for i, part in enumerate(parts) if part.isdecimal()), 0)])
 
 
 def _saved_module_name(name: str) -> str:
