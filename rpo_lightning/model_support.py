@@ -2,7 +2,7 @@
 
 Both are tried once on a few tokens against ordinary rows with full logits, because what a model does with
 its attention (recurrent layers have none) or to its logits (caps, scales) is not told by its
-configuration. What a few tokens cannot show, windows, chunks and dropout, is read from it.
+configuration. What a few tokens cannot show, windows, chunks, caps and dropout, is read from it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}
 _COARSE_AGREEMENT = 0.2
 # Layers whose attention is full up to a known length. Sparse and indexed ones may be so for a trial's few tokens.
 _FULL_UP_TO_A_LENGTH = {"full_attention", "sliding_attention", "chunked_attention"}
+# Settings of models that call a function for dropout instead of having a module.
+_DROPOUTS = ("attention_dropout", "activation_dropout", "dropout")
 # Attention kernels reach about half the rate of matrix products (benchmarks/update_phase.py, on a CPU).
 _ATTENTION_SLOWDOWN = 2.0
 # Gathering and merging a suffix's hidden states, in operations of matrix products per element (same script, on the
@@ -33,9 +35,10 @@ _BRANCH_OPERATIONS = 200.0
 
 def needs_full_logits(model: Any) -> bool:
     """Whether the model changes logits after its output head, so that scoring within it would be wrong."""
-    exact, scored = (_trial(model, shared=False, full_logits=full) for full in (True, False))
-    if _agree(model, exact, scored):
-        return False
+    if getattr(model.config.get_text_config(), "final_logit_softcapping", None) is None:  # small logits are not capped
+        exact, scored = (_trial(model, shared=False, full_logits=full) for full in (True, False))
+        if agree(model, exact, scored):
+            return False
     log.warning(
         f"{type(model).__name__} changes its logits after the output head: log-probs take the logits of whole rows, "
         "which needs more memory"
@@ -51,15 +54,18 @@ def row_cost(model: Any, shares: bool, full_logits: bool) -> RowCost:
         shares: Whether sharing is wanted.
         full_logits: See :func:`needs_full_logits`.
     """
+    longest = _longest_short_sequence(model.config.get_text_config())
     if not shares:
-        return RowCost(shares=False)
+        return RowCost(shares=False, longest_shared=longest)
     obstacle = sharing_obstacle(model, full_logits)
     if obstacle is not None:
         log.warning(f"{obstacle}: every response is trained on in a row of its own, its prefix computed again")
-        return RowCost(shares=False)
-    longest = _longest_full_attention(model.config.get_text_config())
+        return RowCost(shares=False, longest_shared=longest)
     if longest is not None:
-        log.warning(f"sliding window or chunks: only sequences of at most {longest} tokens share rows")
+        log.warning(
+            f"{type(model).__name__} computes long sequences otherwise (sliding window, chunks, rotary embeddings): "
+            f"only sequences of at most {longest} tokens share rows"
+        )
     attention, branch = _costs(model)
     return RowCost(attention=attention, branch=branch, longest_shared=longest)
 
@@ -68,9 +74,10 @@ def sharing_obstacle(model: Any, full_logits: bool = False) -> str | None:
     """Why members of a group cannot share a row of this model; ``None`` if they can."""
     if model.config._attn_implementation not in ("sdpa", IMPLEMENTATION):
         return f"attention is {model.config._attn_implementation!r}, shared rows need 'sdpa'"
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()) or _attention_dropout(model) > 0:
-        return f"{type(model).__name__} trains with dropout, which members would share"
     config = model.config.get_text_config()
+    dropouts = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
+    if any(p for p in dropouts + [getattr(config, name, None) for name in _DROPOUTS]):
+        return f"{type(model).__name__} trains with dropout, which members would share"
     if getattr(config, "attn_temperature_tuning", False) and not all(getattr(config, "no_rope_layers", [])):
         return f"{type(model).__name__} scales its queries by their place in a row (attn_temperature_tuning)"
     others = set(getattr(config, "layer_types", None) or ()) - _FULL_UP_TO_A_LENGTH
@@ -78,32 +85,38 @@ def sharing_obstacle(model: Any, full_logits: bool = False) -> str | None:
         return f"{type(model).__name__} has layers of {', '.join(sorted(others))}, for which shared rows are not made"
     alone = _trial(model, shared=False, full_logits=full_logits)
     model.set_attn_implementation(IMPLEMENTATION)
-    try:
-        together = _trial(model, shared=True, full_logits=full_logits)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        together = alone.new_full(alone.shape, torch.nan)
-        log.debug("a shared row failed", exc_info=error)
-    if not _agree(model, alone, together):
+    if model.config._attn_implementation != IMPLEMENTATION:
+        return f"{type(model).__name__} does not let its attention be replaced"
+    difference = _largest_difference(model, alone, full_logits)
+    if difference is not None:
         model.set_attn_implementation("sdpa")
-        return (
-            f"{type(model).__name__} does not keep the members of a shared row apart (recurrent layers?); log-probs of "
-            f"a trial differ by {(alone - together).abs().max():.2g}"
-        )
+        return f"{type(model).__name__} does not keep the members of a shared row apart ({difference})"
     return None
 
 
-def _attention_dropout(model: Any) -> float:
-    return float(getattr(model.config.get_text_config(), "attention_dropout", 0.0) or 0.0)
+def _largest_difference(model: Any, alone: Tensor, full_logits: bool) -> str | None:
+    """How far shared rows, with and without gradient of the trunk, are from rows of their own; ``None`` if not."""
+    for prefix_gradient in (True, False):
+        try:
+            together = _trial(model, True, full_logits, prefix_gradient)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            return f"a trial failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        if not agree(model, alone, together):
+            return f"recurrent layers? log-probs of a trial differ by {(alone - together).abs().max():.2g}"
+    return None
 
 
-def _longest_full_attention(config: Any) -> int | None:
-    """Tokens up to which windows and chunks hide nothing; ``None`` if there are none."""
+def _longest_short_sequence(config: Any) -> int | None:
+    """Tokens up to which windows and chunks hide nothing and rotary embeddings stay; ``None`` if it does not matter."""
     layers = getattr(config, "layer_types", None)
     limits = []
     if getattr(config, "use_sliding_window", True) and (layers is None or "sliding_attention" in layers):
         limits.append(getattr(config, "sliding_window", None))
     if layers is None or "chunked_attention" in layers:
         limits.append(getattr(config, "attention_chunk_size", None))
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if rotary.get("rope_type") == "longrope":  # the longest row of a pass decides for all of them
+        limits.append(rotary.get("original_max_position_embeddings") or config.original_max_position_embeddings)
     return min((int(limit) for limit in limits if limit is not None), default=None)
 
 
@@ -119,7 +132,7 @@ def _costs(model: Any) -> tuple[float, float]:
     return _ATTENTION_SLOWDOWN * pair / (2 * max(matrices, 1)), branch / max(matrices, 1)
 
 
-def _trial(model: Any, shared: bool, full_logits: bool) -> Tensor:
+def _trial(model: Any, shared: bool, full_logits: bool, prefix_gradient: bool = True) -> Tensor:
     ids = [3, 5, 4, 6, 7, 8, 9]
     ids = [i % model.config.get_text_config().vocab_size for i in ids]
     members = [Row(0, 0, tuple(ids[:3]), tuple(ids[3:5]), 2), Row(0, 1, tuple(ids[:3]), tuple(ids[5:]), 2)]
@@ -131,12 +144,13 @@ def _trial(model: Any, shared: bool, full_logits: bool) -> Tensor:
         # Lightning builds models under its own default device, which need not be the model's.
         # Autocast is off: the tolerance is that of the model's own precision.
         with torch.no_grad(), device, torch.autocast(device.type, enabled=False):
-            return token_logprobs(model, batch, 1.0, 0, device, full_logits).logprobs_BS
+            return token_logprobs(model, batch, 1.0, 0, device, full_logits, prefix_gradient).logprobs_BS
     finally:
         model.train(was_training)
 
 
-def _agree(model: Any, first: Tensor, second: Tensor) -> bool:
+def agree(model: Any, first: Tensor, second: Tensor) -> bool:
+    """Whether log-probs differ by no more than rounding in the model's precision."""
     # Of the coarsest parameters: quantised ones compute in 16 bits, whatever their embeddings are in.
     tolerance = max(_AGREEMENT.get(dtype, _COARSE_AGREEMENT) for dtype in {p.dtype for p in model.parameters()})
     if first.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":

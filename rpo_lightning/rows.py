@@ -96,7 +96,7 @@ class RowCost:
         shares: Whether members may share a row at all.
         trunk: Cost of a trunk's token, where a suffix's costs 1; a third without gradient through the trunk.
         longest_shared: Longest sequence (trunk and one suffix) that may be in a shared row: attention of
-            shared rows knows no windows and chunks.
+            shared rows knows no windows and chunks, and some rotary embeddings are others beyond it.
     """
 
     attention: float = 0.0
@@ -142,8 +142,8 @@ def micro_batches(
     Args:
         rows: What is to be computed.
         max_tokens: Padded tokens of a micro-batch.
-        longest_shared: See :class:`RowCost`. Longer rows never stand beside shared ones: the whole micro-batch
-            would be computed without the window.
+        longest_shared: See :class:`RowCost`. Longer rows never stand beside shorter ones: the whole micro-batch
+            would be computed without the window, or with the rotary embedding of the longest.
     """
     ordered = sorted(rows, key=lambda r: (-len(r), r.members[0].group, r.members[0].member))
     beyond: list[SharedRow] = []

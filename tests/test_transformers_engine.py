@@ -17,7 +17,14 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from rpo_lightning.engines import GenerationRequest, Sampling, TransformersEngine, decode_attention, sequence_cache
+from rpo_lightning.engines import (
+    GenerationRequest,
+    Sampling,
+    TransformersEngine,
+    decode_attention,
+    sequence_cache,
+    transformers_engine,
+)
 from rpo_lightning.engines.growing_cache import growing_cache
 from rpo_lightning.engines.token_sampling import draw
 from rpo_lightning.errors import ConfigurationError, EngineError
@@ -124,7 +131,13 @@ def read_keys(request, monkeypatch):
         shapes.append(tuple(key.shape[:3]))
         return part(query, key, *args)
 
+    def tried(policy):
+        can_be_shared = sequence_cache.trunks_can_be_shared(policy)
+        shapes.clear()  # of the trial
+        return can_be_shared
+
     monkeypatch.setattr(decode_attention, "attended", note)
+    monkeypatch.setattr(transformers_engine, "trunks_can_be_shared", tried)
     monkeypatch.setattr(sequence_cache, "_BYTES_WORTH_SHARING", 0)
     return shapes
 
@@ -173,8 +186,12 @@ def test_sequences_have_copies_of_their_prompts_where_these_are_small(
 @pytest.mark.parametrize("values", [torch.bfloat16, torch.float32])  # fp32 where they are normalised
 def test_shared_prompts_decode_under_autocast(grouped_policy, tokenizer, read_keys, values):
     grouped_policy.set_attn_implementation("rpo_shared_prefix")
+
+    def normalised(module, given, output):
+        return output.to(values) if torch.is_autocast_enabled("cpu") else output
+
     for layer in grouped_policy.model.layers:
-        layer.self_attn.v_proj.register_forward_hook(lambda module, given, output: output.to(values))
+        layer.self_attn.v_proj.register_forward_hook(normalised)
     asked = requests(tokenizer, samples=2, budget=20)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = generated(grouped_policy, tokenizer, asked)

@@ -97,7 +97,13 @@ def decode_attention(
         of_trunk = shared_trunks.attention(int(module.layer_idx), grouped, scaling)  # type: ignore[arg-type]
         output, _ = merge(*of_trunk, *attended(grouped, key, value, scaling))
         return output.flatten(1, 2)[:, None], None
-    if query.shape[2] > 1 or query.shape[1] == key.shape[1] or kwargs.get("position_bias") is not None:
+    mask_of_each_head = attention_mask is not None and attention_mask.shape[1] > 1
+    if (
+        query.shape[2] > 1
+        or query.shape[1] == key.shape[1]
+        or mask_of_each_head
+        or kwargs.get("position_bias") is not None
+    ):
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return output, None
     grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))

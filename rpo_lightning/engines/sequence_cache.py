@@ -10,6 +10,7 @@ Shape suffixes are those of ``records``.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from typing import Any, cast
 
@@ -19,7 +20,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rpo_lightning.engines.decode_attention import SharedTrunks
 from rpo_lightning.engines.growing_cache import GrowingLayer, growing_cache, select_sequences
+from rpo_lightning.model_support import agree
 from rpo_lightning.shared_attention import same_dtype
+
+log = logging.getLogger(__name__)
 
 # Attention in two parts takes about as long on a CPU as reading this many bytes of copies in a layer: of 1.6 and 2.0 MB
 # (a reasoner of 3 layers, SmolLM2-135M) copies and parts were equally fast, on one and on two threads.
@@ -133,3 +137,43 @@ class OneTrunkEach(SequenceCache):
             self._members,
             None if every_place else self._slot_N,
         )
+
+
+def trunks_can_be_shared(policy: PreTrainedModel) -> bool:
+    """Decode a few tokens both ways: some models change keys and values once they are cached.
+
+    The update's trial (``model_support``) does not see that. Autocast is off: the tolerance is that of the policy's own
+    precision.
+    """
+    with torch.autocast(policy.device.type, enabled=False):
+        try:
+            if agree(policy, *(_tried(policy, shares) for shares in (False, True))):
+                return True
+            reason = "computes something else"
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            reason = f"fails ({error})"
+    log.warning(
+        f"{type(policy).__name__} {reason} where sequences share a prompt's keys: each decodes with its own copy"
+    )
+    return False
+
+
+def _tried(policy: PreTrainedModel, shares: bool) -> Tensor:
+    """Log-probs after two tokens of three sequences, which continue two prompts."""
+    size, device = policy.config.get_text_config().vocab_size, policy.device
+    mask_RT = torch.tensor([[0, 1, 1], [1, 1, 1]], device=device)
+    trunks_RT = torch.tensor([[0, 3, 5], [4, 6, 7]], device=device) % size
+    owner_N = torch.tensor([0, 0, 1], device=device)
+    positions_RT = (mask_RT.cumsum(-1) - 1).clamp(min=0)
+    cache = growing_cache(policy.config)
+    policy(trunks_RT, attention_mask=mask_RT, position_ids=positions_RT, past_key_values=cache, use_cache=True)
+    sequences: SequenceCache
+    if shares:
+        sequences = OneTrunkEach(policy, cache, mask_RT, owner_N)
+    else:
+        sequences = CopiedTrunks(cache, mask_RT, owner_N, longest=2)
+    for step, ids in enumerate(([8, 9, 3], [5, 4, 8])):
+        ids_N1 = torch.tensor(ids, device=device)[:, None] % size
+        positions_N1 = (mask_RT.sum(-1)[owner_N] + step)[:, None]
+        output = policy(ids_N1, position_ids=positions_N1, use_cache=True, **sequences.inputs())
+    return output.logits[:, -1].float().log_softmax(-1)

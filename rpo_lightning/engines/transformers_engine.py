@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from rpo_lightning.engines.base import EngineContext, GenerationRequest, RolloutEngine, Sampling
 from rpo_lightning.engines.decode_attention import decoding_attention
 from rpo_lightning.engines.growing_cache import growing_cache
-from rpo_lightning.engines.sequence_cache import CopiedTrunks, OneTrunkEach, SequenceCache
+from rpo_lightning.engines.sequence_cache import CopiedTrunks, OneTrunkEach, SequenceCache, trunks_can_be_shared
 from rpo_lightning.engines.stop_tokens import stop_token_ids
 from rpo_lightning.engines.token_sampling import draw
 from rpo_lightning.errors import ConfigurationError, EngineError
@@ -35,7 +35,8 @@ class TransformersEngine(RolloutEngine):
     """Decode with the policy that is being trained.
 
     Args:
-        max_sequences: Sequences decoded at once; bounds the key–value cache.
+        max_sequences: Sequences decoded at once, which bounds the key–value cache; those of one request are never
+            parted.
     """
 
     def __init__(self, max_sequences: int = 128) -> None:
@@ -44,6 +45,7 @@ class TransformersEngine(RolloutEngine):
             raise ConfigurationError(f"model.engine.max_sequences must be at least 1, got {max_sequences}")
         self.max_sequences = max_sequences
         self._policy: PreTrainedModel | None = None
+        self._trunks_can_be_shared: bool | None = None
         self._stop_ids: Tensor = torch.tensor([])
         self._pad_id = 0
         self._prefill_seconds = 0.0
@@ -53,6 +55,8 @@ class TransformersEngine(RolloutEngine):
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: EngineContext = EngineContext()
     ) -> None:
         """Bind to the policy and learn which tokens end a sequence."""
+        if policy is not self._policy:
+            self._trunks_can_be_shared = None
         self._policy = policy
         self._stop_ids = torch.tensor(sorted(stop_token_ids(policy, tokenizer)))
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -73,7 +77,8 @@ class TransformersEngine(RolloutEngine):
         start, self._prefill_seconds = time.perf_counter(), 0.0
         generator = torch.Generator(device=self._policy.device).manual_seed(seed)
         results: list[list[Completion]] = [[] for _ in requests]
-        with _inference(self._policy) as shares:
+        with _inference(self._policy) as may_share:
+            shares = self._shares_trunks if may_share else lambda: False
             for chunk in self._chunks(requests):
                 batch = _DecodingBatch(self._policy, self._stop_ids, self._pad_id, sampling, generator, shares)
                 for index, completions in zip(chunk, batch.run([requests[i] for i in chunk]), strict=True):
@@ -87,6 +92,13 @@ class TransformersEngine(RolloutEngine):
     def prefill_share(self) -> float:
         """Measured."""
         return self._prefill_seconds / self._generate_seconds if self._generate_seconds else 0.0
+
+    def _shares_trunks(self) -> bool:
+        """Whether sequences may share a trunk; tried once, where it would pay."""
+        assert self._policy is not None
+        if self._trunks_can_be_shared is None:
+            self._trunks_can_be_shared = trunks_can_be_shared(self._policy)
+        return self._trunks_can_be_shared
 
     def _chunks(self, requests: Sequence[GenerationRequest]) -> Iterator[list[int]]:
         """Group requests of similar budget (a batch lasts as long as its longest suffix)."""
@@ -113,7 +125,7 @@ class _DecodingBatch:
         pad_id: int,
         sampling: Sampling,
         generator: torch.Generator,
-        shares_trunks: bool,
+        shares_trunks: Callable[[], bool],
     ) -> None:
         self.policy = policy
         self.device = policy.device
@@ -134,7 +146,7 @@ class _DecodingBatch:
         owner_N = torch.repeat_interleave(torch.arange(len(requests), device=self.device), counts)
         budgets_N = torch.tensor([r.max_new_tokens for r in requests], device=self.device)[owner_N]
         cache: SequenceCache
-        if self.shares_trunks and OneTrunkEach.pays(trunks, copies=len(owner_N) - len(requests)):
+        if OneTrunkEach.pays(trunks, copies=len(owner_N) - len(requests)) and self.shares_trunks():
             cache = OneTrunkEach(self.policy, trunks, mask_RT, owner_N)
         else:
             cache = CopiedTrunks(trunks, mask_RT, owner_N, longest=int(budgets_N.max()))
@@ -210,7 +222,7 @@ def _inference(policy: PreTrainedModel) -> Iterator[bool]:
     Ranks decode for different numbers of steps, so that parameters cannot be gathered step by step.
 
     Yields:
-        Whether sequences may share a trunk.
+        Whether sequences may share a trunk, as far as training knows.
     """
     was_training = policy.training
     policy.eval()
