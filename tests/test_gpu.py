@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rpo_lightning import ExperienceCacheCallback, packed_attention
 from rpo_lightning.cuts import AnchoredCut
 from rpo_lightning.engines import VLLMEngine
+from rpo_lightning.engines.decode_attention import attended_by_products
 from rpo_lightning.flash_support import kernels_agree
 from rpo_lightning.objectives import DAPO
 from rpo_lightning.policies import load_policy
@@ -135,6 +137,17 @@ def test_the_transformers_engine_reads_one_copy_of_a_prompt(tokenizer, dtype, me
             difference = (torch.tensor(completion.logprobs) - expected).abs()
             assert difference.mean() < mean
             assert difference.max() < largest
+
+
+def test_scores_are_not_rounded_to_16_bits_before_their_softmax():
+    """Keys with a large mean: all scores are large, and their small differences decide."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 64, generator=generator) for n in (4, 200, 200))
+    query, key, value = (x.bfloat16() for x in (query + 3, key + 3, value))
+    exact = scaled_dot_product_attention(query.double(), key.double(), value.double())
+    output, _ = attended_by_products(query.cuda(), key.cuda(), value.cuda(), None)
+    rounded = scaled_dot_product_attention(query.cuda(), key.cuda(), value.cuda())
+    assert (output.cpu() - exact).norm() < 2 * (rounded.cpu() - exact).norm()
 
 
 @pytest.mark.parametrize("policy", ["tied", "untied"])

@@ -134,10 +134,21 @@ def attended_by_products(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`attended` where no kernel at hand gives log-sum-exps; scores of one token a sequence are few."""
-    scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = _products(query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:
         scores = scores + mask
     return scores.softmax(-1).to(value.dtype) @ value, scores.logsumexp(-1)
+
+
+def _products(query: Tensor, key: Tensor) -> Tensor:
+    """Of all queries and keys, in fp32: the products of 16-bit numbers are not rounded to 16 bits on the way.
+
+    Keys of a large mean make large scores, of which the softmax sees the differences. torch's CPU has no such product.
+    """
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        products = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out_dtype=torch.float32)
+        return products.unflatten(0, query.shape[:2])
+    return (query @ key.mT).float()
 
 
 @contextmanager

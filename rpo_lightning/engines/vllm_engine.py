@@ -81,6 +81,7 @@ class VLLMEngine(RolloutEngine):
         self._llm: Any = None
         self._group = TensorParallelGroup()
         self._owns_process_group = False
+        self._used_sleep_level: SleepLevel = 0
         self._asleep = False
         self._seen_cache_tokens = (0, 0)
         self._seen_seconds = (0.0, 0.0)
@@ -121,7 +122,7 @@ class VLLMEngine(RolloutEngine):
         assert self._tokenizer is not None
         self._tokenizer.save_pretrained(folder)
         context = self._context
-        self.sleep_level = self._supported_sleep_level()
+        self._used_sleep_level = self._supported_sleep_level()
         dtype = context.dtype or next(self._policy.parameters()).dtype
         options = {
             "model": save_architecture(self._policy, Path(folder)),
@@ -132,7 +133,7 @@ class VLLMEngine(RolloutEngine):
             "enable_prefix_caching": True,
             "logprobs_mode": "processed_logprobs",  # those at the sampling temperature
             "disable_log_stats": False,  # counts the hits of the prefix cache
-            "enable_sleep_mode": self.sleep_level > 0,
+            "enable_sleep_mode": self._used_sleep_level > 0,
             **vllm_platform.platform_options(self.settings),
             **vllm_platform.launcher_options(context, self.tensor_parallel_size),
         }
@@ -164,11 +165,11 @@ class VLLMEngine(RolloutEngine):
 
     def sleep(self) -> None:
         """Give memory back while the policy trains."""
-        if self._llm is None or self._asleep or not self.sleep_level:
+        if self._llm is None or self._asleep or not self._used_sleep_level:
             return
-        self._llm.sleep(level=self.sleep_level)
+        self._llm.sleep(level=self._used_sleep_level)
         self._asleep = True
-        if self.sleep_level == 2:
+        if self._used_sleep_level == 2:
             self._weights_version = None  # gone: even the same policy has to be synced again
 
     def wake(self) -> None:
