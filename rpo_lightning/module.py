@@ -73,7 +73,7 @@ class RPOModule(PolicyModule):
         dynamic_sampling: Drop groups without variance and refill; off if not given.
         passes_per_rollout: How often the groups of a rollout are trained on.
         minibatches_per_pass: Updates that a pass is split into.
-        micro_batch_tokens: Padded tokens of one forward and backward pass.
+        micro_batch_tokens: Tokens of one forward and backward pass, padding included.
         share_prefixes: Compute the prompt and prefix of a group once in the update, and read their keys and values
             once in the steps of ``TransformersEngine``, where that is cheaper.
         prefix_gradient: Whether the update's gradient goes through prompt and prefix too. Without it the update
@@ -234,12 +234,13 @@ class RPOModule(PolicyModule):
         self.engine.metrics()  # those of validation are not this iteration's
         self.groups = self.roll_out(requests, self.group_size, self.sampling, seed)
         metrics = rollout_metrics(self.groups) | self.engine.metrics()
-        processed = self._loss.processed_tokens
+        before = dict(self._loss.processed_tokens)
         with self.buffer.unchanged_by_exceptions() if self.buffer else nullcontext():
             batch, surplus = self._collect(self.groups, size=len(requests))
             of_update = self._update(batch, surplus) if self._is_needed_anywhere(batch) else {}
         self.iteration += 1  # not before: a checkpoint of an exception makes this iteration again
-        tokens = rollout_tokens(self.groups) | {"update": self._loss.processed_tokens - processed}
+        processed = {phase: n - before[phase] for phase, n in self._loss.processed_tokens.items()}
+        tokens = rollout_tokens(self.groups) | {p: n for p, n in processed.items() if n or p == "update"}
         samples = sum(len(g.completions) for g in self.groups)
         killed = self.grader.pool.killed - killed
         self.record = IterationRecord(metrics, self.timer.take(), tokens, samples, killed).over(self.ranks)

@@ -135,13 +135,13 @@ def shared_rows(rows: Sequence[Row], max_tokens: int, cost: RowCost) -> list[Sha
 def micro_batches(
     rows: Sequence[SharedRow], max_tokens: int, longest_shared: int | None = None
 ) -> list[list[SharedRow]]:
-    """Split into as few micro-batches of at most ``max_tokens`` padded tokens as needed, of similar size.
+    """Split into as few micro-batches of at most ``max_tokens`` tokens as needed, padding included, of similar size.
 
     A row longer than that makes a micro-batch of its own. Long rows come first, so that memory peaks early.
 
     Args:
         rows: What is to be computed.
-        max_tokens: Padded tokens of a micro-batch.
+        max_tokens: Tokens of a micro-batch.
         longest_shared: See :class:`RowCost`. Longer rows never stand beside shorter ones: the whole micro-batch
             would be computed without the window, or with the rotary embedding of the longest.
     """
@@ -184,9 +184,15 @@ def _cheapest(members: Sequence[Row], max_tokens: int, cost: RowCost) -> list[Sh
 def _fill(ordered: Sequence[SharedRow], max_tokens: int) -> list[list[SharedRow]]:
     batches: list[list[SharedRow]] = []
     for row in ordered:
-        # From long to short: the first row of a micro-batch sets its width.
-        if batches and len(batches[-1][0]) * (len(batches[-1]) + 1) <= max_tokens:
+        if batches and computed_tokens([*batches[-1], row]) <= max_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])
     return batches
+
+
+def computed_tokens(batch: Sequence[SharedRow]) -> int:
+    """Tokens of a pass: rows are padded to the longest, or laid end to end where one of them is shared."""
+    if any(len(row.members) > 1 for row in batch):
+        return sum(len(row) for row in batch)
+    return len(batch) * max(len(row) for row in batch)

@@ -41,7 +41,7 @@ class UpdateSettings:
     Attributes:
         scope: Which tokens are in the loss.
         temperature: Sampling temperature.
-        micro_batch_tokens: Padded tokens of one forward and backward pass.
+        micro_batch_tokens: Tokens of one forward and backward pass, padding included.
         mask_truncated: Leave unfinished responses out of the loss (DAPO's overlong filtering).
         share_prefixes: Compute the prompt and prefix of a group once where that is cheaper.
         prefix_gradient: Whether the gradient goes through prompt and prefix too.
@@ -71,7 +71,8 @@ class PolicyLoss:
         ranks: Who has the rest of the batch.
 
     Attributes:
-        processed_tokens: Tokens that the policy has computed so far, forward and backward, padding left out.
+        processed_tokens: Tokens that were computed so far in each phase, padding left out: ``old_logprobs`` and
+            ``reference_logprobs`` forward, ``update`` forward and backward.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class PolicyLoss:
         self._full_logits = needs_full_logits(policy)
         self.timer = timer or PhaseTimer()
         self.ranks = ranks or Ranks()
-        self.processed_tokens = 0
+        self.processed_tokens = {"old_logprobs": 0, "reference_logprobs": 0, "update": 0}
         self._row_cost = row_cost(policy, settings.share_prefixes, self._full_logits)
         if not settings.prefix_gradient:
             self._row_cost = _without_trunk_gradient(self._row_cost)
@@ -108,6 +109,7 @@ class PolicyLoss:
                 computed = self._logprobs(self.policy, batch or self._idle_batch)
             if batch is None:
                 continue
+            self.processed_tokens["old_logprobs"] += sum(len(row) for row in batch)
             for i, row in enumerate(computed.rows):
                 stores[row.group][row.member] = computed.logprobs_BS[i][computed.mask_BS[i]].tolist()
         for group, store in zip(pending, stores, strict=True):  # all or none: an interruption leaves nothing half done
@@ -142,7 +144,9 @@ class PolicyLoss:
                 return self._idle_loss()
             inputs, computed = self._inputs(groups, batch, advantages, lengths, totals, metrics.mismatch)
             output = self.objective(inputs)
-            self.processed_tokens += sum(len(row) for row in batch)
+            tokens = sum(len(row) for row in batch)
+            self.processed_tokens["update"] += tokens
+            self.processed_tokens["reference_logprobs"] += tokens if self.reference is not None else 0
             metrics.add(output, computed, inputs.mask_BS)
             return output.loss * self.ranks.size
 

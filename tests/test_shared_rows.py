@@ -48,7 +48,7 @@ def gradient(policy, objective, reference=None, batch=None, **changes):
     loss._row_cost = RowCost(shares=allowed.shares, longest_shared=allowed.longest_shared)  # shared wherever it may be
     batch = batch or groups()
     metrics = loss.backward(batch, group_advantages([g.rewards for g in batch]), lambda x, _: x.backward())
-    metrics["tokens"] = loss.processed_tokens
+    metrics["tokens"] = loss.processed_tokens["update"]
     return {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}, metrics
 
 
@@ -205,14 +205,23 @@ def test_a_group_longer_than_the_budget_is_split_by_suffixes():
     assert all(len(row) == 200 for row in shared)
 
 
-@pytest.mark.parametrize("trunks", [[100, 90, 80, 70, 60, 50, 40, 10], [90, 90, 90, 40]])
-def test_micro_batches_are_even_within_the_budget_and_keep_every_row_once(trunks):
+@pytest.mark.parametrize(("trunks", "passes"), [([100, 90, 80, 70, 60, 50, 40, 10], 2), ([90, 90, 90, 40], 2)])
+def test_micro_batches_are_few_and_even_within_the_budget_and_keep_every_row_once(trunks, passes):
     batch = [row for g, n in enumerate(trunks) for row in shared_rows(rows(n, [5, 5], g), 300, RowCost())]
     batches = micro_batches(batch, max_tokens=300)
     assert sorted(r.members[0].group for b in batches for r in b) == list(range(len(trunks)))
-    sizes = [len(b) * max(len(r) for r in b) for b in batches]
+    sizes = [sum(len(r) for r in b) for b in batches]  # end to end, without padding
+    assert len(sizes) == passes
     assert max(sizes) <= 300
-    assert min(sizes) > 0.5 * max(sizes)  # filled up to the budget, the second case has 300 and 50 tokens
+    assert min(sizes) > 0.7 * max(sizes)  # filled up to the budget, the second case has 300 and 50 tokens
+
+
+def test_the_budget_counts_padding_where_rows_are_padded_and_only_there():
+    shared = shared_rows(rows(300, [50, 50], 0), 1000, RowCost())
+    plain = [row for g in range(1, 9) for row in shared_rows(rows(45, [5], g), 1000, RowCost())]
+    assert [len(b) for b in micro_batches([*shared, *plain], max_tokens=800)] == [9]
+    longer = shared_rows(rows(395, [5], 0), 1000, RowCost())
+    assert [len(b) for b in micro_batches([*longer, *plain], max_tokens=800)] == [1, 8]
 
 
 def tiny(kind, config, **settings):

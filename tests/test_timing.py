@@ -55,3 +55,14 @@ def test_the_summary_tells_seconds_and_tokens_of_every_phase(tmp_path, capsys):
     assert phases["update"]["tokens"] == phases["prefill"]["tokens"] + phases["decode"]["tokens"]
     printed = capsys.readouterr().out
     assert all(phase in printed for phase in phases)
+
+
+def test_every_pass_over_the_rows_of_an_update_is_counted_under_its_phase(tmp_path):
+    """Two minibatches need the old policy's log-probs, a KL penalty those of the reference, both of all rows."""
+    summary = RunSummaryCallback()
+    module = make_module(objective=GRPO(beta=0.01), minibatches_per_pass=2)
+    trainer = make_trainer(tmp_path, callbacks=[summary], max_steps=2)
+    trainer.fit(module, datamodule=make_data())
+    tokens = {phase: of_phase["tokens"] for phase, of_phase in summary.summary(trainer)["phases"].items()}
+    assert tokens["update"] == tokens["prefill"] + tokens["decode"]
+    assert tokens["old_logprobs"] == tokens["reference_logprobs"] == tokens["update"]

@@ -79,7 +79,7 @@ class Plan:
         precision: What parameters are held and computed in.
         sharding: How the policy is laid over ranks.
         optimizer: States of the optimizer.
-        micro_batch_tokens: Padded tokens of one forward and backward pass.
+        micro_batch_tokens: Tokens of one forward and backward pass, padding included.
         prompt_tokens: Longest prompt.
         response_tokens: Longest response.
         group_size: Responses to a question.
