@@ -2,8 +2,8 @@
 
 ``python benchmarks/cost_model.py`` predicts iterations with the paper's settings (DeepSeek-R1-Distill-Qwen
 1.5B and 7B, G = 6, 576 samples, the lengths of its Table 2) on H20 and H100 GPUs and sets the ratio of full
-path to RPO beside its Table 3; then it checks itself against ``iteration.json``: rates are fitted to the
-full path and to RPO with a row per response, and RPO with shared rows is predicted from them.
+path to RPO beside its Table 3. Then it checks itself against ``iteration.json``: from the rates that the full path
+reached there, RPO's iterations are predicted, with shared rows and with a row per response.
 
 The model: a matrix product costs two operations a weight and token, three times that to train, four times
 with gradient checkpointing; decoding reads the weights and the key–value cache once a step; prompts and
@@ -18,7 +18,9 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from machine import hardware
 from random_policy import make
 from work import ModelWork
 
@@ -154,21 +156,39 @@ def one_gpu_settings() -> list[dict[str, object]]:
     return rows
 
 
-def check(measured: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
-    """Predict the shared update of ``iteration.json`` from its two plain ones.
+def check(record: dict[str, Any]) -> dict[str, Any]:
+    """Predict RPO's iterations in ``iteration.json`` from the full path's alone, and compare the ratios.
 
-    Both plain updates compute the same tokens and differ in the tokens that are scored by the output head.
+    The rates are those that the full path reached: operations of its update (a prefill is taken to run at the same),
+    bytes of its decoding. What else it took, a sync above all, RPO takes too.
     """
-    full, plain, shared = (measured[arm] for arm in ("full", "rpo_plain_rows", "rpo"))
-    scored = (full["tokens"]["decode"], plain["tokens"]["decode"])
-    head = (full["phases"]["update"] - plain["phases"]["update"]) / (scored[0] - scored[1])
-    token = (plain["phases"]["update"] - head * scored[1]) / plain["tokens"]["update"]
-    predicted = token * shared["tokens"]["update"] + head * shared["tokens"]["decode"]
-    return {
-        "predicted_update_seconds": predicted,
-        "measured_update_seconds": shared["phases"]["update"],
-        "predicted_over_measured": predicted / shared["phases"]["update"],
-    }
+    full, setting = record["full"], Setting(**record["lengths"])
+    work = ModelWork(**full["work"])
+    prompt = round(full["tokens"]["prefill"] / setting.questions)
+    trunk = prompt + setting.length - setting.suffix
+    alone = setting.questions * setting.group * (prompt + setting.length)
+    shares = full["tokens"]["update"] < alone  # next to no prompt may not be worth a shared row
+
+    def update(trunk: int, suffix: int, share: bool) -> float:
+        return setting.questions * work.update(trunk, suffix, setting.group, share)
+
+    def decoding(trunk: int, suffix: int) -> float:
+        return work.decoding(trunk, suffix, setting.questions * setting.group)
+
+    rate = update(prompt, setting.length, shares) / full["phases"]["update"]
+    bandwidth = decoding(prompt, setting.length) / full["phases"]["decode"]
+    same = {"prefill": setting.questions * (2 * work.matrices * trunk + work.pair * trunk**2 / 2) / rate}
+    same["decode"] = decoding(trunk, setting.suffix) / bandwidth
+    same["rest"] = full["seconds"] - sum(full["phases"][phase] for phase in ("prefill", "decode", "update"))
+    checked: dict[str, Any] = {}
+    for arm, share in (("rpo", True), ("rpo_plain_rows", False)):
+        predicted = {**same, "update": update(trunk, setting.suffix, share) / rate}
+        allowed, measured = (full["seconds"] / s for s in (sum(predicted.values()), record[arm]["seconds"]))
+        checked[arm] = {
+            "predicted": predicted, "measured": {phase: record[arm]["phases"].get(phase) for phase in predicted},
+            "ratio_allowed": allowed, "ratio_measured": measured, "share_of_allowed": measured / allowed,
+        }  # fmt: skip
+    return checked
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -178,6 +198,18 @@ def table(rows: list[dict[str, object]]) -> str:
     for row in rows:
         cells = [f"{v:.1f}" if isinstance(v, float) else "" if v is None else str(v) for v in row.values()]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def check_table(checked: dict[str, Any]) -> str:
+    """A Markdown table of seconds, predicted and measured."""
+    lines = ["| arm | prefill | decode | update | full path over it | of what is allowed |", "|" + " --- |" * 6]
+    for arm, of_arm in checked.items():
+        seconds = [
+            f"{of_arm['predicted'][p]:.1f} ({of_arm['measured'][p]:.1f})" for p in ("prefill", "decode", "update")
+        ]
+        ratio = f"{of_arm['ratio_allowed']:.2f} ({of_arm['ratio_measured']:.2f})"
+        lines.append(f"| {arm} | {' | '.join(seconds)} | {ratio} | {of_arm['share_of_allowed']:.2f} |")
     return "\n".join(lines)
 
 
@@ -193,10 +225,15 @@ def main() -> None:
     print(f"predicted, not measured; assumed: {assumed}\n\n{table(rows)}\n")
     one_gpu = one_gpu_settings()
     print(f"one GPU, training and prefill at half the peak, decoding at the memory's speed\n\n{table(one_gpu)}\n")
-    record: dict[str, object] = {"gpus": [asdict(g) for g in GPUS], "predictions": rows, "one_gpu": one_gpu}
+    record: dict[str, Any] = {
+        "hardware": hardware(),
+        "gpus": [asdict(g) for g in GPUS],
+        "predictions": rows,
+        "one_gpu": one_gpu,
+    }
     if arguments.iteration.exists():
         record["check"] = check(json.loads(arguments.iteration.read_text()))
-        print(f"against {arguments.iteration.name}: {record['check']}\n")
+        print(f"against {arguments.iteration.name}, from its full path alone\n\n{check_table(record['check'])}\n")
     print(json.dumps(record))
 
 

@@ -110,15 +110,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def allowed(arguments: argparse.Namespace, work: ModelWork) -> dict[str, dict[str, float]]:
+def allowed(lengths: Setting, work: ModelWork) -> dict[str, dict[str, float]]:
     """What this GPU reaches at best, and the ratios that follow from it on paper."""
     best = ceilings()
     gpu = Gpu(torch.cuda.get_device_name(), best["bf16_tflops"] * 1e12, best["copy_gbytes_per_s"] * 1e9)
-    lengths = (arguments.prompt, arguments.length, arguments.suffix)
-    return {
-        "ceilings": best,
-        "allowed": on_one_gpu(gpu, work, Setting(*lengths, arguments.group, arguments.questions)),
-    }
+    return {"ceilings": best, "allowed": on_one_gpu(gpu, work, lengths)}
 
 
 def main() -> None:
@@ -154,13 +150,14 @@ def main() -> None:
         f"{', gradient checkpointing' if arguments.gradient_checkpointing else ''}"
     )
     print(f"\n{hardware()}; {setting}\n\n{table(results)}\n")
-    record: dict[str, Any] = {"hardware": hardware(), "setting": setting, **results}
+    lengths = Setting(arguments.prompt, arguments.length, arguments.suffix, arguments.group, arguments.questions)
+    record: dict[str, Any] = {"hardware": hardware(), "setting": setting, "lengths": asdict(lengths), **results}
     if {"full", "rpo"} <= results.keys():
         record["ratio"] = results["full"]["seconds"] / results["rpo"]["seconds"]
         print(f"full path over RPO: {record['ratio']:.2f}\n")
     if on_gpu:
         work = ModelWork(**results[arguments.arms[0]]["work"])
-        record |= allowed(arguments, work)
+        record |= allowed(lengths, work)
         print(f"the GPU's best: {record['ceilings']}\nratios that it allows: {record['allowed']}\n")
     if not arguments.quick:
         arguments.out.write_text(json.dumps(record, indent=2) + "\n")
