@@ -367,10 +367,28 @@ def test_a_cache_of_another_data_set_is_refused(tmp_path):
 def test_a_run_starts_from_a_saved_cache_and_samples_only_what_it_lacks(tmp_path):
     first = ExperienceCacheCallback(initialisation="lazy", keep_unfinished=True)
     make_trainer(tmp_path, callbacks=[first], max_steps=1).fit(make_module(), datamodule=make_data())
+    known = {entry.uid for entry in first.cache}
+    assert len(known) == 4
     second = ExperienceCacheCallback(path=str(tmp_path / "cache.parquet"), keep_unfinished=True)
-    make_trainer(tmp_path / "second", callbacks=[second], max_steps=1).fit(make_module(), datamodule=make_data())
+    module, data = make_module(), make_data()
+    generate, calls = module.engine.generate, []
+
+    def note(requests, *args, **kwargs):
+        completions = generate(requests, *args, **kwargs)
+        calls.append((requests, completions))
+        return completions
+
+    module.engine.generate = note
+    make_trainer(tmp_path / "second", callbacks=[second], max_steps=1).fit(module, datamodule=data)
     assert len(second.cache) == 16
-    assert second.initialisation_tokens <= 12 * 256
+    # The initialisation, then the rollout of the only iteration.
+    (filling, completions), (rollout, _) = calls
+    lacking = [prompt.token_ids for prompt in data.prompts["train"] if prompt.uid not in known]
+    assert len(lacking) == 12
+    assert sorted(request.token_ids for request in filling) == sorted(lacking)
+    assert {request.samples for request in filling} == {1}
+    assert second.initialisation_tokens == sum(len(c.token_ids) for (c,) in completions)
+    assert [request.samples for request in rollout] == [4] * 4
 
 
 def test_best_of_k_initialisation_caches_more_correct_responses(tmp_path):
