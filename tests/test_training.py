@@ -46,8 +46,9 @@ def parameters(module) -> dict[str, torch.Tensor]:
 
 def test_eager_rpo_fills_the_cache_first_and_then_decodes_suffixes_only(tmp_path):
     cache = ExperienceCacheCallback(cut=FractionOfShortestCut(0.5))
-    module = make_module(rewards=[UniformRandomReward()])
-    make_trainer(tmp_path, callbacks=[cache]).fit(module, datamodule=make_data())
+    # With a reference and two updates an iteration, so that every phase takes place.
+    module = make_module(rewards=[UniformRandomReward()], objective=GRPO(beta=0.01), minibatches_per_pass=2)
+    make_trainer(tmp_path, callbacks=[cache], max_steps=6).fit(module, datamodule=make_data())
     assert len(cache.cache) == 16
     assert cache.initialisation_tokens > 16
     log = metrics(tmp_path)
@@ -60,20 +61,31 @@ def test_eager_rpo_fills_the_cache_first_and_then_decodes_suffixes_only(tmp_path
         "loss/entropy",
         "loss/clip_share",
         "rollout/zero_variance_share",
-        "time/prefill",
-        "time/decode",
-        "time/reward",
-        "time/sync",
-        "time/rest",
-        "tokens/prefill",
-        "tokens/decode",
-        "tokens/update",
         "rollout/all_right_share",
         "rollout/all_wrong_share",
         "cache/correct_share",
-        "time/update",
+        "tokens/prefill",
+        "tokens/decode",
+        "tokens/update",
     ):
         assert log[name].notna().all(), name
+    phases = log[[name for name in log.columns if name.startswith("time/")]]
+    assert set(phases.columns) == {
+        "time/prefill",
+        "time/decode",
+        "time/reward",
+        "time/old_logprobs",
+        "time/reference_logprobs",
+        "time/update",
+        "time/sync",
+        "time/cache",
+        "time/rest",
+    }
+    assert len(phases) == 3
+    assert (phases.iloc[1:] > 0).all(axis=None)
+    # The cache is refreshed after an iteration has been recorded and counts for the next one.
+    assert (phases.iloc[0].drop("time/cache") > 0).all()
+    assert math.isnan(phases["time/cache"].iloc[0])
 
 
 def test_lazy_rpo_starts_on_the_full_path_and_cuts_from_the_second_visit_on(tmp_path):
