@@ -23,9 +23,10 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from rpo_lightning import output_head
+from rpo_lightning import output_head, update
 from rpo_lightning.advantages import group_advantages
 from rpo_lightning.errors import ConfigurationError, UpdateError
+from rpo_lightning.logprobs import token_logprobs
 from rpo_lightning.model_support import needs_full_logits, row_cost, sharing_obstacle
 from rpo_lightning.objectives import CISPO, DAPO, GRPO, GSPO, DrGRPO
 from rpo_lightning.reference import FrozenCopy
@@ -34,18 +35,22 @@ from rpo_lightning.shared_attention import IMPLEMENTATION
 from rpo_lightning.update import PolicyLoss
 
 from .conftest import make_group, make_module
-from .test_logprobs import assert_same, groups, settings
+from .test_logprobs import assert_same, groups, reference_logprobs, settings
 
 # The goal of the issue: every parameter's gradient in fp64.
 GOAL = 1e-10
 
 
+def sharing_wherever_it_may(loss):
+    """Whatever it costs: the models of these tests are so small that sharing rarely pays."""
+    loss._row_cost = RowCost(shares=loss._row_cost.shares, longest_shared=loss._row_cost.longest_shared)
+    return loss
+
+
 def gradient(policy, objective, reference=None, batch=None, **changes):
     policy.zero_grad()
     reference = reference and FrozenCopy(reference)
-    loss = PolicyLoss(policy, reference, objective, settings(**changes), pad_id=0)
-    allowed = loss._row_cost
-    loss._row_cost = RowCost(shares=allowed.shares, longest_shared=allowed.longest_shared)  # shared wherever it may be
+    loss = sharing_wherever_it_may(PolicyLoss(policy, reference, objective, settings(**changes), pad_id=0))
     batch = batch or groups()
     metrics = loss.backward(batch, group_advantages([g.rewards for g in batch]), lambda x, _: x.backward())
     metrics["tokens"] = loss.processed_tokens["update"]
@@ -128,13 +133,29 @@ def test_prefixes_without_gradient_need_shared_rows(caplog):
         make_module(prefix_gradient=False, loss_scope="response")
 
 
-def test_old_log_probs_come_from_shared_rows_too(exact_policy):
+@pytest.mark.parametrize("scope", ["suffix", "response"])
+def test_old_log_probs_come_from_shared_rows_too(exact_policy, monkeypatch, scope):
+    computed = []
+
+    def note(model, batch, *args):
+        computed.extend(batch)
+        return token_logprobs(model, batch, *args)
+
+    monkeypatch.setattr(update, "token_logprobs", note)
     plain, shared = groups(), groups()
-    for batch, share in ((plain, False), (shared, True)):
-        PolicyLoss(exact_policy, None, DAPO(), settings(share_prefixes=share), 0).freeze_old_logprobs(batch)
+    for batch, share, members in ((plain, False, [1] * 6), (shared, True, [3, 3])):
+        loss = PolicyLoss(exact_policy, None, DAPO(), settings(share_prefixes=share, scope=scope), pad_id=0)
+        computed.clear()
+        sharing_wherever_it_may(loss).freeze_old_logprobs(batch)
+        assert members_per_row(computed) == members
     for first, second in zip(plain, shared, strict=True):
-        for a, b in zip(first.old_logprobs, second.old_logprobs, strict=True):
-            assert a == pytest.approx(b, abs=1e-12)
+        prompt = first.request.prompt.token_ids
+        for member, (a, b) in enumerate(zip(first.old_logprobs, second.old_logprobs, strict=True)):
+            count = len(first.completions[member].token_ids) if scope == "suffix" else len(first.response_ids(member))
+            with torch.no_grad():
+                expected = reference_logprobs(exact_policy, prompt + first.response_ids(member), count).tolist()
+            assert a == pytest.approx(expected, abs=1e-12)
+            assert b == pytest.approx(expected, abs=1e-12)
 
 
 def test_gradient_checkpointing_and_adapters_keep_working(exact_policy):
