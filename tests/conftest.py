@@ -100,6 +100,22 @@ def make_group(
     )
 
 
+def passes_with_gradient(model: Any) -> list[int]:
+    """Indices of the decoder layers in the order in which they are computed with gradient; it grows as they are.
+
+    A layer that is checkpointed is computed once in the forward pass and once more in the backward pass.
+    """
+    computed: list[int] = []
+
+    def note(index: int) -> None:
+        if torch.is_grad_enabled():
+            computed.append(index)
+
+    for index, layer in enumerate(model.get_decoder().layers):
+        layer.register_forward_pre_hook(lambda *_, index=index: note(index))
+    return computed
+
+
 def cache_contents(cache: ExperienceCache) -> list[tuple[Any, ...]]:
     """All that a cache remembers, wherever its tokens lie."""
     return [

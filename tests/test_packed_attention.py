@@ -12,6 +12,7 @@ from rpo_lightning.objectives import DAPO
 from rpo_lightning.packed_attention import PackedRows
 from rpo_lightning.rows import RowShape
 
+from .conftest import passes_with_gradient
 from .dense_kernels import dense_attend, dense_attend_backward
 from .test_logprobs import assert_same, groups
 from .test_shared_rows import GOAL, gradient
@@ -45,7 +46,9 @@ def test_packed_rows_keep_gradient_checkpointing(exact_policy, packed):
     plain, _ = gradient(exact_policy, DAPO(), batch=batch)
     exact_policy.gradient_checkpointing_enable({"use_reentrant": False})
     exact_policy.train()
+    layers = passes_with_gradient(exact_policy)
     assert_same(plain, gradient(exact_policy, DAPO(), batch=batch)[0], GOAL)
+    assert layers == [0, 1, 1, 0]  # every layer once more, in the backward pass
 
 
 def test_rows_are_packed_as_the_sequences_they_consist_of():

@@ -34,7 +34,7 @@ from rpo_lightning.rows import Row, RowCost, micro_batches, rows_of, shared_rows
 from rpo_lightning.shared_attention import IMPLEMENTATION
 from rpo_lightning.update import PolicyLoss
 
-from .conftest import make_group, make_module
+from .conftest import make_group, make_module, passes_with_gradient
 from .test_logprobs import assert_same, groups, reference_logprobs, settings
 
 # The goal of the issue: every parameter's gradient in fp64.
@@ -122,7 +122,9 @@ def test_without_prefix_gradient_only_the_prefix_keys_and_values_are_constants(e
     assert_same(frozen, split, GOAL)
     exact_policy.gradient_checkpointing_enable({"use_reentrant": False})
     exact_policy.train()
+    layers = passes_with_gradient(exact_policy)
     assert_same(frozen, gradient(exact_policy, DAPO(), batch=batch, prefix_gradient=False)[0], GOAL)
+    assert layers == [0, 1, 1, 0]
 
 
 def test_prefixes_without_gradient_need_shared_rows(caplog):
@@ -162,15 +164,21 @@ def test_gradient_checkpointing_and_adapters_keep_working(exact_policy):
     adapted = get_peft_model(
         exact_policy, LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
     )
+    layers = passes_with_gradient(exact_policy)
     plain, _ = gradient(adapted, DAPO(), share_prefixes=False)
+    layers.clear()
     shared, metrics = gradient(adapted, DAPO())
+    assert layers == [0, 1]
     assert metrics["tokens"] == 31
     assert len(plain) == 6  # the adapters alone
+    assert all(value.abs().max() > 1e-6 for value in plain.values())
     assert_same(plain, shared, GOAL)
     adapted.enable_input_require_grads()
     adapted.gradient_checkpointing_enable({"use_reentrant": False})
     adapted.train()
+    layers.clear()
     assert_same(plain, gradient(adapted, DAPO())[0], GOAL)
+    assert layers == [0, 1, 1, 0]  # every layer once more, in the backward pass
 
 
 def test_chunks_of_the_output_head_change_nothing_and_keep_no_logits(exact_policy, monkeypatch):

@@ -33,7 +33,7 @@ from rpo_lightning.refresh import CorrectMemberRefresh
 from rpo_lightning.rewards import LengthAwareAccuracyReward, UniformRandomReward
 from rpo_lightning.update import PolicyLoss
 
-from .conftest import cache_contents, make_data, make_group, make_module, make_trainer
+from .conftest import cache_contents, make_data, make_group, make_module, make_trainer, passes_with_gradient
 
 
 def metrics(folder) -> pd.DataFrame:
@@ -476,10 +476,23 @@ def test_impossible_settings_are_refused_before_anything_is_loaded(settings, mes
 
 
 def test_gradient_checkpointing_changes_no_gradient(tmp_path):
-    trained = []
+    trained, passes = [], []
     for checkpointing in (False, True):
-        module = make_module(gradient_checkpointing=checkpointing, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+        module = make_module(
+            rewards=[UniformRandomReward()],
+            gradient_checkpointing=checkpointing,
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        )
+        module.configure_model()
+        start = parameters(module)
+        with_gradient = passes_with_gradient(module.policy)
         make_trainer(tmp_path / str(checkpointing), max_steps=1).fit(module, datamodule=make_data())
         trained.append(parameters(module))
+        passes.append(with_gradient)
+        assert all((value - start[name]).abs().max() > 1e-5 for name, value in trained[-1].items())
     for name, value in trained[0].items():
         torch.testing.assert_close(value, trained[1][name], atol=1e-6, rtol=0)
+    # Every layer of every micro-batch was computed a second time, in the backward pass.
+    once, twice = passes
+    assert once
+    assert sorted(twice) == sorted(once * 2)
