@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     DynamicCache,
     Gemma2Config,
@@ -30,7 +33,7 @@ from rpo_lightning.logprobs import token_logprobs
 from rpo_lightning.model_support import needs_full_logits, row_cost, sharing_obstacle
 from rpo_lightning.objectives import CISPO, DAPO, GRPO, GSPO, DrGRPO
 from rpo_lightning.reference import FrozenCopy
-from rpo_lightning.rows import Row, RowCost, micro_batches, rows_of, shared_rows
+from rpo_lightning.rows import Row, RowCost, SharedRow, micro_batches, rows_of, shared_rows
 from rpo_lightning.shared_attention import IMPLEMENTATION
 from rpo_lightning.update import PolicyLoss
 
@@ -196,6 +199,51 @@ def test_chunks_of_the_output_head_change_nothing_and_keep_no_logits(exact_polic
     assert_same(whole, chunked, 1e-12)
     assert metrics["loss/entropy"] == pytest.approx(expected["loss/entropy"], abs=1e-12)
     assert not [shape for shape in saved if len(shape) and shape[-1] == vocabulary and shape[0] != 32]
+
+
+class LiveTensors(TorchDispatchMode):
+    """Most bytes that tensors made within it held at the same time: the same on every run, unlike a process's size."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak = 0
+        self._bytes = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self._bytes:
+                    self._bytes[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self._bytes.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self._bytes.values()))
+        return result
+
+
+def test_peak_memory_of_scoring_does_not_grow_with_vocabulary_times_row_length(monkeypatch):
+    """Of forward and backward pass: what longer rows add is the same for a small vocabulary and a large one."""
+    small, large, short, long = 512, 2048, 16, 128
+    monkeypatch.setattr(output_head.scoring.__wrapped__, "__defaults__", (8 * large,))
+
+    def peak(vocabulary, suffix, full_logits):
+        model = tiny(MistralForCausalLM, MistralConfig, **ATTENTION, sliding_window=None, vocab_size=vocabulary)
+        model.set_attn_implementation(IMPLEMENTATION)
+        with LiveTensors() as live:
+            computed = token_logprobs(
+                model, [SharedRow(tuple(rows(8, [suffix] * 4)))], 1.0, 0, model.device, full_logits
+            )
+            computed.logprobs_BS.sum().backward()
+        return live.peak
+
+    def growth(vocabulary, full_logits):
+        return peak(vocabulary, long, full_logits) - peak(vocabulary, short, full_logits)
+
+    # What the difference is at least where logits in fp32 are held, as those of whole rows are.
+    of_logits = 4 * (large - small) * 4 * (long - short)
+    assert growth(large, full_logits=True) - growth(small, full_logits=True) >= of_logits
+    assert abs(growth(large, full_logits=False) - growth(small, full_logits=False)) < 0.01 * of_logits
 
 
 def rows(trunk: int, suffixes: list[int], group: int = 0) -> list[Row]:
