@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -282,15 +283,52 @@ def test_a_group_longer_than_the_budget_is_split_by_suffixes():
     assert all(len(row) == 200 for row in shared)
 
 
-@pytest.mark.parametrize(("trunks", "passes"), [([100, 90, 80, 70, 60, 50, 40, 10], 2), ([90, 90, 90, 40], 2)])
-def test_micro_batches_are_few_and_even_within_the_budget_and_keep_every_row_once(trunks, passes):
-    batch = [row for g, n in enumerate(trunks) for row in shared_rows(rows(n, [5, 5], g), 300, RowCost())]
+@pytest.mark.parametrize(
+    ("trunks", "shares", "computed"),
+    [
+        ([100, 90, 80, 70, 60, 50, 40, 10], True, [110 + 100 + 90, 80 + 70 + 60 + 50 + 20]),
+        # Filled up to the budget, it would be 300 and 50.
+        ([90, 90, 90, 40], True, [100 + 100, 100 + 50]),
+        # Plain rows are padded to the longest.
+        ([100, 90, 80, 70, 60, 50, 40, 10], False, [2 * 105, 3 * 95, 3 * 85, 4 * 65, 4 * 45]),
+    ],
+)
+def test_micro_batches_are_even_within_the_budget_and_keep_every_row_once(trunks, shares, computed):
+    cost = RowCost(shares=shares)
+    batch = [row for g, n in enumerate(trunks) for row in shared_rows(rows(n, [5, 5], g), 300, cost)]
     batches = micro_batches(batch, max_tokens=300)
-    assert sorted(r.members[0].group for b in batches for r in b) == list(range(len(trunks)))
-    sizes = [sum(len(r) for r in b) for b in batches]  # end to end, without padding
-    assert len(sizes) == passes
-    assert max(sizes) <= 300
-    assert min(sizes) > 0.7 * max(sizes)  # filled up to the budget, the second case has 300 and 50 tokens
+    kept = sorted((m.group, m.member) for b in batches for row in b for m in row.members)
+    assert kept == [(group, member) for group in range(len(trunks)) for member in range(2)]
+    assert (len(batches), max(map(size, batches))) == fewest_and_most_even(batch, 300)
+    # What a model is given.
+    tokens = []
+    model = tiny(MistralForCausalLM, MistralConfig, **ATTENTION, sliding_window=None, vocab_size=128)
+    model.set_attn_implementation(IMPLEMENTATION)
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].numel()))
+    with torch.no_grad():
+        for part in batches:
+            token_logprobs(model, part, 1.0, 0, model.device)
+    assert tokens == computed
+    assert max(tokens) <= 300
+    assert min(tokens) > 0.5 * max(tokens)
+
+
+def size(batch: list[SharedRow]) -> int:
+    """Shared rows lie end to end, others are padded to the longest."""
+    lengths = [len(row) for row in batch]
+    return sum(lengths) if any(len(row.members) > 1 for row in batch) else len(lengths) * max(lengths)
+
+
+def fewest_and_most_even(batch: list[SharedRow], limit: int) -> tuple[int, int]:
+    """Number of micro-batches and size of the largest, from all ways to cut the rows, ordered by length, into runs."""
+    ordered = sorted(batch, key=len, reverse=True)
+    ways = []
+    for cuts in range(len(ordered)):
+        for inner in combinations(range(1, len(ordered)), cuts):
+            largest = max(size(ordered[start:stop]) for start, stop in pairwise((0, *inner, len(ordered))))
+            if largest <= limit:
+                ways.append((cuts + 1, largest))
+    return min(ways)
 
 
 def test_the_budget_counts_padding_where_rows_are_padded_and_only_there():
