@@ -34,11 +34,12 @@ from rpo_lightning.logprobs import token_logprobs
 from rpo_lightning.model_support import needs_full_logits, row_cost, sharing_obstacle
 from rpo_lightning.objectives import CISPO, DAPO, GRPO, GSPO, DrGRPO
 from rpo_lightning.reference import FrozenCopy
+from rpo_lightning.rewards import UniformRandomReward
 from rpo_lightning.rows import Row, RowCost, SharedRow, micro_batches, rows_of, shared_rows
 from rpo_lightning.shared_attention import IMPLEMENTATION
 from rpo_lightning.update import PolicyLoss
 
-from .conftest import make_group, make_module, passes_with_gradient
+from .conftest import make_data, make_group, make_module, make_trainer, passes_with_gradient
 from .test_logprobs import assert_same, groups, reference_logprobs, settings
 
 # The goal of the issue: every parameter's gradient in fp64.
@@ -370,6 +371,20 @@ def test_models_that_it_would_be_wrong_for_fall_back_to_plain_rows_with_one_reas
         assert "row of its own" in caplog.text
         plain, _ = gradient(model.double().eval(), DAPO(), share_prefixes=False)
         assert_same(plain, gradient(model, DAPO())[0], GOAL)
+
+
+def test_a_run_of_several_updates_tells_the_reason_once(tmp_path, caplog, policy, tokenizer):
+    policy.set_attn_implementation("eager")
+    module = make_module(
+        policy=policy, tokenizer=tokenizer, rewards=[UniformRandomReward()], objective=GRPO(beta=0.01),
+        passes_per_rollout=2, max_response_tokens=32,
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, logger="rpo_lightning"):
+        make_trainer(tmp_path, max_steps=6).fit(module, datamodule=make_data())
+    assert (module.iteration, module.global_step) == (3, 6)
+    reasons = [r.getMessage() for r in caplog.records if "row of its own" in r.getMessage()]
+    assert len(reasons) == 1
+    assert "need 'sdpa'" in reasons[0]
 
 
 @pytest.mark.parametrize(
