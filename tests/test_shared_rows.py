@@ -40,7 +40,7 @@ from rpo_lightning.shared_attention import IMPLEMENTATION
 from rpo_lightning.update import PolicyLoss
 
 from .conftest import make_data, make_group, make_module, make_trainer, passes_with_gradient
-from .test_logprobs import assert_same, groups, reference_logprobs, settings
+from .test_logprobs import ALGEBRA, alone, assert_same, groups, reference_logprobs, settings, together
 
 # The goal of the issue: every parameter's gradient in fp64.
 GOAL = 1e-10
@@ -434,10 +434,49 @@ def test_layers_that_select_tokens_do_not_share_rows():
 
 
 def test_a_model_that_caps_its_logits_is_scored_on_its_own_logits(caplog):
-    capped = tiny(Gemma2ForCausalLM, Gemma2Config, **ATTENTION, final_logit_softcapping=0.05)
+    cap = 0.05
+    capped = tiny(Gemma2ForCausalLM, Gemma2Config, **ATTENTION, final_logit_softcapping=cap).double()
     assert needs_full_logits(capped)
     assert "changes its logits after the output head" in caplog.text
     assert not needs_full_logits(tiny(MistralForCausalLM, MistralConfig, **ATTENTION))
+
+    def own_logprobs(row, temperature=1.0):
+        """From the layers' output, the head and the cap, one row at a time."""
+        ids = torch.tensor([row.trunk_ids + row.suffix_ids])
+        raw = capped.lm_head(capped.model(ids).last_hidden_state)[0, :-1]
+        logits = cap * torch.tanh(raw / cap) / temperature
+        return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[-row.scope_length :, 0]
+
+    batch = groups()
+    for scope in ("suffix", "response"):
+        expected = [own_logprobs(row, 0.7) for row in rows_of(batch, scope)]
+        capped.set_attn_implementation(IMPLEMENTATION)
+        for arrange in (alone, together):
+            arranged = arrange(rows_of(batch, scope))
+            computed, uncapped = (
+                token_logprobs(capped, arranged, 0.7, 0, capped.device, full_logits=full) for full in (True, False)
+            )
+            for index, logprobs in enumerate(expected):
+                found, wrong = (x.logprobs_BS[index][x.mask_BS[index]] for x in (computed, uncapped))
+                torch.testing.assert_close(found, logprobs, atol=ALGEBRA, rtol=0)
+                assert (wrong - logprobs).abs().max() > 1e-3
+    # And so are the update, whose ratio is 1, and what is frozen before it.
+    members = rows_of(batch, "suffix")
+    advantages = group_advantages([g.rewards for g in batch])
+    capped.zero_grad()
+    for row in members:
+        loss = -advantages[row.group][row.member] * own_logprobs(row).sum()
+        (loss / sum(r.scope_length for r in members)).backward()
+    expected_gradient = {n: p.grad.clone() for n, p in capped.named_parameters()}
+    for share, tokens in ((False, 3 * 7 + 9 + 3 * 3 + 12), (True, 7 + 9 + 3 + 12)):
+        found, metrics = gradient(capped, DAPO(), batch=batch, share_prefixes=share)
+        assert metrics["tokens"] == tokens
+        assert_same(expected_gradient, found, ALGEBRA)
+    frozen = groups()
+    PolicyLoss(capped, None, DAPO(), settings(), pad_id=0).freeze_old_logprobs(frozen)
+    for row in members:
+        found = torch.tensor(frozen[row.group].old_logprobs[row.member], dtype=torch.float64)
+        torch.testing.assert_close(found, own_logprobs(row), atol=ALGEBRA, rtol=0)
 
 
 def test_the_trial_does_not_depend_on_the_default_device(exact_policy):
