@@ -70,16 +70,97 @@ def agree():
     return flash_support.kernels_agree.__wrapped__(torch.device("cpu"), torch.bfloat16, 6, 2, 16)
 
 
-def test_kernels_are_tried_before_their_first_use(packed, caplog):
+class OnGPU(torch.Tensor):
+    """A tensor of the CPU that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def gpu(packed, monkeypatch):
+    """Has ``flash_support`` decide as on a GPU, whose kernels are the dense ones; no decision is remembered.
+
+    Returns:
+        The calls of the kernels, and how rows are asked about.
+    """
+
+    def takes(*tensors):
+        return flash_support.takes(*(x.as_subclass(OnGPU) for x in tensors))
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(shared_attention, "takes", takes)
+    flash_support.kernels_agree.cache_clear()
+    yield packed, takes
+    flash_support.kernels_agree.cache_clear()
+
+
+def of_trial(calls):
+    """Which calls of the kernels are the trial's."""
+    trial = PackedRows.of(flash_support._TRIAL, torch.device("cpu"))
+    return [any(torch.equal(call.key_bounds, x.key_bounds) for x in (trial.own, trial.shared)) for call in calls]
+
+
+def test_kernels_are_tried_before_their_first_use(gpu, exact_policy, caplog):
+    """By what a model's layers ask: once for all layers and updates, and the rows come after it."""
+    calls, _ = gpu
+    policy = exact_policy.bfloat16()
+    shared, metrics = gradient(policy, DAPO())
+    assert metrics["tokens"] == 31
+    # The trial's own and shared sequences, then two layers with a row of ``model_support``'s and one of both groups.
+    assert of_trial(calls) == [True] * 2 + [False] * 8
+    calls.clear()
+    gradient(policy, DAPO())
+    assert of_trial(calls) == [False] * 8
+    assert not caplog.records
+    plain, _ = gradient(policy, DAPO(), share_prefixes=False)
+    shared, plain = (torch.cat([g.flatten() for g in x.values()]).float() for x in (shared, plain))
+    assert torch.nn.functional.cosine_similarity(shared, plain, dim=0) > 0.99
+
+
+def test_kernels_whose_trial_fails_are_never_used(gpu, exact_policy, monkeypatch, caplog):
+    calls, _ = gpu
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_attention, "takes", lambda *_: False)
+        by_spans, _ = gradient(exact_policy.bfloat16(), DAPO())
+    assert not calls
+    monkeypatch.setattr(packed_attention, "_attend_backward", without_trunks)
+    for _ in range(2):
+        assert_same(by_spans, gradient(exact_policy, DAPO())[0], 0.0)
+    assert of_trial(calls) == [True] * 2
+    assert len(caplog.records) == 1
+    assert "off by" in caplog.text
+
+
+def test_the_trial_is_the_same_in_whatever_surrounds_it(gpu, caplog):
+    calls, takes = gpu
+    query, key, value = (torch.zeros(1, heads, 4, 16, dtype=torch.bfloat16) for heads in (6, 2, 2))
     state = torch.get_rng_state()
     # As in a model's forward pass: without gradient, under autocast and Lightning's default device.
     for surroundings in (torch.no_grad(), torch.inference_mode(), torch.device("meta")):
-        packed.clear()
+        calls.clear()
+        flash_support.kernels_agree.cache_clear()
         with surroundings, torch.autocast("cpu", dtype=torch.bfloat16):
-            assert agree()
-        assert len(packed) == 2
+            assert takes(query, key, value)
+        assert of_trial(calls) == [True] * 2
     assert not caplog.records
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_the_kernels_do_not_take_is_not_tried(gpu, monkeypatch):
+    calls, takes = gpu
+
+    def tensors(size=16, value_size=16, dtype=torch.bfloat16):
+        return [torch.zeros(1, 2, 4, n, dtype=dtype) for n in (size, size, value_size)]
+
+    assert not takes(*tensors(dtype=torch.float32))
+    assert not takes(*tensors(12, 12))
+    assert not takes(*tensors(264, 264))
+    assert not takes(*tensors(16, 24))
+    assert not flash_support.takes(*tensors())  # on the CPU after all
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert not takes(*tensors())
+    assert not calls
 
 
 def test_the_trial_within_a_checkpointed_layer_leaves_the_layer_alone(exact_policy, packed, monkeypatch):
