@@ -29,12 +29,22 @@ def run(strategy: str, processes: int, folder: Path) -> None:
 def one_process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("single")
     run("single", 1, folder)
+    assert_rows_were_shared("single", 1, folder)
     return torch.load(folder / "single.pt")
+
+
+def assert_rows_were_shared(strategy: str, processes: int, folder: Path) -> None:
+    """On every rank, in every case."""
+    for rank in range(processes):
+        members = torch.load(folder / f"{strategy}-members-{rank}.pt")
+        assert list(members) == list(CASES)
+        assert min(members.values()) > 1, members
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_make_the_update_of_one_and_never_hang(tmp_path, one_process, strategy):
     run(strategy, 2, tmp_path)
+    assert_rows_were_shared(strategy, 2, tmp_path)
     found = torch.load(tmp_path / f"{strategy}.pt")
     assert list(found) == list(CASES)
     for case, parameters in found.items():

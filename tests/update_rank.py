@@ -1,7 +1,8 @@
 """One of the processes that update a policy on the same rollouts; run by torchrun from ``test_update_ranks.py``.
 
 Arguments: strategy (``single``, ``ddp``, ``fsdp2``), output folder. The first rank writes the parameters after every
-case of ``CASES``, and every rank the parameters it ends with after 50 iterations whose groups are dropped at random.
+case of ``CASES``; every rank how many members the fullest row of each case had, and the parameters it ends with after
+50 iterations whose groups are dropped at random.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
+import rpo_lightning.update
 from rpo_lightning.adapters import LoRA
 from rpo_lightning.dynamic_sampling import DynamicSampling
 from rpo_lightning.importance import NoCorrection
+from rpo_lightning.logprobs import token_logprobs
 from rpo_lightning.mismatch import MismatchBound
 from rpo_lightning.module import RPOModule
 from rpo_lightning.objectives import DAPO, GRPO
@@ -117,12 +120,30 @@ def update(module: RPOModule, name: str, folder: Path, iterations: int) -> dict[
     return parameters(module)
 
 
+def note_rows() -> list[int]:
+    """Has the update note how many members share each row that it computes."""
+    members: list[int] = []
+
+    def noted(model: Any, batch: Any, *rest: Any) -> Any:
+        members.extend(len(row.members) for row in batch)
+        return token_logprobs(model, batch, *rest)
+
+    rpo_lightning.update.token_logprobs = noted
+    return members
+
+
 def main() -> None:
     name, folder = sys.argv[1], Path(sys.argv[2])
     rank = int(os.environ.get("RANK", "0"))
-    found = {case: update(GivenRollouts(**settings), name, folder, 2) for case, settings in CASES.items()}
+    found, fullest = {}, {}
+    members = note_rows()
+    for case, settings in CASES.items():
+        members.clear()
+        found[case] = update(GivenRollouts(**settings), name, folder, 2)
+        fullest[case] = max(members)
     if rank == 0:
         torch.save(found, folder / f"{name}.pt")
+    torch.save(fullest, folder / f"{name}-members-{rank}.pt")
     if name != "single":
         dropped = DroppedGroups(dynamic_sampling=DynamicSampling(max_refills=1))
         torch.save(update(dropped, name, folder, 50), folder / f"{name}-dropped-{rank}.pt")
