@@ -24,9 +24,15 @@ def test_a_problem_by_hand():
 
 def test_chains_of_thought_are_long_against_the_answer():
     rng = np.random.default_rng(0)
-    lengths = [len(draw_problem(rng, 24).solution()) for _ in range(200)]
+    problems = [draw_problem(rng, 24) for _ in range(200)]
+    chains, answers = zip(*(p.solution().split("#") for p in problems), strict=True)
+    assert list(answers) == [p.answer for p in problems]
+    # At most two digits, after the sign that ends the chain.
+    assert {len(answer) for answer in answers} == {1, 2}
+    lengths = [len(chain) for chain in chains]
     assert 180 < np.mean(lengths) < 200
     assert np.std(lengths) > 2
+    assert min(lengths) > 50 * max(len(f"#{answer}") for answer in answers)
 
 
 def test_seeds_give_reproducible_and_disjoint_sets():
