@@ -9,7 +9,8 @@ The model: a matrix product costs two operations a weight and token, three times
 with gradient checkpointing; decoding reads the weights and the key–value cache once a step; prompts and
 prefixes are prefilled once a group. Efficiencies are assumed, and said so in the output. The paper's
 baseline has one of eight GPUs sample while seven train, one after the other; its hours contain more than
-these phases. The last line is JSON.
+these phases. The last line is JSON; its ``hardware`` is the machine that the script ran on, of which the predictions
+know nothing.
 """
 
 from __future__ import annotations
@@ -226,11 +227,8 @@ def main() -> None:
     one_gpu = one_gpu_settings()
     print(f"one GPU, training and prefill at half the peak, decoding at the memory's speed\n\n{table(one_gpu)}\n")
     record: dict[str, Any] = {
-        "hardware": hardware(),
-        "gpus": [asdict(g) for g in GPUS],
-        "predictions": rows,
-        "one_gpu": one_gpu,
-    }
+        "hardware": hardware(), "gpus": [asdict(g) for g in GPUS], "predictions": rows, "one_gpu": one_gpu,
+    }  # fmt: skip
     if arguments.iteration.exists():
         record["check"] = check(json.loads(arguments.iteration.read_text()))
         print(f"against {arguments.iteration.name}, from its full path alone\n\n{check_table(record['check'])}\n")

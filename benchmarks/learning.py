@@ -191,7 +191,8 @@ def main() -> None:
         if not arguments.report:
             run_missing(arguments.length, arguments.arms, arguments.processes)
         runs, folder = recorded(), ROOT / "benchmarks"
-    print(json.dumps({"arms": write_report(runs, folder)}))
+    figures = write_report(runs, folder)
+    print(json.dumps({"hardware": "; ".join(sorted({r["hardware"] for r in runs})), "arms": figures}))
 
 
 if __name__ == "__main__":
