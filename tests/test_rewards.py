@@ -21,7 +21,9 @@ from rpo_lightning.rewards import (
     KimiLengthReward,
     LengthAwareAccuracyReward,
     MathVerifier,
+    Reward,
     SoftOverlongPenalty,
+    Verifier,
 )
 
 
@@ -115,6 +117,56 @@ def test_total_is_the_weighted_sum_and_terms_stay_visible():
     (graded,) = grader.grade([[sample(5, response="#1"), sample(10, response="#2")]])
     assert graded.rewards == [2.0 - 0.25, -0.5]
     assert graded.terms == {"accuracy": [1.0, 0.0], "soft_overlong_penalty": [-0.5, -1.0]}
+
+
+class GivenReward(Reward):
+    """Returns what it is given, under a name that it is given."""
+
+    def __init__(self, values, name="given"):
+        super().__init__()
+        self.values = values
+        self._name = name
+
+    @property
+    def name(self):
+        return self._name
+
+    def score(self, group):
+        return self.values
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0, float("nan")], "reward 'given' returned nan for the response 'two': return a finite number"),
+        ([float("-inf"), 1.0], "reward 'given' returned -inf for the response 'one'"),
+        ([1.0], "reward 'given' returned 1 values for 2 responses"),
+        ([1.0, 2.0, 3.0], "reward 'given' returned 3 values for 2 responses"),
+        ([1.0, None], "reward 'given' returned what is no number"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_told_with_the_term_that_returned_it(values, message):
+    grader = Grader(ExactMatchVerifier(), [AccuracyReward(), GivenReward(values)], GradingPool())
+    with pytest.raises(RewardError, match=message):
+        grader.grade([[sample(1, response="one"), sample(1, response="two")]])
+
+
+class UndecidedVerifier(Verifier):
+    isolated = False
+
+    def verify(self, prompt, response, answer):
+        return float("nan")
+
+
+def test_a_verdict_that_is_not_finite_is_an_error():
+    with pytest.raises(RewardError, match="UndecidedVerifier returned nan for the response 'one'"):
+        Grader(UndecidedVerifier(), [AccuracyReward()], GradingPool()).grade([[sample(1, response="one")]])
+
+
+@pytest.mark.parametrize("name", ["mean", "std", "correct_share", "grading_killed"])
+def test_a_term_cannot_have_the_name_of_another_metric(name):
+    with pytest.raises(ConfigurationError, match=f"a term named '{name}', .* reward/{name} is another metric"):
+        Grader(ExactMatchVerifier(), [AccuracyReward(), GivenReward([1.0], name)], GradingPool())
 
 
 def hang_on_two(prompt: str, response: str, answer: str) -> float:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.errors import ConfigurationError, RewardError
 from rpo_lightning.records import Sample
 from rpo_lightning.rewards.base import AnswerVerifier, Reward, Verifier
 from rpo_lightning.rewards.pool import GradingPool
 
 log = logging.getLogger(__name__)
+
+# What is logged as reward/… besides the terms.
+_OTHER_METRICS = ("mean", "std", "correct_share", "grading_killed")
 
 
 @dataclass(frozen=True)
@@ -45,19 +49,28 @@ class Grader:
         doubled = [name for name, count in Counter(r.name for r in rewards).items() if count > 1]
         if doubled:
             raise ConfigurationError(f"model.rewards has more than one term named {doubled[0]!r}")
+        taken = [r.name for r in rewards if r.name in _OTHER_METRICS]
+        if taken:
+            raise ConfigurationError(
+                f"model.rewards has a term named {taken[0]!r}, and reward/{taken[0]} is another metric: rename it"
+            )
         self.verifier = verifier
         self.rewards = list(rewards)
         self.pool = pool
 
     def verify(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The samples with the verifier's verdicts."""
+        """The samples with the verifier's verdicts.
+
+        Raises:
+            RewardError: A verdict is no finite number.
+        """
         calls = [(s.prompt, s.response, s.answer) for s in samples]
         if self.verifier.isolated:
             verdicts = self.pool.numbers(self.verifier.verify, calls)
         else:
             verdicts = [self.verifier.verify(*call) for call in calls]
-        # Plain numbers whatever the verifier is made of: samples travel in checkpoints.
-        return [replace(s, correct=float(verdict)) for s, verdict in zip(samples, verdicts, strict=True)]
+        numbers = _finite(verdicts, samples, type(self.verifier).__name__)
+        return [replace(s, correct=verdict) for s, verdict in zip(samples, numbers, strict=True)]
 
     @property
     def finds_answers(self) -> bool:
@@ -78,16 +91,45 @@ class Grader:
         return [[-1] * len(call) if classes is None else classes for call, classes in zip(calls, found, strict=True)]
 
     def grade(self, groups: Sequence[Sequence[Sample]]) -> list[GradedGroup]:
-        """Verdicts and rewards of several groups."""
+        """Verdicts and rewards of several groups.
+
+        Raises:
+            RewardError: A verdict or a value of a term is no finite number, or a term's values are too many or too few.
+        """
         verified = iter(self.verify([s for group in groups for s in group]))
         samples = [[next(verified) for _ in group] for group in groups]
-        terms = {reward.name: reward.score_groups(samples, self.pool) for reward in self.rewards}
+        terms = {reward.name: self._values(reward, samples) for reward in self.rewards}
         graded = []
         for i, group in enumerate(samples):
-            of_group = {name: [float(value) for value in values[i]] for name, values in terms.items()}
+            of_group = {name: values[i] for name, values in terms.items()}
             totals = [
                 sum(reward.weight * of_group[reward.name][member] for reward in self.rewards)
                 for member in range(len(group))
             ]
             graded.append(GradedGroup(group, totals, of_group))
         return graded
+
+    def _values(self, reward: Reward, groups: Sequence[Sequence[Sample]]) -> list[list[float]]:
+        values = reward.score_groups(groups, self.pool)
+        source = f"reward {reward.name!r}"
+        if len(values) != len(groups):
+            raise RewardError(f"{source} returned values of {len(values)} groups for {len(groups)}")
+        return [_finite(of_group, group, source) for of_group, group in zip(values, groups, strict=True)]
+
+
+def _finite(values: Sequence[float], samples: Sequence[Sample], source: str) -> list[float]:
+    """Plain numbers, whatever a verifier or a reward is made of: samples and rewards travel in checkpoints."""
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise RewardError(f"{source} returned what is no number: {error}") from error
+    if len(numbers) != len(samples):
+        raise RewardError(
+            f"{source} returned {len(numbers)} values for {len(samples)} responses: return one number for each"
+        )
+    for number, sample in zip(numbers, samples, strict=True):
+        if not math.isfinite(number):
+            raise RewardError(
+                f"{source} returned {number} for the response {sample.response[:60]!r}: return a finite number"
+            )
+    return numbers
