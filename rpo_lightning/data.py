@@ -54,7 +54,7 @@ class RPODataModule(LightningDataModule):
         question_column: Column of the question; ``problem``, ``question`` or ``prompt`` if not given.
         answer_column: Column of the gold answer; ``answer``, ``final_answer`` or ``solution`` if not given.
         uid_column: Column of a stable identifier; a content hash if not given.
-        system_prompt: System message of every prompt.
+        system_prompt: System message of every prompt that does not bring its own.
         use_chat_template: Whether to apply the tokenizer's chat template; by default if it has one.
         shuffle: Whether to shuffle the training questions anew each epoch.
     """

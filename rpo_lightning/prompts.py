@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class PromptBuilder:
         question_column: Column of the question; found by its usual names if not given.
         answer_column: Column of the gold answer; likewise.
         uid_column: Column of a stable identifier; a hash of question and answer if not given.
-        system_prompt: Opening system message, for chat models.
+        system_prompt: Opening system message, for chat models; conversations with one of their own keep that.
         use_chat_template: Whether to apply the tokenizer's chat template; by default if it has one.
     """
 
@@ -90,7 +91,7 @@ class PromptBuilder:
         """Read a source to its end.
 
         Raises:
-            DataError: Unknown column, or nothing left to use.
+            DataError: Unknown column, a conversation without a chat template, or nothing left to use.
         """
         report = LoadReport()
         prompts: dict[str, Prompt] = {}
@@ -111,11 +112,14 @@ class PromptBuilder:
             if problem is not None:
                 report.unusable.append(f"{where}: dropped, the gold answer {answer[:60]!r} cannot be used: {problem}")
                 continue
-            text, token_ids = self._tokenise(question)
+            messages = question if isinstance(question, list) else [{"role": "user", "content": str(question)}]
+            text, token_ids = self._tokenise(messages, where)
             if len(token_ids) > self.max_prompt_tokens:
                 report.overlong += 1
                 continue
-            uid = self._uid(row, text, answer, where)
+            # What makes the question: of a conversation all of it, several may end alike.
+            asked = text if len(messages) == 1 else json.dumps(messages, sort_keys=True, default=str)
+            uid = self._uid(row, asked, answer, where)
             if uid in prompts:
                 report.duplicates += 1
                 continue
@@ -139,20 +143,24 @@ class PromptBuilder:
             )
         return row[name]
 
-    def _tokenise(self, question: Any) -> tuple[str, list[int]]:
-        """Question text (without the template) and token ids of the whole prompt."""
-        messages = question if isinstance(question, list) else [{"role": "user", "content": str(question)}]
+    def _tokenise(self, messages: list[Any], where: str) -> tuple[str, list[int]]:
+        """Text of the last message (without the template) and token ids of the whole prompt."""
         text = str(messages[-1]["content"])
         if not self.use_chat_template:
+            if len(messages) > 1:
+                raise DataError(
+                    f"{where}: a conversation of {len(messages)} messages needs a chat template, and the tokenizer has "
+                    "none (or it is turned off)"
+                )
             return text, list(self.tokenizer(text)["input_ids"])
-        if self.system_prompt:
+        if self.system_prompt and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text, list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
-    def _uid(self, row: Mapping[str, Any], text: str, answer: str, where: str) -> str:
+    def _uid(self, row: Mapping[str, Any], asked: str, answer: str, where: str) -> str:
         if self.uid_column is None:
-            return hashlib.blake2b(f"{text}\0{answer}".encode(), digest_size=8).hexdigest()
+            return hashlib.blake2b(f"{asked}\0{answer}".encode(), digest_size=8).hexdigest()
         if row.get(self.uid_column) is None:
             raise DataError(f"{where}: no value in the uid column {self.uid_column!r}")
         return str(row[self.uid_column])

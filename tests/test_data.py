@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -81,11 +83,15 @@ def test_nothing_usable_is_an_error(tokenizer):
         build([{"question": "1" * 50, "answer": "2"}], tokenizer, max_prompt_tokens=20)
 
 
-def test_chat_template_and_system_prompt(tokenizer):
-    import copy
+@pytest.fixture
+def chat(tokenizer):
+    """The tokenizer with a chat template, which writes the beginning of each role."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
-    chat = copy.deepcopy(tokenizer)
-    chat.chat_template = CHAT_TEMPLATE
+
+def test_chat_template_and_system_prompt(tokenizer, chat):
     prompts, _ = build([{"question": "3a+4=", "answer": "7"}], chat, system_prompt="1")
     assert chat.decode(prompts[0].token_ids, skip_special_tokens=True).endswith("1#u<unk>3a+4=#a") or len(
         prompts[0].token_ids
@@ -98,6 +104,39 @@ def test_chat_template_and_system_prompt(tokenizer):
 def test_messages_are_a_prompt_too(tokenizer):
     prompts, _ = build([{"prompt": [{"role": "user", "content": "3a+4="}], "answer": "7"}], tokenizer)
     assert prompts[0].text == "3a+4="
+
+
+def conversation(*contents: str, system: str | None = None) -> list[dict[str, str]]:
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return opening + [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+
+
+def test_conversations_that_end_alike_are_different_questions(chat):
+    rows = [{"prompt": conversation(first, "1", "+1="), "answer": "2"} for first in ("1+1=", "2-1=")]
+    prompts, report = build([*rows, rows[0]], chat)
+    assert (len(prompts), report.duplicates) == (2, 1)
+    assert [p.text for p in prompts] == ["+1=", "+1="]
+    again, _ = build(rows, chat)
+    assert [p.uid for p in again] == [p.uid for p in prompts]
+
+
+def test_a_single_message_has_the_uid_of_its_text(chat):
+    rows = [{"question": "3a+4=", "answer": "7"}]
+    messages = [{"question": conversation("3a+4="), "answer": "7"}]
+    uids = {build(data, chat, system_prompt="1")[0][0].uid for data in (rows, messages)}
+    assert uids == {hashlib.blake2b(b"3a+4=\0" + b"7", digest_size=8).hexdigest()}
+
+
+def test_the_system_prompt_is_for_conversations_without_one_of_their_own(chat):
+    rows = [{"prompt": conversation("3a+4=", system=system), "answer": "7"} for system in (None, "5")]
+    prompts, _ = build(rows, chat, system_prompt="1")
+    expected = ["s:1#u:3a+4=#a", "s:5#u:3a+4=#a"]
+    assert [p.token_ids for p in prompts] == [tuple(chat(t, add_special_tokens=False)["input_ids"]) for t in expected]
+
+
+def test_a_conversation_needs_a_chat_template(tokenizer):
+    with pytest.raises(DataError, match=r"row 1: a conversation of 3 messages needs a chat template"):
+        build([{"prompt": conversation("1+1=", "2", "+1="), "answer": "3"}], tokenizer)
 
 
 def test_json_lines_and_parquet_hold_the_same(tmp_path):
