@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -31,10 +32,10 @@ log = logging.getLogger(__name__)
 _MAX_MESSAGES = 5
 
 
-# What users write for a set of questions.
-Questions = str | DataSource | Sequence[Row]
+# What users write for a set of questions. ``Path`` comes last, since the command line takes anything for one.
+Questions = str | DataSource | Sequence[Row] | Path
 # Several sets by name, for evaluation.
-NamedQuestions = Questions | dict[str, str | DataSource]
+NamedQuestions = str | DataSource | Sequence[Row] | dict[str, str | DataSource | Path] | Path
 
 
 class RPODataModule(LightningDataModule):

@@ -91,7 +91,8 @@ class PromptBuilder:
         """Read a source to its end.
 
         Raises:
-            DataError: Unknown column, a conversation without a chat template, or nothing left to use.
+            DataError: Unknown column, a conversation without a chat template, text that is no Unicode, or nothing left
+                to use.
         """
         report = LoadReport()
         prompts: dict[str, Prompt] = {}
@@ -108,17 +109,16 @@ class PromptBuilder:
             except ValueError as error:
                 report.unusable.append(f"{where}: dropped, {error}")
                 continue
+            messages = question if isinstance(question, list) else [{"role": "user", "content": str(question)}]
+            asked = _asked(messages, answer, where)
             problem = self.verifier.gold_problem(answer)
             if problem is not None:
                 report.unusable.append(f"{where}: dropped, the gold answer {answer[:60]!r} cannot be used: {problem}")
                 continue
-            messages = question if isinstance(question, list) else [{"role": "user", "content": str(question)}]
             text, token_ids = self._tokenise(messages, where)
             if len(token_ids) > self.max_prompt_tokens:
                 report.overlong += 1
                 continue
-            # What makes the question: of a conversation all of it, several may end alike.
-            asked = text if len(messages) == 1 else json.dumps(messages, sort_keys=True, default=str)
             uid = self._uid(row, asked, answer, where)
             if uid in prompts:
                 report.duplicates += 1
@@ -164,6 +164,19 @@ class PromptBuilder:
         if row.get(self.uid_column) is None:
             raise DataError(f"{where}: no value in the uid column {self.uid_column!r}")
         return str(row[self.uid_column])
+
+
+def _asked(messages: list[Any], answer: str, where: str) -> str:
+    """What makes a question: its text, or all of a conversation, since several may end alike.
+
+    Raises:
+        DataError: It, or the answer, is no text that could be encoded.
+    """
+    whole = len(messages) > 1
+    asked = json.dumps(messages, ensure_ascii=False, sort_keys=True) if whole else str(messages[0]["content"])
+    if any("\ud800" <= character <= "\udfff" for character in asked + answer):
+        raise DataError(f"{where}: a lone surrogate, which is half a character, in question or gold answer: remove it")
+    return asked
 
 
 def gold_answer(value: Any, tolerance: Any = None) -> GoldAnswer:

@@ -40,11 +40,16 @@ class JsonLines(DataSource):
         with _existing(self.path).open("rb") as file:
             for number, raw in enumerate(file, start=1):
                 try:
-                    line = raw.decode()
+                    line = raw.decode("utf-8-sig")  # a byte order mark may open the file
                 except UnicodeDecodeError as error:
                     raise DataError(f"{self.path}, line {number}: not UTF-8 ({error.reason})") from error
                 if not line.strip():
                     continue
+                if line.lstrip().startswith("["):
+                    raise DataError(
+                        f"{self.path}, line {number}: expected a JSON object, found the beginning of an array: write "
+                        "one object a line, as jq -c '.[]' does"
+                    )
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
@@ -139,11 +144,11 @@ class Rows(DataSource):
         return f"{len(self._rows)} rows in memory"
 
 
-def as_source(data: str | DataSource | Sequence[Row], split: str) -> DataSource:
+def as_source(data: str | Path | DataSource | Sequence[Row], split: str) -> DataSource:
     """Turn what users write into a source.
 
     Args:
-        data: A source, rows, a path to ``.jsonl``, ``.json`` or ``.parquet``, or a data set's name.
+        data: A source, rows, a path to ``.jsonl``, ``.json`` (one object a line) or ``.parquet``, or a data set's name.
         split: Split to read where a bare data set name is given.
 
     Raises:
@@ -151,6 +156,8 @@ def as_source(data: str | DataSource | Sequence[Row], split: str) -> DataSource:
     """
     if isinstance(data, DataSource):
         return data
+    if isinstance(data, Path):
+        data = str(data)
     if not isinstance(data, str):
         return Rows(list(data))
     if data.endswith((".jsonl", ".json")):

@@ -161,7 +161,12 @@ def test_a_hugging_face_data_set_is_read_by_datasets(tmp_path):
     ("content", "message"),
     [
         ('{"question": "1", "answer": "2"}\n{"question": \n', r"line 2: malformed JSON"),
-        ("[1, 2]\n", r"line 1: expected a JSON object, found list"),
+        ("[1, 2]\n", r"line 1: expected a JSON object, found the beginning of an array: write one object a line"),
+        (
+            '\n[\n {"question": "1", "answer": "2"}\n]\n',
+            r"line 2: expected a JSON object, found the beginning of an array",
+        ),
+        ('"1"\n', r"line 1: expected a JSON object, found str"),
         ("", r"no usable question"),
         ('{"question": "1", "answer": null}\n', r"row 1: dropped, its gold answer is empty"),
     ],
@@ -171,6 +176,26 @@ def test_bad_files_name_file_and_line(tmp_path, tokenizer, content, message):
     path.write_text(content)
     with pytest.raises(DataError, match=rf"bad\.jsonl.*{message}"):
         PromptBuilder(tokenizer, ExactMatchVerifier(), 100).build(JsonLines(str(path)))
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path):
+    path = tmp_path / "marked.jsonl"
+    path.write_text('{"question": "1", "answer": "2"}\n{"question": "3", "answer": "4"}\n', encoding="utf-8-sig")
+    assert [row["question"] for row in JsonLines(str(path)).rows()] == ["1", "3"]
+
+
+def test_a_path_names_a_file_as_text_does(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(f'{{"question": "{i}a+1=", "answer": "{i + 1}"}}\n' for i in range(4)))
+    data = make_data(train=path)
+    make_trainer(tmp_path, max_steps=1).fit(make_module(max_response_tokens=8), datamodule=data)
+    assert len(data.prompts["train"]) == 4
+
+
+@pytest.mark.parametrize("row", [{"question": "a\ud83d", "answer": "1"}, {"question": "a", "answer": "1\ud83d"}])
+def test_text_that_is_no_unicode_is_told_by_its_row(tokenizer, row):
+    with pytest.raises(DataError, match=r"row 2: .* lone surrogate"):
+        build([{"question": "1a+1=", "answer": "2"}, row], tokenizer)
 
 
 def test_missing_files_are_named(tmp_path):
