@@ -39,6 +39,11 @@ class LoadReport:
     duplicates: int = 0
     unusable: list[str] = field(default_factory=list)
 
+    @property
+    def dropped(self) -> int:
+        """Rows that are not used, for whatever reason."""
+        return len(self.unusable) + self.overlong + self.duplicates
+
     def messages(self) -> list[str]:
         """Everything that was left out."""
         counted = [f"{self.overlong} prompts over data.max_prompt_tokens"] if self.overlong else []

@@ -19,7 +19,7 @@ from rpo_lightning.errors import ConfigurationError
 from rpo_lightning.evaluation import AverageAtK, Estimate, Evaluation, MajorityAtK, PassAtK, QuestionMean
 from rpo_lightning.evaluation.evaluation import average
 from rpo_lightning.evaluation.metrics import bootstrap_means
-from rpo_lightning.prompts import gold_answer, last_boxed
+from rpo_lightning.prompts import LoadReport, gold_answer, last_boxed
 from rpo_lightning.rewards import Grader, GradingPool, MathVerifier
 from rpo_lightning.rewards.terms import AccuracyReward
 
@@ -118,11 +118,14 @@ def test_the_table_names_sets_their_mean_and_rows_that_were_not_scored():
 
     sets = {"a": estimate(0.25), "b": estimate(0.75)}
     assert average(sets)["accuracy"].value == 0.5
-    dropped = {"a": ["a.jsonl, row 3: dropped, its gold answer is empty"], "b": []}
-    table = evaluation_table(sets, {"a": 2, "b": 2}, dropped)
-    assert "| a | 2 | 1 | 0.250 [0.250, 0.250] |" in table
+    unusable = ["a.jsonl, row 3: dropped, its gold answer is empty"]
+    reports = {"a": LoadReport(unusable=unusable, overlong=5, duplicates=3), "b": LoadReport()}
+    table = evaluation_table(sets, {"a": 2, "b": 2}, reports)
+    assert "| a | 2 | 9 | 0.250 [0.250, 0.250] |" in table
+    assert "| b | 2 | 0 | 0.750 [0.750, 0.750] |" in table
     assert "| average |  |  | 0.500 [0.500, 0.500] |" in table
-    assert "- a.jsonl, row 3: dropped" in table
+    for message in (*unusable, "5 prompts over data.max_prompt_tokens", "3 repeated questions"):
+        assert f"- {message}" in table
 
 
 @pytest.mark.parametrize(

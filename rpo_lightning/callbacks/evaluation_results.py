@@ -43,35 +43,35 @@ class EvaluationResultsCallback(RunFolderCallback):
         if not estimates or not trainer.is_global_zero:
             return
         counts = {name: sum(row["set"] == name for row in rows) for name in estimates}
-        reports = getattr(getattr(trainer, "datamodule", None), "reports", {})
-        dropped = {name: reports.get(set_key(split, name), LoadReport()).messages() for name in estimates}
+        of_sets = getattr(getattr(trainer, "datamodule", None), "reports", {})
+        reports = {name: of_sets.get(set_key(split, name), LoadReport()) for name in estimates}
         write_parquet(rows, self.folder / RESULTS_FILE)
-        table = evaluation_table(estimates, counts, dropped)
+        table = evaluation_table(estimates, counts, reports)
         with replacing(self.folder / TABLE_FILE) as partial:
             partial.write_text(table + "\n", encoding="utf-8")
         print(f"\n{table}\n\nanswers: {self.folder / RESULTS_FILE}\ntable:   {self.folder / TABLE_FILE}", flush=True)
 
 
 def evaluation_table(
-    estimates: dict[str, dict[str, Estimate]], counts: dict[str, int], dropped: dict[str, list[str]]
+    estimates: dict[str, dict[str, Estimate]], counts: dict[str, int], reports: dict[str, LoadReport]
 ) -> str:
     """A Markdown table of the metrics of every set, and the rows that were not scored.
 
     Args:
         estimates: Metrics by set.
         counts: Questions by set.
-        dropped: Messages about rows that were not scored, by set.
+        reports: What happened to the rows of each set.
     """
     columns = list(dict.fromkeys(metric for of_set in estimates.values() for metric in of_set))
     lines = [f"| set | questions | rows not scored | {' | '.join(columns)} |", "|" + " --- |" * (3 + len(columns))]
-    rows = {name or "all": (str(counts[name]), str(len(dropped[name])), of_set) for name, of_set in estimates.items()}
+    rows = {name or "all": (str(counts[name]), str(reports[name].dropped), e) for name, e in estimates.items()}
     if len(estimates) > 1:
         rows["average"] = ("", "", average(estimates))
     for name, (count, unusable, of_set) in rows.items():
         cells = [_cell(metric, of_set.get(metric)) for metric in columns]
         lines.append(f"| {name} | {count} | {unusable} | {' | '.join(cells)} |")
     lines += ["", f"Means over questions, with bootstrap intervals of {CONFIDENCE:.0%}."]
-    messages = [message for of_set in dropped.values() for message in of_set]
+    messages = [message for report in reports.values() for message in report.messages()]
     if messages:
         lines += ["", "Not scored:", "", *(f"- {m}" for m in messages[:_MOST_MESSAGES])]
     if len(messages) > _MOST_MESSAGES:
