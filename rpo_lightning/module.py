@@ -210,13 +210,14 @@ class RPOModule(PolicyModule):
         optimizer = self.optimizer_factory(p for p in self.policy.parameters() if p.requires_grad)
         trainer = self.trainer
         updates: float = trainer.max_steps if trainer.max_steps != -1 else float("inf")
-        if self.lr_schedule.name != "constant" and updates == float("inf"):
-            updates = trainer.estimated_stepping_batches * self.passes_per_rollout * self.minibatches_per_pass
-        if self.buffer is not None and self.lr_schedule.name != "constant" and trainer.max_steps == -1:
-            log.warning(
-                "dynamic sampling makes fewer updates than batches, so that the learning-rate schedule will not "
-                "reach its end: set trainer.max_steps"
-            )
+        if self.lr_schedule.name != "constant":
+            of_epochs = trainer.estimated_stepping_batches * self.passes_per_rollout * self.minibatches_per_pass
+            if self.buffer is not None and of_epochs < updates:
+                log.warning(
+                    "dynamic sampling makes fewer updates than batches, so that the learning-rate schedule will not "
+                    "reach its end: set trainer.max_steps to what the run will reach"
+                )
+            updates = min(updates, of_epochs)
         return {"optimizer": optimizer, "lr_scheduler": self.lr_schedule.build(optimizer, updates)}
 
     def on_fit_start(self) -> None:

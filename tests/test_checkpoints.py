@@ -17,6 +17,7 @@ from rpo_lightning.dynamic_sampling import DynamicSampling, GroupBuffer
 from rpo_lightning.errors import ConfigurationError
 from rpo_lightning.policies import load_policy, load_tokenizer, save_policy
 from rpo_lightning.rewards import Reward, UniformRandomReward
+from rpo_lightning.schedules import LearningRateSchedule
 
 from .conftest import REASONER, cache_contents, make_data, make_module, make_trainer
 
@@ -151,10 +152,24 @@ def test_a_callback_that_would_save_whatever_fails_is_refused_on_several_ranks()
         LoneExceptionCallback().on_train_start(trainer, None)
 
 
-def test_a_schedule_that_dynamic_sampling_would_cut_short_is_told(tmp_path, caplog):
-    from rpo_lightning.schedules import LearningRateSchedule
-
+@pytest.mark.parametrize("max_steps", [-1, 100])
+def test_a_schedule_that_dynamic_sampling_would_cut_short_is_told(tmp_path, caplog, max_steps):
     caplog.set_level(logging.WARNING)
     module = make_module(dynamic_sampling=DynamicSampling(), lr_schedule=LearningRateSchedule("linear"))
-    make_trainer(tmp_path, max_steps=-1, max_epochs=1, limit_train_batches=2).fit(module, datamodule=make_data())
+    trainer = make_trainer(tmp_path, max_steps=max_steps, max_epochs=1, limit_train_batches=2)
+    trainer.fit(module, datamodule=make_data())
     assert "set trainer.max_steps" in caplog.text
+
+
+@pytest.mark.parametrize(("max_steps", "max_epochs", "updates"), [(100, 2, 8), (-1, 2, 8), (5, 2, 5), (5, -1, 5)])
+def test_a_schedule_ends_with_the_run_whichever_limit_ends_it(tmp_path, max_steps, max_epochs, updates):
+    module = make_module(
+        rewards=[UniformRandomReward()],
+        max_response_tokens=8,
+        minibatches_per_pass=2,
+        lr_schedule=LearningRateSchedule("linear"),
+    )
+    trainer = make_trainer(tmp_path, max_steps=max_steps, max_epochs=max_epochs, limit_train_batches=2)
+    trainer.fit(module, datamodule=make_data())
+    assert trainer.global_step == updates
+    assert module.lr_schedulers().get_last_lr() == [0.0]
