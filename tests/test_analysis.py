@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
+from rpo_lightning.analysis.report import PANELS, draw
 from rpo_lightning.analysis.segment_results import similarities
 from rpo_lightning.analysis.similarity import EmbeddingSimilarity, TfidfSimilarity
 from rpo_lightning.cache import ExperienceCache
@@ -18,6 +20,7 @@ from rpo_lightning.callbacks.experience_cache import tokenizer_fingerprint
 from rpo_lightning.cli import main
 from rpo_lightning.errors import ConfigurationError
 from rpo_lightning.policies import load_policy, load_tokenizer, save_policy
+from rpo_lightning.rewards import UniformRandomReward
 from rpo_lightning.tasks.arithmetic import ArithmeticChain, ArithmeticProblem
 
 from .conftest import REASONER, make_data, make_module, make_trainer
@@ -244,6 +247,18 @@ def test_a_report_holds_the_run_in_one_file(tmp_path):
     assert any("phase" in t for t in titles)
     completion = json.loads((run / "completions.jsonl").read_text().splitlines()[-1])
     assert f'<span class="suffix">{completion["suffix"]}</span>' in page
+
+
+def test_pictures_are_over_iterations_however_many_updates_each_makes(tmp_path, monkeypatch):
+    module = make_module(rewards=[UniformRandomReward()], max_response_tokens=8, minibatches_per_pass=2)
+    make_trainer(tmp_path, max_steps=6).fit(module, datamodule=make_data())
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    draw(pd.read_csv(tmp_path / "metrics.csv"), PANELS[1])
+    (axis,) = figures[0].axes
+    assert axis.get_xlabel() == "iterations"
+    assert axis.lines[0].get_xdata().tolist() == [0, 1, 2]
+    assert module.global_step == 6
 
 
 def test_predict_answers_without_a_prefix_even_for_analysis(tmp_path):

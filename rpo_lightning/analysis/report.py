@@ -25,7 +25,7 @@ METRICS_FILE = "metrics.csv"
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture: columns of the metrics over updates.
+    """One picture: columns of the metrics over iterations, of which each makes one update, several or none.
 
     Attributes:
         title: What it shows.
@@ -133,7 +133,7 @@ def draw(metrics: Any, panel: Panel) -> str:
     else:
         for label, rows in series.items():
             axis.plot(rows["step"], rows.iloc[:, 1], marker="." if len(rows) < 60 else None, label=label)
-    axis.set_xlabel("updates")
+    axis.set_xlabel("iterations")
     axis.set_ylabel(panel.unit)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
