@@ -27,7 +27,8 @@ SUMMARY_FILE = "summary.json"
 class RunSummaryCallback(RunFolderCallback):
     """Counts tokens, remembers accuracies, and writes ``summary.json`` into the run's folder.
 
-    It also has the run end with a validation, whatever ended it.
+    It also has a run that ``max_steps`` or ``max_epochs`` ends do so with a validation, unless
+    ``check_val_every_n_epoch`` has none in that epoch.
     """
 
     def __init__(self) -> None:
