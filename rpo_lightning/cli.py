@@ -129,6 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
         disable_progress_bar()  # transformers' own, while weights are loaded
     logging.basicConfig(format="%(message)s")
     logging.getLogger("rpo_lightning").setLevel(logging.INFO)
+    logging.getLogger("DeepSpeed").addFilter(_to_stderr)  # what a command prints, such as a config, may be read again
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what fails is told in the end
     # Prompts are tokenised once and held in memory: loader workers would have nothing to do.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -157,6 +158,14 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"rpo-lightning: error: {str(mendable).strip()}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _to_stderr(record: logging.LogRecord) -> bool:
+    """Have a logger that is made later write there; a filter is there before the handlers are."""
+    for handler in logging.getLogger(record.name).handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+            handler.setStream(sys.stderr)
+    return True
 
 
 def _find_mendable(error: BaseException | None) -> BaseException | None:

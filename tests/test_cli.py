@@ -218,6 +218,14 @@ def test_print_config_shows_overrides(capsys):
     assert shown["cache"]["init_args"]["cut"]["class_path"].endswith(AnchoredCut.__name__)
 
 
+def test_the_printed_config_of_a_deepspeed_run_is_a_config():
+    pytest.importorskip("deepspeed")
+    config = ROOT / "configs" / "dapo_rpo_7b_deepspeed.yaml"
+    command = [sys.executable, "-m", "rpo_lightning", "fit", "--config", str(config), "--print_config"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "DeepSpeed" in yaml.safe_load(done.stdout)["trainer"]["strategy"]["class_path"]
+
+
 def test_python_dash_m_is_the_same_program():
     done = subprocess.run([sys.executable, "-m", "rpo_lightning", "--help"], capture_output=True, text=True, check=True)
     assert "fit" in done.stdout
