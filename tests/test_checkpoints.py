@@ -14,7 +14,7 @@ from rpo_lightning import ExperienceCacheCallback
 from rpo_lightning.callbacks import HuggingFaceExportCallback, LoneExceptionCallback, RunSummaryCallback
 from rpo_lightning.cuts import UniformCut
 from rpo_lightning.dynamic_sampling import DynamicSampling, GroupBuffer
-from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.errors import ConfigurationError, DataError
 from rpo_lightning.policies import load_policy, load_tokenizer, save_policy
 from rpo_lightning.rewards import Reward, UniformRandomReward
 from rpo_lightning.schedules import LearningRateSchedule
@@ -85,6 +85,26 @@ def test_a_run_with_another_seed_is_told_that_questions_come_in_another_order(tr
         module = make_module(rewards=[UniformRandomReward()])
         trainer.fit(module, datamodule=make_data(), ckpt_path=path, weights_only=True)
         assert ("questions come in another order" in caplog.text) == warns
+
+
+def test_a_checkpoint_can_be_saved_before_there_is_a_cache(tmp_path):
+    module, data = make_module(max_response_tokens=8), make_data()
+    trainer = make_trainer(tmp_path, callbacks=[rpo_cache()], limit_val_batches=1)
+    trainer.validate(module, datamodule=data, verbose=False)
+    trainer.save_checkpoint(tmp_path / "before.ckpt")
+    again, cache = make_module(max_response_tokens=8), rpo_cache()
+    trainer = make_trainer(tmp_path / "again", max_steps=1, callbacks=[cache])
+    trainer.validate(again, datamodule=data, ckpt_path=tmp_path / "before.ckpt", weights_only=True, verbose=False)
+    trainer.fit(again, datamodule=data)
+    assert len(cache.cache) == 4
+
+
+def test_a_cache_to_start_from_needs_questions_to_start_with(trained, tmp_path):
+    _, cache = trained
+    cache.cache.save(tmp_path / "start.parquet")
+    trainer = make_trainer(tmp_path / "run", callbacks=[ExperienceCacheCallback(path=str(tmp_path / "start.parquet"))])
+    with pytest.raises(DataError, match=r"data\.train is not set"):
+        trainer.fit(make_module(), datamodule=make_data(train=""))
 
 
 class ArrayReward(Reward):

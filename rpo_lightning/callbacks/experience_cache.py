@@ -130,7 +130,8 @@ class ExperienceCacheCallback(RunFolderCallback):
             if self.path is not None:
                 self.cache.load(self.path)
                 self.cache.forget_updates()
-                require_same_questions(self.cache, data.prompts["train"], self.path)
+                prompts = data.read("train", "", module.tokenizer, module.grader.verifier)
+                require_same_questions(self.cache, prompts, self.path)
         data.prefixes = self._prefixes
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -174,7 +175,9 @@ class ExperienceCacheCallback(RunFolderCallback):
             self.cache.save(self.folder / CACHE_FILE)
 
     def state_dict(self) -> dict[str, Any]:
-        """The cache, for the checkpoint."""
+        """The cache, for the checkpoint; nothing before training has made one."""
+        if self._prefixes is None:
+            return {}
         return {
             "cache": self.cache.state_dict(),
             "initialisation_tokens": self.initialisation_tokens,
