@@ -9,18 +9,22 @@ questions nor on the process, and a resumed run draws what the uninterrupted one
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from rpo_lightning.cache import CachedResponse, CacheEntry, ExperienceCache
 from rpo_lightning.cuts import CutStrategy, GroupOutcome, SuffixBudget
-from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.errors import CacheError, ConfigurationError
 from rpo_lightning.records import Group, Prompt, RolloutRequest
 from rpo_lightning.refresh import RefreshRule
 from rpo_lightning.seeds import SeedPurpose, derive_generator
 from rpo_lightning.spans import cut_spans, extend_spans
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,22 @@ def drawn_prefix(cut: CutStrategy, entry: CacheEntry, response: CachedResponse) 
     """Tokens of an entry's response that a cut keeps at the next visit; at least one is always regenerated."""
     kept = cut.kept_tokens(entry, response, question_generator(SeedPurpose.CUT, entry.uid, entry.visits))
     return max(min(kept, len(response) - 1), 0)
+
+
+def require_same_questions(cache: ExperienceCache, prompts: list[Prompt], where: str | Path) -> None:
+    """Check that a cache belongs to a data set.
+
+    Raises:
+        CacheError: None of the questions is in it.
+    """
+    known = sum(p.uid in cache for p in prompts)
+    if len(cache) and not known:
+        raise CacheError(
+            f"{where}: made for another data set, none of its {len(cache)} questions is among the {len(prompts)} "
+            "training questions; build a new cache, or set data.uid_column as it was then"
+        )
+    if known < len(prompts):
+        log.info(f"{where}: knows {known} of {len(prompts)} training questions")
 
 
 def full_path_request(prompt: Prompt, response_limit: int) -> RolloutRequest:

@@ -6,6 +6,7 @@ import logging
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
@@ -14,7 +15,7 @@ from rpo_lightning import ExperienceCacheCallback
 from rpo_lightning.callbacks import HuggingFaceExportCallback, LoneExceptionCallback, RunSummaryCallback
 from rpo_lightning.cuts import UniformCut
 from rpo_lightning.dynamic_sampling import DynamicSampling, GroupBuffer
-from rpo_lightning.errors import ConfigurationError, DataError
+from rpo_lightning.errors import CacheError, ConfigurationError, DataError
 from rpo_lightning.policies import load_policy, load_tokenizer, save_policy
 from rpo_lightning.rewards import Reward, UniformRandomReward
 from rpo_lightning.schedules import LearningRateSchedule
@@ -57,6 +58,30 @@ def test_evaluating_an_older_checkpoint_leaves_the_cache_of_the_run_alone(traine
     trainer.test(module, datamodule=trainer.datamodule, ckpt_path=path, weights_only=True, verbose=False)
     assert cache_contents(cache.cache) == before
     assert module.iteration == iteration == 4
+
+
+def test_a_cache_that_is_used_again_keeps_its_responses_and_takes_the_limits_of_its_run(trained, tmp_path):
+    _, cache = trained
+    lengths = {e.uid: len(e.response) for e in cache.cache if e.response is not None}
+    assert max(lengths.values()) > 40
+    module = make_module(rewards=[UniformRandomReward()], max_response_tokens=40)
+    make_trainer(tmp_path / "again", max_steps=1, callbacks=[cache]).fit(module, datamodule=make_data())
+    assert {group.request.prompt.uid for group in module.groups} < set(lengths)
+    assert all(group.request.prefix_ids and max(group.lengths) <= 40 for group in module.groups)
+    assert pd.read_csv(tmp_path / "again" / "metrics.csv")["cache/age"].iloc[0] >= 0
+
+
+def test_a_cache_that_is_used_again_belongs_to_tokenizer_and_questions(trained, tmp_path):
+    _, cache = trained
+    other = make_module()
+    other.tokenizer.add_tokens(["@"])
+    rows = [{"question": f"{i}a+1=", "answer": str(i + 1)} for i in range(8)]
+    for module, data, message in (
+        (other, make_data(), "the cache of an earlier run: made with another tokenizer"),
+        (make_module(), make_data(train=rows), "the cache of an earlier run: made for another data set"),
+    ):
+        with pytest.raises(CacheError, match=message):
+            make_trainer(tmp_path / "again", callbacks=[cache]).fit(module, datamodule=data)
 
 
 def test_a_data_module_serves_no_prefixes_of_an_earlier_run(tmp_path):

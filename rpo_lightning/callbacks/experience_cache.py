@@ -10,21 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
-from rpo_lightning.cache import ExperienceCache
+from rpo_lightning.cache import FORMAT_VERSION, ExperienceCache
 from rpo_lightning.callbacks.progress import AnswerBar
 from rpo_lightning.callbacks.run_folder import RunFolderCallback
 from rpo_lightning.callbacks.weight_sync import sync_engine
 from rpo_lightning.cuts import CutStrategy, FractionOfShortestCut, FullBudget, SuffixBudget
 from rpo_lightning.engines.base import Sampling
-from rpo_lightning.errors import CacheError, ConfigurationError
-from rpo_lightning.prefixes import CachedPrefixes, full_path_request
+from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.prefixes import CachedPrefixes, full_path_request, require_same_questions
 from rpo_lightning.records import Group, Prompt
 from rpo_lightning.refresh import EpsilonGreedyRefresh, RefreshRule
 from rpo_lightning.seeds import SeedPurpose, derive_seed
@@ -117,22 +116,38 @@ class ExperienceCacheCallback(RunFolderCallback):
                 "ExperienceCacheCallback serves its prefixes through an RPODataModule: pass one to trainer.fit"
             )
         module: Any = pl_module
-        if self._prefixes is None:
-            self._prefixes = CachedPrefixes(
-                cache=ExperienceCache(tokenizer_fingerprint(module.tokenizer)),
-                cut=self.cut,
-                budget=self.budget,
-                refresh=self.refresh,
-                response_limit=module.max_response_tokens,
-                on_failure=self.on_failure,
-                keep_unfinished=self.keep_unfinished,
-            )
-            if self.path is not None:
-                self.cache.load(self.path)
-                self.cache.forget_updates()
-                prompts = data.read("train", "", module.tokenizer, module.grader.verifier)
-                require_same_questions(self.cache, prompts, self.path)
+        self._prefixes = CachedPrefixes(
+            cache=self._starting_cache(trainer, module, data),
+            cut=self.cut,
+            budget=self.budget,
+            refresh=self.refresh,
+            response_limit=module.max_response_tokens,
+            on_failure=self.on_failure,
+            keep_unfinished=self.keep_unfinished,
+        )
+        self._is_restored = False
         data.prefixes = self._prefixes
+
+    def _starting_cache(self, trainer: Trainer, module: Any, data: Any) -> ExperienceCache:
+        """The cache of an earlier run of this callback, else that of the file, else an empty one.
+
+        Raises:
+            CacheError: It was made with another tokenizer, or for other questions.
+        """
+        cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer))
+        if self._prefixes is not None:
+            where = "the cache of an earlier run"
+            cache.require_same_origin(FORMAT_VERSION, self.cache.tokenizer_fingerprint, where)
+            cache = self.cache
+        elif self.path is not None:
+            where = self.path
+            cache.load(where)
+        else:
+            return cache
+        if trainer.global_step == 0:  # else the same trainer goes on, and so do its updates
+            cache.forget_updates()
+        require_same_questions(cache, data.read("train", "", module.tokenizer, module.grader.verifier), where)
+        return cache
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fill the cache from the starting policy, unless it came from a checkpoint."""
@@ -234,19 +249,3 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A short hash of the vocabulary: token ids mean the same where it is equal."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
     return hashlib.blake2b(vocabulary.encode(), digest_size=8).hexdigest()
-
-
-def require_same_questions(cache: ExperienceCache, prompts: list[Prompt], where: str | Path) -> None:
-    """Check that a cache belongs to a data set.
-
-    Raises:
-        CacheError: None of the questions is in it.
-    """
-    known = sum(p.uid in cache for p in prompts)
-    if len(cache) and not known:
-        raise CacheError(
-            f"{where}: made for another data set, none of its {len(cache)} questions is among the {len(prompts)} "
-            "training questions; build a new cache, or set data.uid_column as it was then"
-        )
-    if known < len(prompts):
-        log.info(f"{where}: knows {known} of {len(prompts)} training questions")
