@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from transformers.utils.logging import disable_progress_bar
 
@@ -73,6 +74,9 @@ class RPOCLI(LightningCLI):
         except (MisconfigurationException, ValueError) as error:
             raise ConfigurationError(f"trainer: {str(error).splitlines()[0]}") from error
         _refuse_automatic_optimization(trainer)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and cast(Any, trainer).fast_dev_run:
+                callback.save_last = False  # Lightning 2.6 saves it after a trial run too
         self._find_checkpoint(trainer)
         cache = self._get(self.config_init, "cache")
         if cache is not None:

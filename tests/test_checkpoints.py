@@ -71,6 +71,17 @@ def test_a_cache_that_is_used_again_keeps_its_responses_and_takes_the_limits_of_
     assert pd.read_csv(tmp_path / "again" / "metrics.csv")["cache/age"].iloc[0] >= 0
 
 
+def test_a_cache_that_is_used_again_is_not_saved_over_its_source_either(trained, tmp_path):
+    source = tmp_path / "cache.parquet"
+    _, cache = trained
+    cache.path = str(source)
+    before = source.read_bytes()
+    cache.cache.forget_updates()
+    with pytest.raises(ConfigurationError, match="where this run would save its own cache"):
+        make_trainer(tmp_path, callbacks=[cache]).fit(make_module(), datamodule=make_data())
+    assert source.read_bytes() == before
+
+
 def test_a_cache_that_is_used_again_belongs_to_tokenizer_and_questions(trained, tmp_path):
     _, cache = trained
     other = make_module()

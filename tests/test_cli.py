@@ -12,7 +12,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from rpo_lightning.cache import ExperienceCache
 from rpo_lightning.callbacks import ExperienceCacheCallback
+from rpo_lightning.callbacks.experience_cache import tokenizer_fingerprint
 from rpo_lightning.cli import RPOCLI, main
 from rpo_lightning.cuts import AnchoredCut, FractionOfShortestCut, FullBudget
 from rpo_lightning.data import RPODataModule
@@ -179,6 +181,31 @@ def test_a_file_of_one_question_is_a_file_and_not_settings():
     assert cli.datamodule.sources["train"] == "one.jsonl"
 
 
+def test_a_trial_run_leaves_nothing_behind(capsys):
+    main(["cache", "build", *SMALL])
+    before = Path("cache.parquet").read_bytes()
+    trial = ["--trainer.fast_dev_run", "true"]
+    source = '{"class_path": "ArithmeticChain", "init_args": {"size": 4}}'
+    main(["fit", *SMALL, *trial, "--cache.path", "cache.parquet"])
+    assert "decoded tokens per sample" in capsys.readouterr().out
+    for command in ("validate", "test", "predict"):
+        main([command, *SMALL, *trial, "--data.test", source, "--data.predict", source])
+    assert "test/accuracy" in capsys.readouterr().out
+    assert [str(path) for path in Path().rglob("*")] == ["cache.parquet"]
+    assert Path("cache.parquet").read_bytes() == before
+
+
+def test_a_run_does_not_save_its_cache_over_the_one_it_starts_from(tokenizer, capsys):
+    cache = ExperienceCache(tokenizer_fingerprint(tokenizer))
+    cache.save("cache.parquet")
+    before = Path("cache.parquet").read_bytes()
+    Path("link").symlink_to(".")
+    with pytest.raises(SystemExit):
+        main(["fit", *SMALL, "--trainer.logger", "false", "--cache.path", "link/cache.parquet"])
+    assert "cache.path=link/cache.parquet is where this run would save its own cache" in capsys.readouterr().err
+    assert Path("cache.parquet").read_bytes() == before
+
+
 def test_cache_null_is_the_full_path():
     main(["fit", *SMALL, "--cache", "null"])
     log = pd.read_csv(last_run() / "metrics.csv")
@@ -261,9 +288,6 @@ def test_importing_the_package_imports_no_optional_package():
     ],
 )
 def test_bad_input_ends_with_one_line_that_names_it(overrides, expected, capsys, tokenizer):
-    from rpo_lightning.cache import ExperienceCache
-    from rpo_lightning.callbacks.experience_cache import tokenizer_fingerprint
-
     Path("empty.jsonl").write_text("")
     Path("latin.jsonl").write_bytes('{"question": "é", "answer": "2"}'.encode("latin-1"))
     Path("table.csv").write_text("question,answer\n1+1,2\n")

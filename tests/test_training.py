@@ -373,7 +373,7 @@ def test_a_cache_of_another_data_set_is_refused(tmp_path):
     other = ExperienceCacheCallback(path=str(tmp_path / "cache.parquet"))
     rows = [{"question": f"{i}a+1=", "answer": str(i + 1)} for i in range(8)]
     with pytest.raises(CacheError, match=r"cache\.parquet: made for another data set"):
-        make_trainer(tmp_path, callbacks=[other]).fit(make_module(), datamodule=make_data(train=rows))
+        make_trainer(tmp_path / "other", callbacks=[other]).fit(make_module(), datamodule=make_data(train=rows))
 
 
 def test_a_run_starts_from_a_saved_cache_and_samples_only_what_it_lacks(tmp_path):

@@ -41,7 +41,7 @@ class CompletionsCallback(RunFolderCallback):
     ) -> None:
         """Log a table."""
         module: Any = pl_module
-        if not trainer.is_global_zero or (module.iteration - 1) % self.every_n_batches:
+        if not self.writes(trainer) or (module.iteration - 1) % self.every_n_batches:
             return
         rows = [row for g in module.groups[: self.groups] for row in self._rows(g, module.tokenizer)]
         path = self.folder / COMPLETIONS_FILE

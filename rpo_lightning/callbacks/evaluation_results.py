@@ -45,11 +45,14 @@ class EvaluationResultsCallback(RunFolderCallback):
         counts = {name: sum(row["set"] == name for row in rows) for name in estimates}
         of_sets = getattr(getattr(trainer, "datamodule", None), "reports", {})
         reports = {name: of_sets.get(set_key(split, name), LoadReport()) for name in estimates}
-        write_parquet(rows, self.folder / RESULTS_FILE)
         table = evaluation_table(estimates, counts, reports)
+        print(f"\n{table}", flush=True)
+        if not self.writes(trainer):
+            return
+        write_parquet(rows, self.folder / RESULTS_FILE)
         with replacing(self.folder / TABLE_FILE) as partial:
             partial.write_text(table + "\n", encoding="utf-8")
-        print(f"\n{table}\n\nanswers: {self.folder / RESULTS_FILE}\ntable:   {self.folder / TABLE_FILE}", flush=True)
+        print(f"\nanswers: {self.folder / RESULTS_FILE}\ntable:   {self.folder / TABLE_FILE}", flush=True)
 
 
 def evaluation_table(

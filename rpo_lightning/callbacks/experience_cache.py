@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -115,6 +116,11 @@ class ExperienceCacheCallback(RunFolderCallback):
             raise ConfigurationError(
                 "ExperienceCacheCallback serves its prefixes through an RPODataModule: pass one to trainer.fit"
             )
+        if self._saves_over_its_source and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ConfigurationError(
+                f"cache.path={self.path} is where this run would save its own cache: move the file, or give the run "
+                "another folder (trainer.logger, trainer.default_root_dir)"
+            )
         module: Any = pl_module
         self._prefixes = CachedPrefixes(
             cache=self._starting_cache(trainer, module, data),
@@ -127,6 +133,10 @@ class ExperienceCacheCallback(RunFolderCallback):
         )
         self._is_restored = False
         data.prefixes = self._prefixes
+
+    @property
+    def _saves_over_its_source(self) -> bool:
+        return self.path is not None and Path(self.path).resolve() == (self.folder / CACHE_FILE).resolve()
 
     def _starting_cache(self, trainer: Trainer, module: Any, data: Any) -> ExperienceCache:
         """The cache of an earlier run of this callback, else that of the file, else an empty one.
@@ -162,9 +172,8 @@ class ExperienceCacheCallback(RunFolderCallback):
                 with trainer.precision_plugin.train_step_context():  # in which later rollouts are drawn
                     self._initialise(pl_module, missing)
                 if trainer.is_global_zero:
-                    path = self.folder / CACHE_FILE
-                    self.cache.save(path)
-                    log.info(f"cache initialised with {self.initialisation_tokens} decoded tokens, saved to {path}")
+                    log.info(f"cache initialised with {self.initialisation_tokens} decoded tokens")
+                self._save(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -181,12 +190,15 @@ class ExperienceCacheCallback(RunFolderCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the cache into the run's folder."""
-        if trainer.is_global_zero:
-            self.cache.save(self.folder / CACHE_FILE)
+        self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what has been gathered."""
-        if trainer.is_global_zero and self._prefixes is not None and len(self.cache):
+        if self._prefixes is not None and len(self.cache):
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if self.writes(trainer) and not self._saves_over_its_source:
             self.cache.save(self.folder / CACHE_FILE)
 
     def state_dict(self) -> dict[str, Any]:

@@ -31,7 +31,8 @@ class HuggingFaceExportCallback(RunFolderCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from where the run begins or goes on, and look at the folder before there is anything to lose."""
         module: Any = pl_module
-        require_room(module.policy, self.folder / POLICY_FOLDER, self.merged, module.ranks)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            require_room(module.policy, self.folder / POLICY_FOLDER, self.merged, module.ranks)
         self._last_step = trainer.global_step
 
     def on_train_batch_end(
@@ -48,6 +49,8 @@ class HuggingFaceExportCallback(RunFolderCallback):
         self._export(trainer, pl_module, POLICY_FOLDER)
 
     def _export(self, trainer: Trainer, module: Any, name: str) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         folder = self.folder / name
         module.save_pretrained(folder, self.merged)
         if trainer.is_global_zero:

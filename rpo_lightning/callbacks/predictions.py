@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from rpo_lightning.callbacks.gathering import gather_rows
-from rpo_lightning.callbacks.run_folder import run_folder
+from rpo_lightning.callbacks.run_folder import RunFolderCallback, run_folder
 from rpo_lightning.files import write_json_lines
 
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -27,7 +27,7 @@ class PredictionsCallback(BasePredictionWriter):
         """Write the answers of all ranks."""
         path = run_folder(trainer) / PREDICTIONS_FILE
         rows = gather_rows([row for batch in predictions for row in batch], ("uid", "sample"))
-        if not trainer.is_global_zero:
+        if not RunFolderCallback.writes(trainer):
             return
         write_json_lines(rows, path)
         print(f"{len(rows)} answers written to {path}")

@@ -24,3 +24,8 @@ class RunFolderCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look the folder up."""
         self.folder = run_folder(trainer)
+
+    @staticmethod
+    def writes(trainer: Trainer) -> bool:
+        """Whether this rank writes files: the first one does, unless the run is but a trial (``fast_dev_run``)."""
+        return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]

@@ -79,9 +79,10 @@ class RunSummaryCallback(RunFolderCallback):
         if not trainer.is_global_zero:
             return
         summary = self.summary(trainer)
-        with replacing(self.folder / SUMMARY_FILE) as partial:
-            partial.write_text(json.dumps(summary, indent=2) + "\n")
-        print(_screen(summary, self._files(trainer)), flush=True)
+        if self.writes(trainer):
+            with replacing(self.folder / SUMMARY_FILE) as partial:
+                partial.write_text(json.dumps(summary, indent=2) + "\n")
+        print(_screen(summary, self._files(trainer) if self.writes(trainer) else {}), flush=True)
 
     def summary(self, trainer: Trainer) -> dict[str, Any]:
         """The figures of the run so far."""
