@@ -53,8 +53,9 @@ class RPOCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``cache`` (optional) and the settings of the callbacks that are always there."""
         parser.add_argument("--cache", type=ExperienceCacheCallback | None, default=None)
-        parser.add_lightning_class_args(RunSummaryCallback, "summary")
+        # In the order in which they are called at the end: the summary lists what others have written.
         parser.add_lightning_class_args(HuggingFaceExportCallback, "export")
+        parser.add_lightning_class_args(RunSummaryCallback, "summary")
         parser.add_lightning_class_args(CompletionsCallback, "completions")
         parser.add_lightning_class_args(PredictionsCallback, "predictions")
         parser.add_lightning_class_args(EvaluationResultsCallback, "results")

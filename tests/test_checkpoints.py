@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +11,10 @@ import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from rpo_lightning import ExperienceCacheCallback
+from rpo_lightning import ExperienceCacheCallback, RPOModule
+from rpo_lightning.cache import ExperienceCache
 from rpo_lightning.callbacks import HuggingFaceExportCallback, LoneExceptionCallback, RunSummaryCallback
 from rpo_lightning.cuts import UniformCut
 from rpo_lightning.dynamic_sampling import DynamicSampling, GroupBuffer
@@ -25,6 +28,39 @@ from .conftest import REASONER, cache_contents, make_data, make_module, make_tra
 
 def rpo_cache() -> ExperienceCacheCallback:
     return ExperienceCacheCallback(cut=UniformCut(60), initialisation="lazy", keep_unfinished=True)
+
+
+def final_run(folder: Path, resume: Path | None = None) -> tuple[RPOModule, ExperienceCacheCallback]:
+    """Two updates with everything that a run leaves; the loggers have folders of their own."""
+    cache, module = rpo_cache(), make_module(rewards=[UniformRandomReward()], max_response_tokens=32)
+    trainer = make_trainer(
+        folder,
+        max_steps=2,
+        logger=[TensorBoardLogger(folder, name="board"), CSVLogger(folder, name="table")],
+        callbacks=[cache, HuggingFaceExportCallback(), RunSummaryCallback(), ModelCheckpoint(folder, "{step}")],
+        num_sanity_val_steps=1,
+        limit_val_batches=1,
+    )
+    trainer.fit(module, datamodule=make_data(), ckpt_path=resume, weights_only=True if resume else None)
+    return module, cache
+
+
+def test_a_run_that_is_taken_up_with_nothing_left_to_train_leaves_policy_and_cache(tmp_path, capsys):
+    def listed() -> dict[str, Path]:
+        paths = [Path(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if str(tmp_path) in line]
+        assert all(path.exists() for path in paths)
+        return {path.name: path for path in paths}
+
+    module, cache = final_run(tmp_path / "whole")
+    assert set(listed()) == {"policy", "metrics.csv", "cache.parquet", "summary.json"}
+    final_run(tmp_path / "again", resume=tmp_path / "whole" / "step=2.ckpt")
+    left = listed()
+    assert set(left) == {"policy", "cache.parquet", "summary.json"}
+    exported = load_policy(str(left["policy"])).state_dict()
+    assert all(torch.equal(value, exported[name]) for name, value in module.policy.state_dict().items())
+    saved = ExperienceCache(cache.cache.tokenizer_fingerprint)
+    saved.load(left["cache.parquet"])
+    assert cache_contents(saved) == cache_contents(cache.cache)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from rpo_lightning.cache import ExperienceCache
-from rpo_lightning.callbacks import ExperienceCacheCallback
+from rpo_lightning.callbacks import ExperienceCacheCallback, HuggingFaceExportCallback, RunSummaryCallback
 from rpo_lightning.callbacks.experience_cache import tokenizer_fingerprint
 from rpo_lightning.cli import RPOCLI, main
 from rpo_lightning.cuts import AnchoredCut, FractionOfShortestCut, FullBudget
@@ -60,6 +60,8 @@ def test_every_config_says_what_it_is_for_and_is_accepted(config, monkeypatch):
     assert lines[1].startswith("# ")
     # Everything but the policy itself, which lies on a hub, is instantiated.
     cli = parse(config, "--model.policy", "embedded:arithmetic-reasoner")
+    kinds = [type(c) for c in cli.trainer.callbacks]
+    assert kinds.index(HuggingFaceExportCallback) < kinds.index(RunSummaryCallback)  # which lists what it wrote
     cache = [c for c in cli.trainer.callbacks if isinstance(c, ExperienceCacheCallback)]
     assert len(cache) == (0 if config.stem in ("grpo", "dapo", "evaluate") else 1)
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rpo_lightning.cache import FORMAT_VERSION, ExperienceCache
 from rpo_lightning.callbacks.progress import AnswerBar
-from rpo_lightning.callbacks.run_folder import RunFolderCallback
+from rpo_lightning.callbacks.run_folder import FinalFilesCallback
 from rpo_lightning.callbacks.weight_sync import sync_engine
 from rpo_lightning.cuts import CutStrategy, FractionOfShortestCut, FullBudget, SuffixBudget
 from rpo_lightning.engines.base import Sampling
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 CACHE_FILE = "cache.parquet"
 
 
-class ExperienceCacheCallback(RunFolderCallback):
+class ExperienceCacheCallback(FinalFilesCallback):
     """Maintains the experience cache and serves prefixes from it.
 
     Args:
@@ -188,7 +188,7 @@ class ExperienceCacheCallback(RunFolderCallback):
         statistics = self.cache.statistics(trainer.global_step)
         pl_module.log_dict({f"cache/{k}": v for k, v in statistics.items()}, batch_size=len(batch))
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def write_final_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the cache into the run's folder."""
         self._save(trainer)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from rpo_lightning.callbacks.run_folder import RunFolderCallback
+from rpo_lightning.callbacks.run_folder import FinalFilesCallback
 from rpo_lightning.export import require_room
 
 log = logging.getLogger(__name__)
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 POLICY_FOLDER = "policy"
 
 
-class HuggingFaceExportCallback(RunFolderCallback):
+class HuggingFaceExportCallback(FinalFilesCallback):
     """Writes ``<run>/policy`` at the end, and ``<run>/policy-step=N`` on the way if asked.
 
     Args:
@@ -44,7 +44,7 @@ class HuggingFaceExportCallback(RunFolderCallback):
             self._export(trainer, pl_module, f"{POLICY_FOLDER}-step={step}")
         self._last_step = step
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def write_final_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export the final policy."""
         self._export(trainer, pl_module, POLICY_FOLDER)
 

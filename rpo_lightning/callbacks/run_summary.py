@@ -82,7 +82,7 @@ class RunSummaryCallback(RunFolderCallback):
         if self.writes(trainer):
             with replacing(self.folder / SUMMARY_FILE) as partial:
                 partial.write_text(json.dumps(summary, indent=2) + "\n")
-        print(_screen(summary, self._files(trainer) if self.writes(trainer) else {}), flush=True)
+        print(_screen(summary, self._files(trainer)), flush=True)
 
     def summary(self, trainer: Trainer) -> dict[str, Any]:
         """The figures of the run so far."""
@@ -141,15 +141,21 @@ class RunSummaryCallback(RunFolderCallback):
         self.phase_tokens = dict(state_dict["phase_tokens"])
 
     def _files(self, trainer: Trainer) -> dict[str, Path]:
+        """What the run has left; a logger may have a folder of its own."""
+        if not self.writes(trainer):
+            return {}
         kinds = {type(c) for c in trainer.callbacks}  # type: ignore[attr-defined]
         files = {}
         if HuggingFaceExportCallback in kinds:
             files["policy"] = self.folder / POLICY_FOLDER
-        if any(isinstance(logger, CSVLogger) for logger in trainer.loggers):
-            files["metrics"] = self.folder / "metrics.csv"
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                logger.save()  # it keeps rows back
+                files["metrics"] = Path(logger.log_dir) / "metrics.csv"
         if ExperienceCacheCallback in kinds:
             files["cache"] = self.folder / CACHE_FILE
-        return files | {"summary": self.folder / SUMMARY_FILE}
+        files["summary"] = self.folder / SUMMARY_FILE
+        return {name: path for name, path in files.items() if path.exists()}
 
 
 def _screen(summary: dict[str, Any], files: dict[str, Path]) -> str:
