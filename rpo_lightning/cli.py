@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from transformers.utils.logging import disable_progress_bar
 
 from rpo_lightning.callbacks import (
@@ -27,6 +27,7 @@ from rpo_lightning.callbacks import (
     PredictionsCallback,
     RunSummaryCallback,
 )
+from rpo_lightning.callbacks.run_folder import last_checkpoint, run_folder
 from rpo_lightning.data import RPODataModule
 from rpo_lightning.errors import ConfigurationError, RPOError
 from rpo_lightning.module import RPOModule
@@ -92,7 +93,7 @@ class RPOCLI(LightningCLI):
         """
         path = self._get(self.config_init, "ckpt_path")
         if path == "last":
-            found = _last_checkpoint(trainer)
+            found = last_checkpoint(trainer)
             if found is None:
                 log.warning("--ckpt_path last: there is none yet, the run starts from the beginning")
             else:
@@ -102,11 +103,19 @@ class RPOCLI(LightningCLI):
             raise ConfigurationError(f"--ckpt_path {path}: no such file")
 
 
-def _last_checkpoint(trainer: Trainer) -> Path | None:
-    """The newest ``last.ckpt`` of all versions of the loggers' experiments."""
-    roots = {Path(root) for logger in trainer.loggers if (root := getattr(logger, "root_dir", None))}
-    found = [path for root in roots for path in root.glob("version_*/checkpoints/last*.ckpt")]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+class RunConfigCallback(SaveConfigCallback):
+    """Saves the config into the run's folder, which Lightning knows of its own loggers alone."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look the folder up, on all ranks, and save."""
+        self._folder = run_folder(trainer)
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / self.config_filename
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=self.overwrite, multifile=self.multifile)
 
 
 def _refuse_automatic_optimization(trainer: Trainer) -> None:
@@ -153,7 +162,8 @@ def main(arguments: list[str] | None = None) -> None:
             RPODataModule,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=RunConfigCallback,
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             parser_kwargs={"description": f"Lightning's commands; beside them: {', '.join(COMMANDS)}"},
             args=arguments,
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +12,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from safetensors.torch import load_file
 
 from rpo_lightning.cache import ExperienceCache
 from rpo_lightning.callbacks import ExperienceCacheCallback, HuggingFaceExportCallback, RunSummaryCallback
 from rpo_lightning.callbacks.experience_cache import tokenizer_fingerprint
+from rpo_lightning.callbacks.run_folder import last_checkpoint
 from rpo_lightning.cli import RPOCLI, main
 from rpo_lightning.cuts import AnchoredCut, FractionOfShortestCut, FullBudget
 from rpo_lightning.data import RPODataModule
@@ -163,6 +169,63 @@ def test_last_is_the_newest_checkpoint_of_the_experiment_and_a_first_run_starts_
     assert last_run().name == "version_1"
     log = pd.read_csv(last_run() / "metrics.csv")
     assert log["loss/total"].notna().sum() == 1  # the third update alone
+
+
+class RemoteLogger(Logger):
+    """Has the folders of a tracking service's logger: ``save_dir``, a project, and a name for every run."""
+
+    runs = itertools.count()
+
+    def __init__(self, save_dir: str = "."):
+        super().__init__()
+        self._save_dir = save_dir
+        self._version = f"run-{next(self.runs)}"
+
+    save_dir = property(lambda self: self._save_dir)
+    name = property(lambda self: "project")
+    version = property(lambda self: self._version)
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+def test_a_run_with_another_logger_has_a_folder_of_its_own_and_is_found_again():
+    logger = ["--trainer.logger", f"{__name__}.RemoteLogger", "--trainer.max_steps", "1", "--ckpt_path", "last"]
+    main(["fit", *SMALL, *logger])
+    (first,) = Path("runs/project").iterdir()
+    left = {path.name for path in first.iterdir()}
+    assert left == {"checkpoints", "policy", "cache.parquet", "completions.jsonl", "config.yaml", "summary.json"}
+    main(["fit", *SMALL, *logger, "--trainer.max_steps", "2"])
+    (second,) = set(Path("runs/project").iterdir()) - {first}
+    summary = json.loads((second / "summary.json").read_text())
+    assert (summary["updates"], summary["samples"]) == (2, 2 * 4 * 3)
+    assert [str(path) for path in (*Path().iterdir(), *Path("runs").iterdir())] == ["runs", "runs/project"]
+
+
+@pytest.mark.parametrize(
+    ("logger", "settings", "path"),
+    [
+        (CSVLogger("runs", "name"), {}, "runs/name/version_3/checkpoints/last.ckpt"),
+        (CSVLogger("runs", "name", "mine"), {}, "runs/name/theirs/checkpoints/last-v1.ckpt"),
+        (CSVLogger("runs", None, ""), {}, "runs/checkpoints/last.ckpt"),
+        (TensorBoardLogger("runs", version="mine"), {}, "runs/lightning_logs/a/checkpoints/last.ckpt"),
+        (CSVLogger("runs"), {"dirpath": "saved"}, "saved/last.ckpt"),
+        (False, {}, "checkpoints/last.ckpt"),
+        (RemoteLogger("runs"), {}, "runs/project/another/checkpoints/last.ckpt"),
+    ],
+)
+def test_last_is_wherever_checkpoint_callbacks_save(logger, settings, path):
+    trainer = Trainer(accelerator="cpu", logger=logger, callbacks=[ModelCheckpoint(**settings)])
+    assert last_checkpoint(trainer) is None
+    elsewhere = Path("elsewhere/version_0/checkpoints/last.ckpt")
+    for number, made in enumerate((Path(path).with_name("step=3.ckpt"), Path(path), elsewhere)):
+        made.parent.mkdir(parents=True, exist_ok=True)
+        made.touch()
+        os.utime(made, (number, number))
+    assert last_checkpoint(trainer).resolve() == Path(path).resolve()
 
 
 def test_a_class_of_the_users_own_is_named_by_its_module_in_the_working_directory(monkeypatch):

@@ -1,15 +1,47 @@
-"""Where a run's files go."""
+"""Where a run's files go, and where those of earlier runs are."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The logger's folder, or ``default_root_dir`` where there is no logger. All ranks must ask for it together."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """The folder of the first logger's run, in which ``ModelCheckpoint`` has its own too.
+
+    ``default_root_dir`` where there is no logger. All ranks must ask for it together.
+    """
+    logger = trainer.logger
+    if logger is None or isinstance(logger, TensorBoardLogger | CSVLogger):
+        return Path(trainer.log_dir or trainer.default_root_dir)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    folder = str(_experiment_folder(trainer, logger) / version)
+    return Path(trainer.strategy.broadcast(folder))
+
+
+def _experiment_folder(trainer: Trainer, logger: Logger) -> Path:
+    return Path(logger.save_dir or trainer.default_root_dir, str(logger.name))
+
+
+def last_checkpoint(trainer: Trainer) -> Path | None:
+    """The newest of the last checkpoints that Lightning would find, and of those of the experiment's earlier runs.
+
+    Lightning looks into the folder of the new run, which is empty unless checkpoints have a folder that is given.
+    """
+    found: set[str | Path] = set()
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, OnExceptionCheckpoint):
+            found.add(callback.ckpt_path)
+        if isinstance(callback, ModelCheckpoint):
+            found |= callback._find_last_checkpoints(trainer)
+            if callback.dirpath is None and trainer.logger is not None:
+                name = f"{callback.CHECKPOINT_NAME_LAST}*{callback.FILE_EXTENSION}"
+                found |= set(_experiment_folder(trainer, trainer.logger).glob(f"*/checkpoints/{name}"))
+    paths = [Path(path) for path in found if Path(path).exists()]
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
 
 
 class RunFolderCallback(Callback):
