@@ -169,8 +169,8 @@ def run_missing(lengths: list[int], arms: list[str], processes: int) -> None:
         with ThreadPoolExecutor(processes) as pool:
             for future in [pool.submit(run, *key, LENGTHS[length].updates, 128) for key in wanted]:
                 result = future.result()
-                with RUNS.open("a") as file:
-                    file.write(json.dumps(result) + "\n")
+                with RUNS.open("ab", buffering=0) as file:  # at once: another call may be reading
+                    file.write((json.dumps(result) + "\n").encode())
                 last = result["curve"][-1]
                 print(f"{result['length']} tokens, {result['arm']}, seed {result['seed']}: {last}", flush=True)
 
