@@ -62,6 +62,22 @@ class RPOCLI(LightningCLI):
         parser.add_lightning_class_args(EvaluationResultsCallback, "results")
         parser.set_defaults({"trainer.log_every_n_steps": 1})
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, but for the table that it would print beside ours."""
+        skipped = LightningCLI.subcommands()
+        for name in ("validate", "test"):
+            skipped[name].add("verbose")
+        return skipped
+
+    def validate(self, **kwargs: Any) -> None:
+        """Answer the validation questions."""
+        self.trainer.validate(verbose=False, **kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """Answer the test questions."""
+        self.trainer.test(verbose=False, **kwargs)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Put the cache callback first: it records groups before others look at the cache."""
         if self._get(self.config_init, "trainer.enable_progress_bar") is None and not sys.stdout.isatty():
