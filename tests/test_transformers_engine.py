@@ -11,6 +11,8 @@ from transformers import (
     FalconH1ForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3NextConfig,
@@ -294,6 +296,12 @@ def test_layers_that_keep_a_state_instead_of_every_token_decode_as_the_policy_co
     asked = requests(tokenizer, samples=2, budget=12)
     asked = [GenerationRequest(r.token_ids, r.samples, 12 + 4 * i) for i, r in enumerate(asked)]  # leave one by one
     assert_log_probs_are_the_policys(policy, asked, generated(policy, tokenizer, asked))
+
+
+def test_a_model_that_would_not_be_handed_its_past_is_refused(tokenizer):
+    recurrent = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=8))
+    with pytest.raises(ConfigurationError, match="MambaForCausalLM does not take: use VLLMEngine"):
+        TransformersEngine().attach(recurrent, tokenizer)
 
 
 def test_top_k_and_top_p_exclude_what_they_should():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from rpo_lightning.engines.growing_cache import growing_cache
 from rpo_lightning.engines.sequence_cache import CopiedTrunks, OneTrunkEach, SequenceCache, trunks_can_be_shared
 from rpo_lightning.engines.stop_tokens import stop_token_ids
 from rpo_lightning.engines.token_sampling import draw
+from rpo_lightning.engines.weights import underlying_model
 from rpo_lightning.errors import ConfigurationError, EngineError
 from rpo_lightning.records import Completion
 from rpo_lightning.sharding import whole_parameters
@@ -54,7 +56,17 @@ class TransformersEngine(RolloutEngine):
     def attach(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: EngineContext = EngineContext()
     ) -> None:
-        """Bind to the policy and learn which tokens end a sequence."""
+        """Bind to the policy and learn which tokens end a sequence.
+
+        Raises:
+            ConfigurationError: The policy keeps what it has seen otherwise than transformers' caches do.
+        """
+        model = underlying_model(policy)
+        if "past_key_values" not in signature(model.forward).parameters:
+            raise ConfigurationError(
+                f"model.engine=TransformersEngine decodes with past_key_values, which {type(model).__name__} does not "
+                "take: use VLLMEngine"
+            )
         if policy is not self._policy:
             self._trunks_can_be_shared = None
         self._policy = policy
