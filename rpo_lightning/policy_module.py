@@ -171,7 +171,8 @@ class PolicyModule(LightningModule):
     # -- evaluation: always without a prefix -----------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Forget earlier answers."""
+        """Forget earlier answers, and stop the clock of training."""
+        self.timer.pause()
         self.evaluations = self._new_evaluations("val")
 
     def on_test_epoch_start(self) -> None:
@@ -189,6 +190,7 @@ class PolicyModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log what came out."""
         self._log_evaluations("val")
+        self.timer.resume()
 
     def on_test_epoch_end(self) -> None:
         """Log what came out."""
@@ -222,7 +224,7 @@ class PolicyModule(LightningModule):
         groups = self._answer(requests, batch_idx, dataloader_idx)
         evaluation = self.evaluations[dataloader_idx]
         classes = self.grader.answer_classes([g.samples for g in groups]) if evaluation.votes else None
-        seconds = sum(self.timer.take().values())  # the phases that are logged are those of training
+        seconds = sum(self.timer.take().values())
         evaluation.add(groups, classes)
         rate = (self.decoded_tokens - before) / max(seconds, 1e-9)
         self.log("tokens/s", rate, batch_size=1, prog_bar=True, logger=False, on_step=True, on_epoch=False)

@@ -24,6 +24,7 @@ class PhaseTimer:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self._paused: dict[str, float] = {}
         self._inner: list[float] = []  # seconds of the phases within each open phase
         self._since = time.perf_counter()
 
@@ -55,6 +56,16 @@ class PhaseTimer:
         taken["rest"] = max(now - self._since - sum(taken.values()), 0.0)
         self._since = now
         return taken
+
+    def pause(self) -> None:
+        """Set aside what has been timed, for work that is not part of an iteration."""
+        self._paused = self.take()
+
+    def resume(self) -> None:
+        """Forget what has been timed since :meth:`pause`, and go on from there."""
+        self._since = time.perf_counter() - sum(self._paused.values())
+        self._paused.pop("rest")
+        self._seconds = self._paused
 
     def _add(self, phase: str, seconds: float) -> None:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds

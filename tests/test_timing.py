@@ -115,12 +115,12 @@ def test_the_summary_tells_seconds_and_tokens_of_every_phase(tmp_path, capsys, w
         "reference_logprobs": 4 * 128,
         "update": 4 * 1024,
         "sync": 8192,
-        "cache": 4 * 16384,
+        "cache": 8 * 16384,
         "rest": 2 * 131072,
     }
     assert list(phases) == ["initialise", *SECONDS]
-    # All of the run but the sync at its start and the last refresh of the cache, which are no iteration's.
-    assert sum(phase["seconds"] for phase in phases.values()) == summary.seconds - 8192 - 4 * 16384
+    # All of the run but the sync at its start, which is no iteration's.
+    assert sum(phase["seconds"] for phase in phases.values()) == summary.seconds - 8192
     assert phases["initialise"]["tokens"] == cache.initialisation_tokens
     assert phases["decode"]["tokens"] == summary.decoded_tokens
     # Prompt and prefix once a group, and every suffix.
@@ -129,6 +129,22 @@ def test_the_summary_tells_seconds_and_tokens_of_every_phase(tmp_path, capsys, w
     table = screen[next(i for i, line in enumerate(screen) if line.startswith("phase ")) + 1 :]
     printed = {line.split()[0]: float(line.split()[1]) for line in table}
     assert printed == {name: phase["seconds"] for name, phase in phases.items()}
+
+
+def test_a_validation_adds_nothing_to_the_phases_and_takes_nothing_from_them(tmp_path, work):
+    pieces, rest = work
+    summary, cache = RunSummaryCallback(), ExperienceCacheCallback(initialisation="lazy")
+    trainer = make_trainer(
+        tmp_path, callbacks=[cache, summary, rest], max_steps=2, val_check_interval=1, limit_val_batches=1.0
+    )
+    trainer.fit(make_module(), datamodule=make_data())
+    phases = {name: phase["seconds"] for name, phase in summary.summary(trainer)["phases"].items()}
+    assert pieces["prefill"] == 2 + 2  # two iterations, two validations
+    assert (phases["prefill"], phases["decode"], phases["reward"]) == (2 * 1, 2 * 3, 2 * 8)
+    # Refreshes and syncs come between an iteration and its validation. The first sync is no iteration's.
+    assert phases["cache"] == pieces["cache"] * 16384 == 8 * 16384
+    assert phases["sync"] == (pieces["sync"] - 1) * 8192 == 2 * 8192
+    assert phases["rest"] == 2 * 131072
 
 
 def test_every_pass_over_the_rows_of_an_update_is_counted_under_its_phase(tmp_path):

@@ -65,13 +65,20 @@ class RunSummaryCallback(RunFolderCallback):
         record: IterationRecord = cast(Any, pl_module).record
         self.decoded_tokens += record.phase_tokens["decode"]
         self.samples += record.samples
-        for phase, seconds in record.phase_seconds.items():
-            self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds
+        self._add(record.phase_seconds)
         for phase, tokens in record.phase_tokens.items():
             self.phase_tokens[phase] = self.phase_tokens.get(phase, 0) + tokens
         last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
         if 0 < trainer.max_steps <= trainer.global_step or (last_epoch and trainer.is_last_batch):
             trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add what came after the last iteration's record: the refresh of the cache."""
+        self._add(cast(Any, pl_module).timer.take())
+
+    def _add(self, phase_seconds: dict[str, float]) -> None:
+        for phase, seconds in phase_seconds.items():
+            self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print the summary."""
