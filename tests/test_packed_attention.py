@@ -27,9 +27,10 @@ def test_packed_rows_give_the_gradient_of_plain_rows(exact_policy, packed, scope
     assert_same(plain, shared, GOAL)
     assert metrics["loss/total"] == pytest.approx(expected["loss/total"], abs=GOAL)
     if budget == 1000:
-        # Both groups, of three members each, in one micro-batch, after the trial's row: two calls a layer, two layers.
+        # Both groups, of three members each, in one micro-batch: two calls a layer, two layers.
         assert [len(s.query_bounds) - 1 for s in packed[-4:]] == [8, 2, 8, 2]
-        assert len(packed) == 4 + 4
+        # Before that the trial's row, once more without gradient of its trunk, which is a pass of its own.
+        assert len(packed) == 4 + (2 + 4) + 4
 
 
 @pytest.mark.parametrize("budget", [1000, 14])
@@ -107,11 +108,12 @@ def test_kernels_are_tried_before_their_first_use(gpu, exact_policy, caplog):
     policy = exact_policy.bfloat16()
     shared, metrics = gradient(policy, DAPO())
     assert metrics["tokens"] == 31
-    # The trial's own and shared sequences, then two layers with a row of ``model_support``'s and one of both groups.
-    assert of_trial(calls) == [True] * 2 + [False] * 8
+    # The trial's own and shared sequences, then two layers with ``model_support``'s row, with and without gradient of
+    # its trunk, and with one of both groups.
+    assert of_trial(calls) == [True] * 2 + [False] * (4 + 6 + 4)
     calls.clear()
     gradient(policy, DAPO())
-    assert of_trial(calls) == [False] * 8
+    assert of_trial(calls) == [False] * (4 + 6 + 4)
     assert not caplog.records
     plain, _ = gradient(policy, DAPO(), share_prefixes=False)
     shared, plain = (torch.cat([g.flatten() for g in x.values()]).float() for x in (shared, plain))
