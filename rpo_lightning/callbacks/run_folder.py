@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -63,7 +64,7 @@ class RunFolderCallback(Callback):
         return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
 
-class FinalFilesCallback(RunFolderCallback):
+class FinalFilesCallback(RunFolderCallback, ABC):
     """A callback that writes files when training ends.
 
     A run that is taken up when all of its updates have been made, because it crashed in its last validation, has no
@@ -72,9 +73,9 @@ class FinalFilesCallback(RunFolderCallback):
 
     _has_written = False
 
+    @abstractmethod
     def write_final_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write; all ranks call it."""
-        raise NotImplementedError
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing is written yet."""
