@@ -60,7 +60,7 @@ class _Layout:
         self.batch = batch
         self.frozen_lengths = frozen_lengths or [0] * len(batch)
         self.rows = [row for shared in batch for row in shared.members]
-        self.is_shared = concatenated or any(len(shared.members) > 1 for shared in batch)
+        self.is_shared = concatenated or any(shared.branches for shared in batch)
         lengths = [len(shared) - n for shared, n in zip(batch, self.frozen_lengths, strict=True)]
         width = sum(lengths) if self.is_shared else max(lengths)
         shape = (1, width) if self.is_shared else (len(batch), width)

@@ -54,6 +54,11 @@ class SharedRow:
         """Prompt and kept prefix."""
         return self.members[0].trunk_ids
 
+    @property
+    def branches(self) -> bool:
+        """Whether there are suffixes to keep apart."""
+        return len(self.members) > 1
+
     def shape(self, frozen: int = 0) -> RowShape:
         """Its parts, the first ``frozen`` tokens of the trunk apart."""
         return RowShape(frozen, len(self.trunk_ids) - frozen, tuple(len(row.suffix_ids) for row in self.members))
@@ -109,7 +114,7 @@ class RowCost:
         """Cost of a row. Suffixes on a trunk are computed as long as the longest."""
         trunk, longest = len(row.trunk_ids), max(len(member.suffix_ids) for member in row.members)
         pairs = self.trunk * trunk**2 / 2 + len(row.members) * (longest * trunk + longest**2 / 2)
-        suffixes = (len(row) - trunk) * (1.0 + (self.branch if len(row.members) > 1 else 0.0))
+        suffixes = (len(row) - trunk) * (1.0 + (self.branch if row.branches else 0.0))
         return self.trunk * trunk + suffixes + self.attention * pairs
 
 
@@ -149,7 +154,7 @@ def micro_batches(
     beyond: list[SharedRow] = []
     within: list[SharedRow] = []
     for row in ordered:
-        is_beyond = longest_shared is not None and len(row.members) == 1 and len(row) > longest_shared
+        is_beyond = longest_shared is not None and not row.branches and len(row) > longest_shared
         (beyond if is_beyond else within).append(row)
     return [batch for kind in (beyond, within) if kind for batch in _even(kind, max_tokens)]
 
@@ -183,16 +188,13 @@ def _cheapest(members: Sequence[Row], max_tokens: int, cost: RowCost) -> list[Sh
 
 def _fill(ordered: Sequence[SharedRow], max_tokens: int) -> list[list[SharedRow]]:
     batches: list[list[SharedRow]] = []
+    tokens, shares = 0, False  # of the last micro-batch
     for row in ordered:
-        if batches and computed_tokens([*batches[-1], row]) <= max_tokens:
+        tokens, shares = tokens + len(row), shares or row.branches
+        # Where one is shared rows lie end to end, else they are padded to the longest, which comes first.
+        if batches and (tokens if shares else len(batches[-1][0]) * (len(batches[-1]) + 1)) <= max_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])
+            tokens, shares = len(row), row.branches
     return batches
-
-
-def computed_tokens(batch: Sequence[SharedRow]) -> int:
-    """Tokens of a pass: rows are padded to the longest, or laid end to end where one of them is shared."""
-    if any(len(row.members) > 1 for row in batch):
-        return sum(len(row) for row in batch)
-    return len(batch) * max(len(row) for row in batch)
