@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -44,26 +44,19 @@ def named_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     model = underlying_model(policy)
     adapters = {name: module for name, module in model.named_modules() if _is_adapted(module)}
-    yield from _parameters(model, adapters)
     saved = model.state_dict().keys()
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        layer_name, adapted, inner = name.rpartition(".base_layer.")
-        plain_name = f"{layer_name}.{inner}" if adapted else name
-        if name in saved and ".original_module." not in name and (adapted or not _is_within(name, adapters)):
-            yield _saved_module_name(plain_name), gathered(buffer)
-
-
-def _parameters(model: nn.Module, adapters: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    buffers = (named for named in model.named_buffers(remove_duplicate=False) if named[0] in saved)
+    for name, tensor in chain(model.named_parameters(remove_duplicate=False), buffers):
         layer_name, adapted, inner = name.rpartition(".base_layer.")
         if adapted:
-            yield f"{layer_name}.{inner}", _merged(adapters[layer_name], inner)
+            is_merged = isinstance(tensor, nn.Parameter)
+            yield f"{layer_name}.{inner}", _merged(adapters[layer_name], inner) if is_merged else gathered(tensor)
         elif _is_within(name, adapters):
             continue  # the adapter's own parameters
         elif ".original_module." not in name:
             yield (
                 _saved_module_name(name),
-                _dequantised(_owner(model, name)) if is_quantised(parameter) else gathered(parameter),
+                _dequantised(_owner(model, name)) if is_quantised(tensor) else gathered(tensor),
             )
 
 
