@@ -179,8 +179,11 @@ def _asked(messages: list[Any], answer: str, where: str) -> str:
     """
     whole = len(messages) > 1
     asked = json.dumps(messages, ensure_ascii=False, sort_keys=True) if whole else str(messages[0]["content"])
-    if any("\ud800" <= character <= "\udfff" for character in asked + answer):
-        raise DataError(f"{where}: a lone surrogate, which is half a character, in question or gold answer: remove it")
+    try:
+        (asked + answer).encode()
+    except UnicodeEncodeError as error:
+        message = f"{where}: a lone surrogate, which is half a character, in question or gold answer: remove it"
+        raise DataError(message) from error
     return asked
 
 
