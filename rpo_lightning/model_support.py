@@ -87,15 +87,15 @@ def sharing_obstacle(model: Any, full_logits: bool = False) -> str | None:
     model.set_attn_implementation(IMPLEMENTATION)
     if model.config._attn_implementation != IMPLEMENTATION:
         return f"{type(model).__name__} does not let its attention be replaced"
-    difference = _largest_difference(model, alone, full_logits)
-    if difference is not None:
+    failure = _failure_of_shared_rows(model, alone, full_logits)
+    if failure is not None:
         model.set_attn_implementation("sdpa")
-        return f"{type(model).__name__} does not keep the members of a shared row apart ({difference})"
+        return f"{type(model).__name__} does not keep the members of a shared row apart ({failure})"
     return None
 
 
-def _largest_difference(model: Any, alone: Tensor, full_logits: bool) -> str | None:
-    """How far shared rows, with and without gradient of the trunk, are from rows of their own; ``None`` if not."""
+def _failure_of_shared_rows(model: Any, alone: Tensor, full_logits: bool) -> str | None:
+    """What is wrong with a trial of shared rows, with and without gradient of the trunk; ``None`` if nothing is."""
     for prefix_gradient in (True, False):
         try:
             together = _trial(model, True, full_logits, prefix_gradient)
