@@ -116,7 +116,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
             raise ConfigurationError(
                 "ExperienceCacheCallback serves its prefixes through an RPODataModule: pass one to trainer.fit"
             )
-        if self._saves_over_its_source and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._saves_over_its_source and self.leaves_files(trainer):
             raise ConfigurationError(
                 f"cache.path={self.path} is where this run would save its own cache: move the file, or give the run "
                 "another folder (trainer.logger, trainer.default_root_dir)"

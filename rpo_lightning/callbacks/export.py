@@ -31,7 +31,7 @@ class HuggingFaceExportCallback(FinalFilesCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from where the run begins or goes on, and look at the folder before there is anything to lose."""
         module: Any = pl_module
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self.leaves_files(trainer):
             require_room(module.policy, self.folder / POLICY_FOLDER, self.merged, module.ranks)
         self._last_step = trainer.global_step
 
@@ -49,7 +49,7 @@ class HuggingFaceExportCallback(FinalFilesCallback):
         self._export(trainer, pl_module, POLICY_FOLDER)
 
     def _export(self, trainer: Trainer, module: Any, name: str) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not self.leaves_files(trainer):
             return
         folder = self.folder / name
         module.save_pretrained(folder, self.merged)

@@ -59,9 +59,14 @@ class RunFolderCallback(Callback):
         self.folder = run_folder(trainer)
 
     @staticmethod
-    def writes(trainer: Trainer) -> bool:
-        """Whether this rank writes files: the first one does, unless the run is but a trial (``fast_dev_run``)."""
-        return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+    def leaves_files(trainer: Trainer) -> bool:
+        """Whether the run writes files: it does, unless it is but a trial (``fast_dev_run``)."""
+        return not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+    @classmethod
+    def writes(cls, trainer: Trainer) -> bool:
+        """Whether this rank writes files: the first one does."""
+        return trainer.is_global_zero and cls.leaves_files(trainer)
 
 
 class FinalFilesCallback(RunFolderCallback, ABC):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
@@ -22,6 +22,8 @@ from rpo_lightning.iteration import IterationRecord
 from rpo_lightning.timing import PHASES
 
 SUMMARY_FILE = "summary.json"
+
+Number = TypeVar("Number", int, float)
 
 
 class RunSummaryCallback(RunFolderCallback):
@@ -65,20 +67,15 @@ class RunSummaryCallback(RunFolderCallback):
         record: IterationRecord = cast(Any, pl_module).record
         self.decoded_tokens += record.phase_tokens["decode"]
         self.samples += record.samples
-        self._add(record.phase_seconds)
-        for phase, tokens in record.phase_tokens.items():
-            self.phase_tokens[phase] = self.phase_tokens.get(phase, 0) + tokens
+        _add(self.phase_seconds, record.phase_seconds)
+        _add(self.phase_tokens, record.phase_tokens)
         last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
         if 0 < trainer.max_steps <= trainer.global_step or (last_epoch and trainer.is_last_batch):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add what came after the last iteration's record: the refresh of the cache."""
-        self._add(cast(Any, pl_module).timer.take())
-
-    def _add(self, phase_seconds: dict[str, float]) -> None:
-        for phase, seconds in phase_seconds.items():
-            self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds
+        _add(self.phase_seconds, cast(Any, pl_module).timer.take())
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write and print the summary."""
@@ -163,6 +160,11 @@ class RunSummaryCallback(RunFolderCallback):
             files["cache"] = self.folder / CACHE_FILE
         files["summary"] = self.folder / SUMMARY_FILE
         return {name: path for name, path in files.items() if path.exists()}
+
+
+def _add(totals: dict[str, Number], further: dict[str, Number]) -> None:
+    for phase, amount in further.items():
+        totals[phase] = totals.get(phase, 0) + amount
 
 
 def _screen(summary: dict[str, Any], files: dict[str, Path]) -> str:
