@@ -137,8 +137,7 @@ def on_one_gpu(gpu: Gpu, work: ModelWork, setting: Setting) -> dict[str, float]:
 
     def seconds(suffix: int, share: bool) -> float:
         trunk = setting.prompt + setting.length - suffix
-        prefill = 2 * work.matrices * trunk + work.pair * trunk**2 / 2
-        operations = prefill + work.update(trunk, suffix, setting.group, share)
+        operations = work.prefill(trunk) + work.update(trunk, suffix, setting.group, share)
         return setting.questions * operations / rate + work.decoding(trunk, suffix, sequences) / gpu.bandwidth
 
     full, rpo, plain = seconds(setting.length, True), seconds(setting.suffix, True), seconds(setting.suffix, False)
@@ -178,7 +177,7 @@ def check(record: dict[str, Any]) -> dict[str, Any]:
 
     rate = update(prompt, setting.length, shares) / full["phases"]["update"]
     bandwidth = decoding(prompt, setting.length) / full["phases"]["decode"]
-    same = {"prefill": setting.questions * (2 * work.matrices * trunk + work.pair * trunk**2 / 2) / rate}
+    same = {"prefill": setting.questions * work.prefill(trunk) / rate}
     same["decode"] = decoding(trunk, setting.suffix) / bandwidth
     same["rest"] = full["seconds"] - sum(full["phases"][phase] for phase in ("prefill", "decode", "update"))
     checked: dict[str, Any] = {}

@@ -34,6 +34,10 @@ class ModelWork:
             cache=2 * config.num_hidden_layers * config.num_key_value_heads * size,
         )
 
+    def prefill(self, trunk: int) -> float:
+        """Operations of a forward pass over a prompt and its kept prefix, of which nothing is scored."""
+        return 2 * self.matrices * trunk + self.pair * trunk**2 / 2
+
     def update(self, trunk: int, suffix: int, group: int, share: bool) -> float:
         """Operations of a group's forward and backward pass, nothing recomputed; the head scores suffixes only.
 
