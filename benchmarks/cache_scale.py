@@ -23,13 +23,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import hardware
 
-from rpo_lightning.cache import CachedResponse, ExperienceCache
-from rpo_lightning.cuts import FractionOfShortestCut, FullBudget
-from rpo_lightning.prefixes import CachedPrefixes
-from rpo_lightning.records import Completion, Group, Prompt, RolloutRequest, Sample
-from rpo_lightning.refresh import EpsilonGreedyRefresh
+from common.machine import hardware
+from rpo_lightning.cache.budgets import FullBudget
+from rpo_lightning.cache.cache import CachedResponse, ExperienceCache
+from rpo_lightning.cache.cuts import FractionOfShortestCut
+from rpo_lightning.cache.parquet import read_cache, write_cache
+from rpo_lightning.cache.prefixes import CachedPrefixes
+from rpo_lightning.cache.refresh import EpsilonGreedyRefresh
+from rpo_lightning.core.types import Completion, Group, Prompt, RolloutRequest, Sample
 
 ROOT = Path(__file__).parents[1]
 SHORTEST, LONGEST, VOCABULARY = 1000, 3000, 50_000
@@ -97,8 +99,8 @@ def warm_up(folder: Path) -> None:
     """Import and start whatever the first save and load do."""
     cache = ExperienceCache("benchmark")
     cache.remember("q", CachedResponse(np.zeros(10, np.int32), 0.0, True, True, ((0, 10),)))
-    cache.save(folder / "small.parquet")
-    cache.load(folder / "small.parquet")
+    write_cache(cache, folder / "small.parquet")
+    cache = read_cache(folder / "small.parquet", cache.tokenizer_fingerprint)
     torch.save(cache.state_dict(), folder / "small.ckpt")
     cache.load_state_dict(torch.load(folder / "small.ckpt", weights_only=True))
 
@@ -113,7 +115,7 @@ def fill(count: int, folder: Path) -> dict[str, float]:
         response = CachedResponse(ids, float(generator.random()), bool(length % 2), True, ((0, length),))
         spent += seconds(cache.remember, uid, response)
     filled = memory.ratio(cache)
-    saving = seconds(cache.save, folder / "cache.parquet")
+    saving = seconds(write_cache, cache, folder / "cache.parquet")
     return {
         "entries": count,
         "remember_us": 1e6 * spent / count,
@@ -125,9 +127,11 @@ def fill(count: int, folder: Path) -> dict[str, float]:
 
 def use(count: int, folder: Path) -> dict[str, float]:
     """Load, look up, update and save a cache."""
-    memory, cache = Memory(), ExperienceCache("benchmark")
+    memory = Memory()
+    start = time.process_time()
+    cache = read_cache(folder / "cache.parquet", "benchmark")
     figures = {
-        "load_us_per_entry": 1e6 * seconds(cache.load, folder / "cache.parquet") / count,
+        "load_us_per_entry": 1e6 * (time.process_time() - start) / count,
         "memory_loaded": memory.ratio(cache),
         "peak_loading": memory.ratio(cache, "VmHWM"),
         "token_gbytes": token_bytes(cache) / 1e9,
@@ -143,7 +147,7 @@ def use(count: int, folder: Path) -> dict[str, float]:
     checkpoint = seconds(lambda: torch.save(cache.state_dict(), folder / "cache.ckpt"))
     figures["checkpoint_us_per_entry"] = 1e6 * checkpoint / count
     figures["peak_checkpoint"] = memory.ratio(cache, "VmHWM")
-    cache.save(folder / "cache.parquet")
+    write_cache(cache, folder / "cache.parquet")
     figures["peak_saving"] = memory.ratio(cache, "VmHWM")
     return figures
 
@@ -225,7 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--quick", action="store_true", help="10,000 and 50,000 questions")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "cache_scale.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cache_scale.json")
     parser.add_argument("--part", choices=["fill", "use", "resume"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from machine import hardware
-from random_policy import make
-from work import ModelWork
+from common.machine import hardware
+from common.random_policy import make
+from common.work import ModelWork
 
 ROOT = Path(__file__).parents[1]
 GROUP, SAMPLES, PROMPT = 6, 576, 150
@@ -216,7 +216,7 @@ def check_table(checked: dict[str, Any]) -> str:
 def main() -> None:
     """Print predictions and the check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iteration", type=Path, default=ROOT / "benchmarks" / "iteration.json")
+    parser.add_argument("--iteration", type=Path, default=ROOT / "benchmarks" / "results" / "iteration.json")
     parser.add_argument("--quick", action="store_true", help="the same: nothing is run")
     arguments = parser.parse_args()
     rows = paper_settings()

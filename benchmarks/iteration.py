@@ -27,15 +27,15 @@ from typing import Any
 import numpy as np
 import torch
 from cost_model import Gpu, Setting, on_one_gpu
-from endless import load_endless
-from filled_cache import FilledCache
 from lightning.pytorch import Callback, Trainer
-from machine import ceilings, hardware
-from work import ModelWork
 
+from common.endless import load_endless
+from common.filled_cache import FilledCache
+from common.machine import ceilings, hardware
+from common.work import ModelWork
 from rpo_lightning import RPODataModule, RPOModule, VLLMEngine
+from rpo_lightning.core.timing import PHASES
 from rpo_lightning.rewards import ExactMatchVerifier, UniformRandomReward
-from rpo_lightning.timing import PHASES
 
 ROOT = Path(__file__).parents[1]
 ARMS = ("full", "rpo", "rpo_plain_rows")
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--engine", type=json.loads, default={}, help="VLLMEngine's settings as JSON")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--quick", action="store_true", help="responses of 256 tokens, one iteration")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "iteration.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "iteration.json")
     arguments = parser.parse_args()
     arguments.length = 256 if arguments.quick else arguments.length
     arguments.iterations = 1 if arguments.quick else arguments.iterations

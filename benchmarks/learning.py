@@ -8,8 +8,8 @@ are not repeated, so that the script can be stopped and called again; ``--report
 what is there. ``--quick`` runs two arms for two updates and keeps nothing.
 
 Longer chains have reasoners of their own in ``reasoners/``, made from the shorter ones with ``python -m
-rpo_lightning.tasks.make_reasoner --operations 50 --start FOLDER --out FOLDER --bfloat16``. At 800 tokens a run has half
-as many updates and half as many questions, so that it visits each as often.
+rpo_lightning.cli.scripts.make_reasoner --operations 50 --start FOLDER --out FOLDER --bfloat16``. At 800 tokens a run
+has half as many updates and half as many questions, so that it visits each as often.
 "Seconds" are processor seconds of a one-thread process, filling the cache included, evaluations excluded: other runs
 at the same time disturb them less than the clock. Runs of one length and seed start from the same evaluation, which
 only the first of them makes (on one machine it would be the same to the digit). The last line is JSON.
@@ -28,11 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from learning_report import write_report
-from machine import hardware
+from common.learning_report import write_report
+from common.machine import hardware
 
 ROOT = Path(__file__).parents[1]
-RUNS = ROOT / "benchmarks" / "learning.jsonl"
+RUNS = ROOT / "benchmarks" / "results" / "learning.jsonl"
 EVALUATE_EVERY = 10
 
 
@@ -123,7 +123,7 @@ def run(length: int, arm: str, seed: int, updates: int, problems: int, shares_st
     quarter = str(chains.longest // 4)
     start = known_start(length, seed) if shares_start and "capped" not in arm else []
     with tempfile.TemporaryDirectory() as folder:
-        recorder = {"class_path": "learning_curve.CurveRecorder", "init_args": {"path": f"{folder}/curve.json"}}
+        recorder = {"class_path": "common.learning_curve.CurveRecorder", "init_args": {"path": f"{folder}/curve.json"}}
         command = [
             sys.executable, "-m", "rpo_lightning", "fit", f"--config={ROOT}/configs/quickstart.yaml",
             f"--model.policy={chains.policy}", f"--model.max_response_tokens={chains.longest}",
@@ -190,7 +190,7 @@ def main() -> None:
     else:
         if not arguments.report:
             run_missing(arguments.length, arguments.arms, arguments.processes)
-        runs, folder = recorded(), ROOT / "benchmarks"
+        runs, folder = recorded(), ROOT / "benchmarks" / "results"
     figures = write_report(runs, folder)
     print(json.dumps({"hardware": "; ".join(sorted({r["hardware"] for r in runs})), "arms": figures}))
 

@@ -17,19 +17,19 @@ from statistics import median
 from typing import Any
 
 import torch
-from machine import PeakMemory, hardware
 from torch import Tensor
 from update_phase import make_group
 
-from rpo_lightning.advantages import group_advantages
-from rpo_lightning.engines.base import GenerationRequest, Sampling
-from rpo_lightning.engines.transformers_engine import TransformersEngine
-from rpo_lightning.objectives import DAPO
-from rpo_lightning.policies import load_policy, load_tokenizer
-from rpo_lightning.records import Completion, Group, Prompt, RolloutRequest
-from rpo_lightning.rollouts import decode
-from rpo_lightning.tasks.arithmetic import ArithmeticChain
-from rpo_lightning.update import PolicyLoss, UpdateSettings
+from common.machine import PeakMemory, hardware
+from rpo_lightning.core.types import Completion, Group, Prompt, RolloutRequest
+from rpo_lightning.data.arithmetic import ArithmeticChain
+from rpo_lightning.policy.load import load_policy
+from rpo_lightning.policy.tokenizer import decode, load_tokenizer
+from rpo_lightning.rollout.engine import GenerationRequest, Sampling
+from rpo_lightning.rollout.transformers.engine import TransformersEngine
+from rpo_lightning.update.advantages import group_advantages
+from rpo_lightning.update.loss import PolicyLoss, UpdateSettings
+from rpo_lightning.update.objectives import DAPO
 
 ROOT = Path(__file__).parents[1]
 REASONER = "embedded:arithmetic-reasoner"
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--prefix", type=int, default=1024)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="32 problems, a prefix of 256 tokens, once")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "prefix_gradient.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "prefix_gradient.json")
     arguments = parser.parse_args()
     problems, prefix, repetitions = arguments.problems, arguments.prefix, arguments.repetitions
     if arguments.quick:

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
-from machine import hardware
+from common.machine import hardware
 
 ROOT = Path(__file__).parents[1]
 PAPER_CUT = [
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="where to write the JSON; nowhere with --quick")
     args = parser.parse_args()
     seeds, updates = (1, 2) if args.quick else (args.seeds, args.updates)
-    out = args.out or (None if args.quick else Path(__file__).with_suffix(".json"))
+    out = args.out or (None if args.quick else ROOT / "benchmarks" / "results" / "quickstart_arms.json")
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(args.processes) as pool:
         futures = {
             (arm, seed): pool.submit(run, arm, seed, updates, Path(temporary))

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from endless import load_endless
-from machine import ceilings, hardware
-from work import ModelWork
 
-from rpo_lightning.engines import (
+from common.endless import load_endless
+from common.machine import ceilings, hardware
+from common.work import ModelWork
+from rpo_lightning.rollout import (
     EngineContext,
     GenerationRequest,
     RolloutEngine,
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one group, one repetition, half the suffixes, an eighth of the full path"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "rollout.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "rollout.json")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.cells, arguments.groups, arguments.repetitions = [(0, 64), (448, 32), (960, 32)], 1, 1

@@ -23,17 +23,17 @@ from statistics import median
 from typing import Any
 
 import torch
-from machine import PeakMemory, ceilings, hardware
-from random_policy import load
-from work import ModelWork
 
-from rpo_lightning.advantages import group_advantages
-from rpo_lightning.logprobs import token_logprobs
-from rpo_lightning.objectives import DAPO
-from rpo_lightning.records import Completion, Group, Prompt, RolloutRequest
-from rpo_lightning.rows import RowCost, rows_of, shared_rows
-from rpo_lightning.shared_attention import IMPLEMENTATION
-from rpo_lightning.update import PolicyLoss, UpdateSettings
+from common.machine import PeakMemory, ceilings, hardware
+from common.random_policy import load
+from common.work import ModelWork
+from rpo_lightning.core.types import Completion, Group, Prompt, RolloutRequest
+from rpo_lightning.policy.prefix_sharing.attention import IMPLEMENTATION
+from rpo_lightning.policy.prefix_sharing.logprobs import token_logprobs
+from rpo_lightning.policy.prefix_sharing.rows import RowCost, rows_of, shared_rows
+from rpo_lightning.update.advantages import group_advantages
+from rpo_lightning.update.loss import PolicyLoss, UpdateSettings
+from rpo_lightning.update.objectives import DAPO
 
 ROOT = Path(__file__).parents[1]
 PROMPT = 32
@@ -178,7 +178,7 @@ def main() -> None:
         "--cells", type=cell, nargs="+", metavar="P,S,G", help="prefix, suffix and group size; the table's if not given"
     )
     parser.add_argument("--quick", action="store_true", help="three cells, one repetition")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "update_phase.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "update_phase.json")
     arguments = parser.parse_args()
     repetitions = 1 if arguments.quick else arguments.repetitions
     measured: dict[str, list[Cell]] = {}

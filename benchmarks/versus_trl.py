@@ -29,18 +29,19 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from filled_cache import FilledCache
 from lightning.pytorch import Callback, Trainer
-from machine import hardware, peak_bytes
-from text_reward import text_reward
 
+from common.filled_cache import FilledCache
+from common.machine import hardware, peak_bytes
+from common.text_reward import text_reward
 from rpo_lightning import RPODataModule, RPOModule
-from rpo_lightning.engines.base import EngineContext, GenerationRequest, RolloutEngine, Sampling
-from rpo_lightning.engines.transformers_engine import TransformersEngine
-from rpo_lightning.engines.vllm_engine import VLLMEngine
-from rpo_lightning.policies import load_policy, load_tokenizer
-from rpo_lightning.records import Completion
+from rpo_lightning.core.types import Completion
+from rpo_lightning.policy.load import load_policy
+from rpo_lightning.policy.tokenizer import load_tokenizer
 from rpo_lightning.rewards import ExactMatchVerifier, FunctionReward
+from rpo_lightning.rollout.engine import EngineContext, GenerationRequest, RolloutEngine, Sampling
+from rpo_lightning.rollout.transformers.engine import TransformersEngine
+from rpo_lightning.rollout.vllm.engine import VLLMEngine
 
 ROOT = Path(__file__).parents[1]
 PROMPT = 64
@@ -154,7 +155,7 @@ def run(python: Path, script: str, settings: dict[str, Any], folder: Path) -> di
     """Run an arm in a process of its own."""
     given, result = folder / "settings.json", folder / "result.json"
     given.write_text(json.dumps({**settings, "folder": str(folder)}))
-    command = [str(python), str(ROOT / "benchmarks" / script), *(["--arm"] if script == "versus_trl.py" else [])]
+    command = [str(python), "-m", script, *(["--arm"] if script == "versus_trl" else [])]
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -182,9 +183,9 @@ def make_environment(folder: Path) -> Path:
 def compare_first_step(trl: Path, settings: dict[str, Any], folder: Path) -> dict[str, float]:
     """One step of each on the same responses."""
     settings = {**settings, "mode": "check", "arm": "full", "end_ids": COMMON, "least": 4}
-    theirs = run(trl, "trl_arm.py", settings, folder)
+    theirs = run(trl, "common.trl_arm", settings, folder)
     same = {key: theirs["first"][key] for key in ("prompt_ids", "completion_ids")}
-    ours = run(Path(sys.executable), "versus_trl.py", {**settings, **same}, folder)
+    ours = run(Path(sys.executable), "versus_trl", {**settings, **same}, folder)
     lengths = [len(ids) for ids in same["completion_ids"]]
     return {
         "trl_loss": theirs["first"]["loss"],
@@ -216,7 +217,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2, help="responses in one forward and backward pass")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="responses of 64 tokens, two steps")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "versus_trl.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "versus_trl.json")
     arguments = parser.parse_args()
     length, suffix, steps = (64, 16, 2) if arguments.quick else (arguments.length, arguments.suffix, arguments.steps)
     trl = make_environment(arguments.environment)
@@ -235,11 +236,11 @@ def main() -> None:
         print(first, flush=True)
         whole = arguments.questions * arguments.group
         arms = {
-            name: run(trl, "trl_arm.py", {**settings, "arm": "trl", "rows": rows}, folder)
+            name: run(trl, "common.trl_arm", {**settings, "arm": "trl", "rows": rows}, folder)
             for name, rows in (("TRL", whole), (f"TRL, {arguments.rows} rows a pass", arguments.rows))
         }
         for name, arm, engine in OURS:
-            arms[name] = run(here, "versus_trl.py", {**settings, "arm": arm, "engine": engine}, folder)
+            arms[name] = run(here, "versus_trl", {**settings, "arm": arm, "engine": engine}, folder)
     version = subprocess.run(
         [str(trl), "-c", "import trl; print(trl.__version__)"], capture_output=True, text=True, check=True
     )

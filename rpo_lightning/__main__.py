@@ -1,6 +1,6 @@
 """``python -m rpo_lightning``."""
 
-from rpo_lightning.cli import main
+from rpo_lightning.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -18,33 +18,34 @@ from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rpo_lightning.accumulation import GradientAccumulation, accumulation_for
-from rpo_lightning.adapters import LoRA, has_adapter
-from rpo_lightning.advantages import AdvantageScale, group_advantages
-from rpo_lightning.dynamic_sampling import DynamicSampling, GroupBuffer, has_loss
-from rpo_lightning.engines.base import RolloutEngine, Sampling
-from rpo_lightning.engines.transformers_engine import TransformersEngine
-from rpo_lightning.errors import ConfigurationError
-from rpo_lightning.generator_states import set_generator_states
-from rpo_lightning.importance import ImportanceCorrection, TokenTruncated
-from rpo_lightning.iteration import IterationRecord
-from rpo_lightning.mismatch import MismatchBound, MismatchGuard
-from rpo_lightning.objectives import DAPO, Objective
-from rpo_lightning.policy_module import PolicyModule, require_requests
-from rpo_lightning.records import Batch, Group, RolloutRequest
-from rpo_lightning.reference import FrozenCopy, ReferencePolicy, WithoutAdapter
+from rpo_lightning.callbacks import LoneExceptionCallback, WeightSyncCallback
+from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.core.seeds import SeedPurpose, derive_seed, set_generator_states
+from rpo_lightning.core.types import Batch, Group, RolloutRequest
+from rpo_lightning.evaluation.module import PolicyModule, require_requests
+from rpo_lightning.policy.lora import LoRA, has_adapter
+from rpo_lightning.policy.parallel.base import GradientAccumulation
+from rpo_lightning.policy.parallel.strategies import accumulation_for
+from rpo_lightning.policy.prefix_sharing.rows import LossScope
 from rpo_lightning.rewards import Grader, GradingPool, MathVerifier, Reward, Verifier
-from rpo_lightning.rollouts import rollout_metrics, rollout_tokens
-from rpo_lightning.rows import LossScope
-from rpo_lightning.run_state import gathered_state, restore_state
-from rpo_lightning.schedules import LearningRateSchedule
-from rpo_lightning.seeds import SeedPurpose, derive_seed
-from rpo_lightning.update import PolicyLoss, UpdateSettings
+from rpo_lightning.rollout.engine import RolloutEngine, Sampling
+from rpo_lightning.rollout.transformers.engine import TransformersEngine
+from rpo_lightning.update.advantages import AdvantageScale, group_advantages
+from rpo_lightning.update.checkpoint import gathered_state, restore_state
+from rpo_lightning.update.dynamic_sampling import DynamicSampling, GroupBuffer, has_loss
+from rpo_lightning.update.importance import ImportanceCorrection, TokenTruncated
+from rpo_lightning.update.loss import PolicyLoss, UpdateSettings
+from rpo_lightning.update.metrics import IterationRecord, rollout_metrics, rollout_tokens
+from rpo_lightning.update.mismatch import MismatchBound, MismatchGuard
+from rpo_lightning.update.objectives import DAPO, Objective
+from rpo_lightning.update.reference import FrozenCopy, ReferencePolicy, WithoutAdapter
+from rpo_lightning.update.schedule import LearningRateSchedule
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class RPOModule(PolicyModule):
         rewards: Terms of the reward.
         tokenizer: The policy's tokenizer, where ``policy`` is a model.
         verifier: Decides what is right; math equivalence if not given.
-        objective: The loss; :class:`~rpo_lightning.objectives.DAPO` if not given.
+        objective: The loss; :class:`~rpo_lightning.update.objectives.DAPO` if not given.
         engine: Generates rollouts; the transformers engine if not given.
         group_size: Responses per question (G), at least 2.
         max_response_tokens: Limit of a whole response, kept prefix included.
@@ -203,6 +204,12 @@ class RPOModule(PolicyModule):
         pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         self._loss = PolicyLoss(policy, reference, self.objective, self.update_settings, pad_id, self.timer, self.ranks)
         return copies
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What every run needs, unless the trainer has its own: the engine's weights, and an end for failing ranks."""
+        there = cast(Any, self.trainer).callbacks
+        kinds = (WeightSyncCallback, LoneExceptionCallback)
+        return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in there)]
 
     def configure_optimizers(self) -> Any:
         """The optimizer and the schedule over the run's updates."""

@@ -13,14 +13,16 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
-from rpo_lightning import RPODataModule, RPOModule, packed_attention, shared_attention
-from rpo_lightning.cache import ExperienceCache
-from rpo_lightning.policies import load_policy, load_tokenizer
-from rpo_lightning.records import Completion, Group, Prompt, RolloutRequest, Sample
+from rpo_lightning import RPODataModule, RPOModule
+from rpo_lightning.cache.cache import ExperienceCache
+from rpo_lightning.core.types import Completion, Group, Prompt, RolloutRequest, Sample
+from rpo_lightning.data.arithmetic import ArithmeticChain
+from rpo_lightning.policy.load import load_policy
+from rpo_lightning.policy.prefix_sharing import attention as shared_attention
+from rpo_lightning.policy.prefix_sharing import gpu as packed_attention
+from rpo_lightning.policy.tokenizer import load_tokenizer
 from rpo_lightning.rewards import AccuracyReward, ExactMatchVerifier
-from rpo_lightning.tasks.arithmetic import ArithmeticChain
-
-from .dense_kernels import dense_attend, dense_attend_backward
+from tests.policy.prefix_sharing.dense_kernels import dense_attend, dense_attend_backward
 
 REASONER = "embedded:arithmetic-reasoner"
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -9,9 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from rpo_lightning.callbacks.run_folder import RunFolderCallback
-from rpo_lightning.errors import ConfigurationError
-from rpo_lightning.records import Group
-from rpo_lightning.rollouts import decode
+from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.core.types import Group
+from rpo_lightning.policy.tokenizer import decode
 
 COMPLETIONS_FILE = "completions.jsonl"
 COLUMNS = ("step", "uid", "prompt", "answer", "prefix", "suffix", "reward", "correct", "finished")

@@ -7,13 +7,13 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from rpo_lightning.callbacks.gathering import gather_rows
 from rpo_lightning.callbacks.run_folder import RunFolderCallback
-from rpo_lightning.data import set_key
+from rpo_lightning.core.files import replacing, write_parquet
+from rpo_lightning.core.ranks import gather_rows
+from rpo_lightning.data.datamodule import set_key
+from rpo_lightning.data.prompts import LoadReport
 from rpo_lightning.evaluation import Estimate
 from rpo_lightning.evaluation.evaluation import CONFIDENCE, average
-from rpo_lightning.files import replacing, write_parquet
-from rpo_lightning.prompts import LoadReport
 
 RESULTS_FILE = "evaluation.parquet"
 TABLE_FILE = "evaluation.md"

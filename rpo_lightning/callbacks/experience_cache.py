@@ -7,27 +7,27 @@ fill it, and takes every sampled group of every rank back into it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from transformers import PreTrainedTokenizerBase
 
-from rpo_lightning.cache import FORMAT_VERSION, ExperienceCache
+from rpo_lightning.cache.budgets import FullBudget, SuffixBudget
+from rpo_lightning.cache.cache import FORMAT_VERSION, ExperienceCache
+from rpo_lightning.cache.cuts import CutStrategy, FractionOfShortestCut
+from rpo_lightning.cache.parquet import read_cache, write_cache
+from rpo_lightning.cache.prefixes import CachedPrefixes, require_same_questions
+from rpo_lightning.cache.refresh import EpsilonGreedyRefresh, RefreshRule
 from rpo_lightning.callbacks.progress import AnswerBar
 from rpo_lightning.callbacks.run_folder import FinalFilesCallback
 from rpo_lightning.callbacks.weight_sync import sync_engine
-from rpo_lightning.cuts import CutStrategy, FractionOfShortestCut, FullBudget, SuffixBudget
-from rpo_lightning.engines.base import Sampling
-from rpo_lightning.errors import ConfigurationError
-from rpo_lightning.prefixes import CachedPrefixes, full_path_request, require_same_questions
-from rpo_lightning.records import Group, Prompt
-from rpo_lightning.refresh import EpsilonGreedyRefresh, RefreshRule
-from rpo_lightning.seeds import SeedPurpose, derive_seed
+from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.core.seeds import SeedPurpose, derive_seed
+from rpo_lightning.core.types import Group, Prompt, full_path_request
+from rpo_lightning.policy.tokenizer import tokenizer_fingerprint
+from rpo_lightning.rollout.engine import Sampling
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
         if stage != "fit":
             return
         data: Any = getattr(trainer, "datamodule", None)
-        if not hasattr(data, "prefixes"):
+        if not hasattr(data, "make_request"):
             raise ConfigurationError(
                 "ExperienceCacheCallback serves its prefixes through an RPODataModule: pass one to trainer.fit"
             )
@@ -132,7 +132,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
             keep_unfinished=self.keep_unfinished,
         )
         self._is_restored = False
-        data.prefixes = self._prefixes
+        data.make_request = self._prefixes.request
 
     @property
     def _saves_over_its_source(self) -> bool:
@@ -151,7 +151,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
             cache = self.cache
         elif self.path is not None:
             where = self.path
-            cache.load(where)
+            cache = read_cache(where, cache.tokenizer_fingerprint)
         else:
             return cache
         if trainer.global_step == 0:  # else the same trainer goes on, and so do its updates
@@ -199,7 +199,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
 
     def _save(self, trainer: Trainer) -> None:
         if self.writes(trainer) and not self._saves_over_its_source:
-            self.cache.save(self.folder / CACHE_FILE)
+            write_cache(self.cache, self.folder / CACHE_FILE)
 
     def state_dict(self) -> dict[str, Any]:
         """The cache, for the checkpoint; nothing before training has made one."""
@@ -255,9 +255,3 @@ class ExperienceCacheCallback(FinalFilesCallback):
         seed = derive_seed(SeedPurpose.INITIALISATION, start)
         groups: list[Group] = module.roll_out(requests, self.initial_samples, sampling, seed)
         return groups
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A short hash of the vocabulary: token ids mean the same where it is equal."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
-    return hashlib.blake2b(vocabulary.encode(), digest_size=8).hexdigest()

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from rpo_lightning.callbacks.run_folder import FinalFilesCallback
-from rpo_lightning.export import require_room
+from rpo_lightning.policy.export import require_room
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import distributed
 
-from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.core.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 

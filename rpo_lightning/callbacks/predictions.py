@@ -8,9 +8,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from rpo_lightning.callbacks.gathering import gather_rows
 from rpo_lightning.callbacks.run_folder import RunFolderCallback, run_folder
-from rpo_lightning.files import write_json_lines
+from rpo_lightning.core.files import write_json_lines
+from rpo_lightning.core.ranks import gather_rows
 
 PREDICTIONS_FILE = "predictions.jsonl"
 

@@ -17,9 +17,9 @@ from lightning.pytorch.loggers import CSVLogger
 from rpo_lightning.callbacks.experience_cache import CACHE_FILE, ExperienceCacheCallback
 from rpo_lightning.callbacks.export import POLICY_FOLDER, HuggingFaceExportCallback
 from rpo_lightning.callbacks.run_folder import RunFolderCallback
-from rpo_lightning.files import replacing
-from rpo_lightning.iteration import IterationRecord
-from rpo_lightning.timing import PHASES
+from rpo_lightning.core.files import replacing
+from rpo_lightning.core.timing import PHASES
+from rpo_lightning.update.metrics import IterationRecord
 
 SUMMARY_FILE = "summary.json"
 

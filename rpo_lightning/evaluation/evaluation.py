@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from rpo_lightning.core.types import Group
 from rpo_lightning.evaluation.metrics import (
     AverageAtK,
     MajorityAtK,
@@ -20,7 +21,6 @@ from rpo_lightning.evaluation.metrics import (
     bootstrap_means,
     question_key,
 )
-from rpo_lightning.records import Group
 
 CONFIDENCE = 0.95
 

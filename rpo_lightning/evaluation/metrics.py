@@ -18,7 +18,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from rpo_lightning.errors import ConfigurationError
+from rpo_lightning.core.errors import ConfigurationError
 
 
 class QuestionMetric(Metric):

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from rpo_lightning.records import Sample
+from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards.pool import GradingPool
 
 

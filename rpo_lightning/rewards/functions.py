@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rpo_lightning.errors import ConfigurationError
-from rpo_lightning.records import Sample
+from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards.base import Reward
 from rpo_lightning.rewards.pool import GradingPool
 

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rpo_lightning.errors import ConfigurationError, RewardError
-from rpo_lightning.records import Sample
+from rpo_lightning.core.errors import ConfigurationError, RewardError
+from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards.base import AnswerVerifier, Reward, Verifier
 from rpo_lightning.rewards.pool import GradingPool
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from rpo_lightning.errors import ConfigurationError
-from rpo_lightning.records import Sample
+from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards.base import Reward
 
 

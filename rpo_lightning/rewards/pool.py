@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
-from rpo_lightning.errors import ConfigurationError, RewardError
+from rpo_lightning.core.errors import ConfigurationError, RewardError
 
 log = logging.getLogger(__name__)
 

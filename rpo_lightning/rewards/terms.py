@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from rpo_lightning.records import Sample
+from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards.base import Reward
 
 # The opening tag is optional: chat templates of reasoning models put it into the prompt.

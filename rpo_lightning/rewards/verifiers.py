@@ -8,7 +8,7 @@ import math
 import re
 from typing import Any
 
-from rpo_lightning.records import GoldAnswer
+from rpo_lightning.core.types import GoldAnswer
 from rpo_lightning.rewards.base import AnswerVerifier, Verifier
 from rpo_lightning.rewards.functions import import_function
 

@@ -1,0 +1,26 @@
+"""The experience cache, and what RPO does with it: cuts, budgets, refresh rules. No Lightning here."""
+
+from rpo_lightning.cache.budgets import CutPlusSlackBudget, FullBudget, SuffixBudget
+from rpo_lightning.cache.cache import CachedResponse, CacheEntry, ExperienceCache
+from rpo_lightning.cache.cuts import AnchoredCut, CutStrategy, FractionOfShortestCut, GroupOutcome, UniformCut
+from rpo_lightning.cache.parquet import read_cache, write_cache
+from rpo_lightning.cache.refresh import CorrectMemberRefresh, EpsilonGreedyRefresh, RefreshRule
+
+__all__ = [
+    "AnchoredCut",
+    "CacheEntry",
+    "CachedResponse",
+    "CorrectMemberRefresh",
+    "CutPlusSlackBudget",
+    "CutStrategy",
+    "EpsilonGreedyRefresh",
+    "ExperienceCache",
+    "FractionOfShortestCut",
+    "FullBudget",
+    "GroupOutcome",
+    "RefreshRule",
+    "SuffixBudget",
+    "UniformCut",
+    "read_cache",
+    "write_cache",
+]

@@ -1,0 +1,160 @@
+"""Experience caches as Parquet files, written and read piece by piece: no more than a piece is held beside the cache.
+
+A row per question; the format's version and the tokenizer's fingerprint are in the schema's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rpo_lightning.cache.cache import FORMAT_VERSION, CachedResponse, CacheEntry, ExperienceCache
+from rpo_lightning.cache.spans import flat_spans, nested_spans
+from rpo_lightning.core.errors import CacheError
+from rpo_lightning.core.files import replacing
+
+# A piece is written once it has so many tokens or rows; files are read by as many rows. Arrow needs several
+# times the bytes of a piece while it works.
+PIECE_TOKENS, PIECE_ROWS = 2**20, 512
+
+SCHEMA = pa.schema(
+    {
+        "uid": pa.string(),
+        "token_ids": pa.list_(pa.int32()),
+        "reward": pa.float64(),
+        "correct": pa.bool_(),
+        "finished": pa.bool_(),
+        "spans": pa.list_(pa.struct({"step": pa.int64(), "count": pa.int64()})),
+        "visits": pa.int64(),
+        "restart": pa.bool_(),
+        "state": pa.string(),
+    }
+)
+
+_Row = tuple[CacheEntry, CachedResponse | None]
+
+
+def write_cache(cache: ExperienceCache, path: str | Path) -> None:
+    """Write a cache, atomically."""
+    schema = SCHEMA.with_metadata({"version": str(FORMAT_VERSION), "tokenizer": cache.tokenizer_fingerprint})
+    with replacing(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+        for rows in _pieces(cache):
+            writer.write_batch(_as_batch(rows, schema))
+    _give_memory_back()
+
+
+def read_cache(path: str | Path, tokenizer_fingerprint: str) -> ExperienceCache:
+    """Read a cache.
+
+    Args:
+        path: The file.
+        tokenizer_fingerprint: The policy's; token ids of another tokenizer would mean other text.
+
+    Raises:
+        CacheError: The file is missing, is no cache, or belongs to another tokenizer.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CacheError(f"{path}: no such cache file")
+    cache = ExperienceCache(tokenizer_fingerprint)
+    try:
+        _read_file(cache, path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CacheError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+    _give_memory_back()
+    return cache
+
+
+def _pieces(cache: ExperienceCache) -> Iterator[list[_Row]]:
+    rows: list[_Row] = []
+    tokens = 0
+    for entry in cache:
+        response = entry.response
+        rows.append((entry, response))
+        tokens += 0 if response is None else len(response)
+        if tokens >= PIECE_TOKENS or len(rows) >= PIECE_ROWS:
+            yield rows
+            rows, tokens = [], 0
+    if rows:
+        yield rows
+
+
+def _give_memory_back() -> None:
+    """Arrow keeps what it has let go of: as much as a small cache has."""
+    pa.default_memory_pool().release_unused()
+
+
+def _as_batch(rows: list[_Row], schema: pa.Schema) -> pa.RecordBatch:
+    entries, responses = [e for e, _ in rows], [r for _, r in rows]
+    missing = pa.array([r is None for r in responses])
+    there = [r for r in responses if r is not None]
+    span_counts, spans = flat_spans([() if r is None else r.spans for r in responses])
+    return pa.record_batch(
+        [
+            pa.array([e.uid for e in entries]),
+            pa.ListArray.from_arrays(
+                _offsets([0 if r is None else len(r) for r in responses]),
+                np.concatenate([r.token_ids for r in there]) if there else np.zeros(0, np.int32),
+                mask=missing,
+            ),
+            pa.array([0.0 if r is None else r.reward for r in responses]),
+            pa.array([r is not None and r.correct for r in responses]),
+            pa.array([r is not None and r.finished for r in responses]),
+            pa.ListArray.from_arrays(
+                _offsets(span_counts), pa.StructArray.from_arrays(list(spans.T), names=["step", "count"])
+            ),
+            pa.array([e.visits for e in entries]),
+            pa.array([e.restart for e in entries]),
+            pa.array([json.dumps(e.state) if e.state else "" for e in entries]),
+        ],
+        schema=schema,
+    )
+
+
+def _offsets(lengths: list[int] | np.ndarray) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+
+def _read_file(cache: ExperienceCache, path: Path) -> None:
+    # Not pre-buffered: that would hold the whole file.
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        schema = file.schema_arrow
+        metadata = schema.metadata or {}
+        if b"tokenizer" not in metadata or b"version" not in metadata:
+            raise CacheError(f"{path}: not an experience cache (no tokenizer fingerprint in its metadata)")
+        cache.require_same_origin(int(metadata[b"version"]), metadata[b"tokenizer"].decode(), str(path))
+        if not schema.equals(SCHEMA):
+            raise CacheError(f"{path}: its columns are not an experience cache's: {', '.join(SCHEMA.names)}")
+        for batch in file.iter_batches(PIECE_ROWS):
+            _read_batch(cache, batch, str(path))
+
+
+def _read_batch(cache: ExperienceCache, batch: pa.RecordBatch, where: str) -> None:
+    column = {name: batch.column(name) for name in batch.schema.names}
+    tokens, spans = column["token_ids"], column["spans"]
+    for name, array in {**column, "token_ids": tokens.values, "spans": spans.values}.items():
+        if array.null_count:
+            raise CacheError(f"{where}: {array.null_count} empty values in its column {name!r}")
+    all_ids = tokens.values.to_numpy()
+    ranges = list(pairwise(tokens.offsets.to_pylist()))
+    all_spans = spans.values
+    runs = np.stack([all_spans.field("step").to_numpy(), all_spans.field("count").to_numpy()], axis=1)
+    starts = spans.offsets.to_numpy()
+    many_spans = nested_spans(np.diff(starts), runs[starts[0] : starts[-1]])
+    uids, visits, restarts, rewards, verdicts, finished, states = (
+        column[name].to_pylist() for name in ("uid", "visits", "restart", "reward", "correct", "finished", "state")
+    )
+    for i, is_there in enumerate(tokens.is_valid().to_pylist()):
+        entry = cache.entry(uids[i])
+        entry.visits, entry.restart = visits[i], restarts[i]
+        if states[i]:
+            entry.state = json.loads(states[i])
+        if is_there:
+            ids = all_ids[slice(*ranges[i])]
+            cache.remember(uids[i], CachedResponse(ids, rewards[i], verdicts[i], finished[i], many_spans[i]))

@@ -1,0 +1,170 @@
+"""Experience caches as tables with text, for people and for other programs; and traces from elsewhere as caches.
+
+An exported row is readable (``response`` is text) and complete (``token_ids`` are there too), so that it can be
+imported again without drift: ids are taken as they are and must decode to the text. Where a row has
+text alone, a teacher's solution say, it is tokenised once, here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rpo_lightning.cache.cache import IMPORTED_STEP, CachedResponse, ExperienceCache
+from rpo_lightning.core.errors import CacheError
+from rpo_lightning.core.files import write_json_lines, write_parquet
+from rpo_lightning.core.types import Prompt, Sample
+from rpo_lightning.policy.tokenizer import decode
+from rpo_lightning.rewards import Grader
+
+
+def exported_rows(
+    cache: ExperienceCache, tokenizer: PreTrainedTokenizerBase, questions: Mapping[str, Prompt]
+) -> Iterator[dict[str, Any]]:
+    """The responses of a cache as rows.
+
+    Args:
+        cache: The cache.
+        tokenizer: Decodes token ids.
+        questions: Prompts by uid; question and answer are empty for uids that are not there.
+    """
+    for entry in cache:
+        if entry.response is None:
+            continue
+        prompt, response = questions.get(entry.uid), entry.response
+        ids = response.token_ids.tolist()
+        yield {
+            "uid": entry.uid,
+            "question": prompt.text if prompt else None,
+            "answer": str(prompt.answer) if prompt else None,
+            "response": decode(tokenizer, ids),
+            "token_ids": ids,
+            "tokens": len(ids),
+            "reward": response.reward,
+            "correct": response.correct,
+            "finished": response.finished,
+            "step": response.step,
+            "spans": [list(span) for span in response.spans],
+            "visits": entry.visits,
+        }
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], out: str | Path) -> None:
+    """Write rows to a ``.parquet`` or ``.jsonl`` file, or else as a ``datasets`` folder.
+
+    Raises:
+        CacheError: ``datasets`` is needed and not installed.
+    """
+    path = Path(out)
+    if path.suffix == ".parquet":
+        return write_parquet(rows, path)
+    if path.suffix in (".jsonl", ".json"):
+        return write_json_lines(rows, path)
+    try:
+        from datasets import Dataset
+    except ImportError as error:
+        raise CacheError(f"{out}: a folder needs 'pip install datasets'; .parquet and .jsonl do not") from error
+    Dataset.from_list([dict(row) for row in rows]).save_to_disk(str(path))
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What became of the rows of an import.
+
+    Attributes:
+        matched: Rows whose question is a training question.
+        unmatched: Rows whose question is none, or more than one.
+        overlong: Rows whose response is over the limit.
+        responses: Questions that have a response now.
+    """
+
+    matched: int
+    unmatched: int
+    overlong: int
+    responses: int
+
+
+def import_responses(
+    cache: ExperienceCache,
+    prompts: Sequence[Prompt],
+    rows: Iterable[Mapping[str, Any]],
+    columns: tuple[Sequence[str], str],
+    tokenizer: PreTrainedTokenizerBase,
+    grader: Grader,
+    response_limit: int,
+    where: str,
+) -> ImportReport:
+    """Cache responses that were made elsewhere; the best of those that a question has.
+
+    Args:
+        cache: Takes the responses.
+        prompts: The questions, as the run that will use the cache reads them.
+        rows: Rows with a response each, and the ``uid`` or the text of its question.
+        columns: Columns that may hold the question, and the one that holds the response's text.
+        tokenizer: The policy's.
+        grader: Grades the responses.
+        response_limit: Longer responses are left out: a run could not continue them.
+        where: Names the source in messages.
+
+    Raises:
+        CacheError: A row has no response, or token ids that are not this tokenizer's.
+    """
+    known = {p.uid: p for p in prompts}
+    texts = Counter(p.text for p in prompts)
+    by_text = {p.text: p for p in prompts if texts[p.text] == 1}
+    question_columns, response_column = columns
+    found: list[_Response] = []
+    unmatched = overlong = 0
+    for number, row in enumerate(rows, start=1):
+        text = next((str(row[c]) for c in question_columns if row.get(c) is not None), "")
+        prompt = known.get(str(row.get("uid"))) or by_text.get(text)
+        if prompt is None:
+            unmatched += 1
+            continue
+        ids = _token_ids(row, response_column, tokenizer, f"{where}, row {number}")
+        if len(ids) > response_limit:
+            overlong += 1
+            continue
+        # Whether text without ids was finished is not known; it is taken to be.
+        found.append((prompt, ids, bool(row.get("finished", ids[-1] == tokenizer.eos_token_id))))
+    for prompt, response in _graded(found, tokenizer, grader):
+        known_response = cache.entry(prompt.uid).response
+        if known_response is None or known_response.reward < response.reward:
+            cache.remember(prompt.uid, response)
+    return ImportReport(len(found), unmatched, overlong, sum(e.response is not None for e in cache))
+
+
+# A question, a response's token ids, and whether it had ended by itself.
+_Response = tuple[Prompt, list[int], bool]
+
+
+def _graded(
+    found: Sequence[_Response], tokenizer: PreTrainedTokenizerBase, grader: Grader
+) -> Iterator[tuple[Prompt, CachedResponse]]:
+    groups = [[Sample(p.text, decode(tokenizer, i), p.answer, len(i), finished)] for p, i, finished in found]
+    for (prompt, ids, _), graded in zip(found, grader.grade(groups) if groups else [], strict=True):
+        sample, spans = graded.samples[0], ((IMPORTED_STEP, len(ids)),)
+        array = np.asarray(ids, dtype=np.int32)
+        yield prompt, CachedResponse(array, graded.rewards[0], sample.is_correct, sample.finished, spans)
+
+
+def _token_ids(row: Mapping[str, Any], column: str, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
+    text = row.get(column)
+    if row.get("token_ids") is not None:
+        ids = [int(i) for i in row["token_ids"]]
+        if not ids or max(ids) >= len(tokenizer) or (text is not None and decode(tokenizer, ids) != text):
+            raise CacheError(
+                f"{where}: its token ids are not this tokenizer's (they do not decode to its {column!r}); "
+                "drop the column 'token_ids' to have the text tokenised"
+            )
+        return ids
+    if not text:
+        raise CacheError(f"{where}: no {column!r} in it, and no token ids; name the column with --response_column")
+    ids = list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+    return [*ids, int(tokenizer.eos_token_id)] if tokenizer.eos_token_id is not None else ids

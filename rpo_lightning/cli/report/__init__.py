@@ -1,0 +1,1 @@
+"""``rpo-lightning report``."""

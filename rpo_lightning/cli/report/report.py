@@ -1,0 +1,159 @@
+"""A run as one self-contained page: curves, times, the cache, some completions.
+
+``rpo-lightning report runs/quickstart/version_0`` reads what the run's callbacks and its CSV logger left in the
+folder, and writes ``report.html`` there. Pictures and style are inside the file.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli
+
+from rpo_lightning.callbacks.completions import COMPLETIONS_FILE
+from rpo_lightning.callbacks.run_summary import SUMMARY_FILE
+from rpo_lightning.core.errors import DataError, require_modules
+from rpo_lightning.core.files import replacing
+
+REPORT_FILE = "report.html"
+METRICS_FILE = "metrics.csv"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture: columns of the metrics over iterations, of which each makes one update, several or none.
+
+    Attributes:
+        title: What it shows.
+        unit: Of the vertical axis.
+        columns: Column of the metrics file and its label.
+        stacked: Whether the columns add up to a whole.
+    """
+
+    title: str
+    unit: str
+    columns: Sequence[tuple[str, str]]
+    stacked: bool = False
+
+
+PANELS = (
+    Panel(
+        "Reward in training, and held-out accuracy without a prefix",
+        "mean",
+        [
+            ("reward/mean", "reward in training"),
+            ("reward/correct_share", "right in training (prefix kept)"),
+            ("val/accuracy", "held out, no prefix"),
+        ],
+    ),
+    Panel(
+        "Lengths",
+        "tokens per sample",
+        [
+            ("rollout/response_tokens", "whole response"),
+            ("rollout/decoded_tokens_per_sample", "decoded"),
+            ("rollout/kept_prefix_tokens", "kept prefix"),
+            ("val/response_tokens", "held out"),
+        ],
+    ),
+    Panel(
+        "Groups without variance",
+        "share of groups",
+        [
+            ("rollout/zero_variance_share", "all"),
+            ("rollout/all_right_share", "all right"),
+            ("rollout/all_wrong_share", "all wrong"),
+            ("rollout/truncated_share", "responses cut off"),
+        ],
+    ),
+    Panel("Cache", "share", [("cache/correct_share", "right"), ("cache/initial_token_share", "tokens of the start")]),
+    Panel("Age of the cached responses", "updates", [("cache/age", "mean age")]),
+    Panel("Update", "nats", [("loss/entropy", "entropy"), ("loss/kl", "KL to the reference")]),
+)
+
+
+def write_report(run: str) -> None:
+    """Write ``report.html`` into a run's folder.
+
+    Args:
+        run: Folder of the run, with ``metrics.csv`` in it; other files are used where they are there.
+    """
+    require_modules("analysis", "jinja2", "matplotlib", "pandas")
+    import pandas as pd
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    folder = Path(run)
+    metrics_path, summary_path = folder / METRICS_FILE, folder / SUMMARY_FILE
+    if not metrics_path.is_file():
+        raise DataError(f"{folder}: no {METRICS_FILE} in it; name the folder of a run with a CSVLogger")
+    metrics = pd.read_csv(metrics_path)
+    summary = json.loads(summary_path.read_text()) if summary_path.is_file() else None
+    times = Panel(
+        "Seconds of an iteration, by phase",
+        "seconds",
+        [(c, c.removeprefix("time/")) for c in metrics.columns if c.startswith("time/")],
+        stacked=True,
+    )
+    pictures = [(panel.title, draw(metrics, panel)) for panel in (*PANELS, times) if has_data(metrics, panel)]
+    environment = Environment(
+        loader=PackageLoader("rpo_lightning.cli", "report"), autoescape=select_autoescape(default=True)
+    )
+    page = environment.get_template("report.html.j2").render(
+        name=str(folder), summary=summary, pictures=pictures, completions=read_completions(folder)
+    )
+    with replacing(folder / REPORT_FILE) as partial:
+        partial.write_text(page, encoding="utf-8")
+    print(f"report written to {folder / REPORT_FILE}")
+
+
+def has_data(metrics: Any, panel: Panel) -> bool:
+    """Whether any column of a panel was logged."""
+    return any(c in metrics and metrics[c].notna().any() for c, _ in panel.columns)
+
+
+def draw(metrics: Any, panel: Panel) -> str:
+    """A panel as a PNG, base64."""
+    import matplotlib
+    import pandas as pd
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 3.4))
+    series = {label: metrics[["step", c]].dropna() for c, label in panel.columns if c in metrics}
+    series = {label: rows for label, rows in series.items() if len(rows)}
+    if panel.stacked:
+        table = pd.concat([rows.set_index("step").iloc[:, 0].rename(label) for label, rows in series.items()], axis=1)
+        table = table.groupby(level=0).sum()
+        axis.stackplot(table.index, table.fillna(0.0).T.to_numpy(), labels=list(table.columns))
+    else:
+        for label, rows in series.items():
+            axis.plot(rows["step"], rows.iloc[:, 1], marker="." if len(rows) < 60 else None, label=label)
+    axis.set_xlabel("iterations")
+    axis.set_ylabel(panel.unit)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    plt.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def read_completions(folder: Path, limit: int = 6) -> list[dict[str, Any]]:
+    """The last completions that were logged."""
+    path = folder / COMPLETIONS_FILE
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[-limit:]]
+
+
+def report(arguments: list[str]) -> None:
+    """Write the page of a run."""
+    auto_cli(write_report, args=arguments, prog="rpo-lightning report")

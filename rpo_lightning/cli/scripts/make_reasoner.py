@@ -1,0 +1,199 @@
+"""Make the embedded reasoner: ``python -m rpo_lightning.cli.scripts.make_reasoner``.
+
+A Llama of 337k parameters first learns the arithmetic from correct chains of 3, then 8, then 24
+operations, and then imitates a careless teacher who leaves out a step now and then. So it can do every
+step, and solves about a third of fresh problems at temperature 1: a reward signal, and a habit to
+unlearn. The result, weights and tokenizer in the ordinary Hugging Face files, is what ships in
+``rpo_lightning/policy/arithmetic_reasoner``; it was made on a GPU in four minutes. A CPU takes the better
+part of an hour, and other hardware rounds differently, so the weights will not be the same bit for bit.
+
+``--operations N`` makes one for longer chains; ``--start FOLDER`` continues from a reasoner for shorter ones, which
+knows what a step is and learns new step names and larger distances.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_scheduler
+
+from rpo_lightning.data.arithmetic import STEP_NAMES, draw_problem
+from rpo_lightning.policy.export import save_policy
+from rpo_lightning.policy.load import load_policy
+from rpo_lightning.policy.tokenizer import decode, load_tokenizer
+from rpo_lightning.rollout.engine import GenerationRequest, Sampling
+from rpo_lightning.rollout.transformers.engine import TransformersEngine
+
+OPERATIONS = 24
+# Correct chains: (operations, most updates), then those of full length, up to this sampled accuracy.
+CURRICULUM = ((3, 200), (8, 200))
+FULL_LENGTH_UPDATES = 2000
+SUFFICIENT_ACCURACY = 0.3
+# Careless chains of the full length, with a decaying learning rate: a third has no step left out.
+CARELESS_UPDATES = 600
+CARELESS_SUCCESS = 1 / 3
+LEARNING_RATE = 3e-3
+WARMUP_UPDATES = 50
+BATCH_OPERATIONS = 64 * 24
+EVALUATION_PROBLEMS = 256
+EVALUATE_EVERY = 20
+
+
+def make_tokenizer(operations: int = OPERATIONS) -> PreTrainedTokenizerFast:
+    """One character, one token; ``^`` opens a prompt and ``$`` ends a response."""
+    characters = "0123456789" + STEP_NAMES[: max(operations, 26)] + "+-*=#"
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "^", "$", "<unk>", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single="^ $A", special_tokens=[("^", vocabulary["^"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="^", eos_token="$", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, operations: int = OPERATIONS) -> LlamaForCausalLM:
+    """A small Llama with tied embeddings."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16 * math.ceil(len(tokenizer) / 16),
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=3,  # head_dim 32: the smallest that the usual attention kernels take
+            max_position_embeddings=1024 * math.ceil(14 * operations / 1024),
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def continue_from(start: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Copy the weights of a reasoner for shorter chains; step names that it lacks begin like its own names."""
+    known = load_tokenizer(str(start)).get_vocab()
+    state: Any = load_policy(str(start)).state_dict()
+    old = state.pop("model.embed_tokens.weight")
+    state.pop("lm_head.weight", None)
+    names = old[[known[n] for n in STEP_NAMES if n in known]]
+    with torch.no_grad():
+        embeddings = cast(Any, model).get_input_embeddings().weight
+        embeddings.copy_(names.mean(0) + names.std(0) * torch.randn_like(embeddings))
+        for token, index in tokenizer.get_vocab().items():
+            if token in known:
+                embeddings[index] = old[known[token]]
+    model.load_state_dict(state, strict=False)
+
+
+def training_batch(
+    rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, operations: int, left_out_share: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded token ids and labels (prompts masked), both [B, T]."""
+    rows, labels = [], []
+    for _ in range(max(BATCH_OPERATIONS // max(operations, OPERATIONS), 1)):
+        problem = draw_problem(rng, operations)
+        solution = problem.solution(left_out=np.flatnonzero(rng.random(operations) < left_out_share))
+        prompt = tokenizer(problem.question)["input_ids"]
+        response = tokenizer(solution, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        rows.append(torch.tensor(prompt + response))
+        labels.append(torch.tensor([-100] * len(prompt) + response))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return (
+        pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
+        pad(labels, batch_first=True, padding_value=-100),
+    )
+
+
+def sampled_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, operations: int, seed: int) -> float:
+    """Share of fresh problems solved by one sample at temperature 1."""
+    rng = np.random.default_rng(seed)
+    problems = [draw_problem(rng, operations) for _ in range(EVALUATION_PROBLEMS)]
+    engine = TransformersEngine(max_sequences=256)
+    engine.attach(model, tokenizer)
+    engine.load_weights(model, version=0)
+    requests = [GenerationRequest(tuple(tokenizer(p.question)["input_ids"]), 1, 14 * operations) for p in problems]
+    outputs = engine.generate(requests, Sampling(), seed=seed)
+    texts = [decode(tokenizer, c[0].token_ids) for c in outputs]
+    right = [t.rpartition("#")[2] == p.answer for t, p in zip(texts, problems, strict=True)]
+    return float(np.mean(right))
+
+
+class Teaching:
+    """Supervised updates of a model, with a line of progress now and then."""
+
+    def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.rng = rng
+        self.update_count = 0
+        self._started = time.monotonic()
+
+    def run(self, operations: int, updates: int, left_out_share: float, decays: bool, sufficient: float = 2.0) -> None:
+        """Teach until ``updates`` are made or the sampled accuracy is ``sufficient``."""
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+        name = "linear" if decays else "constant_with_warmup"
+        every = EVALUATE_EVERY if sufficient <= 1 else updates // 3  # only to be seen
+        schedule = get_scheduler(name, optimizer, num_warmup_steps=WARMUP_UPDATES, num_training_steps=updates)
+        for update in range(1, updates + 1):
+            loss = self._update(optimizer, operations, left_out_share)
+            schedule.step()
+            if update % every == 0:
+                # Seeds beyond those of the shipped data sets, so that nothing evaluated later was seen here.
+                accuracy = sampled_accuracy(self.model, self.tokenizer, operations, seed=10_000 + self.update_count)
+                print(
+                    f"{time.monotonic() - self._started:6.0f} s  update {self.update_count:4d}  "
+                    f"{operations:2d} operations  loss {loss:.4f}  sampled accuracy {accuracy:.3f}",
+                    flush=True,
+                )
+                if accuracy >= sufficient:
+                    return
+
+    def _update(self, optimizer: torch.optim.Optimizer, operations: int, left_out_share: float) -> float:
+        input_ids, labels = training_batch(self.rng, self.tokenizer, operations, left_out_share)
+        input_ids, labels = input_ids.to(self.model.device), labels.to(self.model.device)
+        mask = (input_ids != self.tokenizer.pad_token_id).long()
+        loss = self.model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        optimizer.step()
+        self.update_count += 1
+        return float(loss)
+
+
+def main() -> None:
+    """Train and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "arithmetic_reasoner")
+    parser.add_argument("--seed", type=int, default=6)
+    parser.add_argument("--operations", type=int, default=OPERATIONS)
+    parser.add_argument("--start", type=Path, help="a reasoner to continue from, instead of the curriculum")
+    parser.add_argument("--bfloat16", action="store_true", help="save the weights rounded, in half the space")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    tokenizer = make_tokenizer(args.operations)
+    model = make_model(tokenizer, args.operations)
+    if args.start:
+        continue_from(args.start, model, tokenizer)
+    cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
+    teaching = Teaching(model, tokenizer, np.random.default_rng(args.seed))
+    for operations, updates in () if args.start else CURRICULUM:
+        teaching.run(operations, updates, 0.0, decays=False)
+    teaching.run(args.operations, FULL_LENGTH_UPDATES, 0.0, decays=False, sufficient=SUFFICIENT_ACCURACY)
+    left_out_share = 1 - CARELESS_SUCCESS ** (1 / args.operations)
+    teaching.run(args.operations, CARELESS_UPDATES, left_out_share, decays=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_policy(cast(Any, model).bfloat16() if args.bfloat16 else model, tokenizer, args.out)
+    print(f"saved {sum(p.numel() for p in model.parameters()):,} parameters to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The records that travel through one iteration, and the legend of tensor shapes.
+
+``Prompt`` → ``RolloutRequest`` (prompt + kept prefix + suffix budget) → ``Group`` (G responses that
+share prompt and prefix) with rewards → loss. Token ids are kept from end to end; text is made once,
+for rewards and logs.
+
+Shape suffixes used throughout the package:
+
+====== =====================================================================
+``B``  rows (responses) of a micro-batch
+``T``  tokens of a padded row
+``S``  positions of a row in the loss scope, padded (suffix or response)
+``G``  group size
+``V``  vocabulary
+``N``  sequences being decoded at once
+``R``  requests whose sequences they are
+====== =====================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+# Runs of (update step, number of tokens generated at it).
+Spans = tuple[tuple[int, int], ...]
+
+
+class Batch(Generic[T]):
+    """A batch of records, opaque to Lightning.
+
+    Lightning walks lists and dataclasses in search of tensors to convert and move, and rebuilds them
+    on the way (or refuses frozen ones). There are no tensors in these records.
+    """
+
+    def __init__(self, items: Sequence[T]) -> None:
+        self._items = list(items)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> T:
+        return self._items[index]
+
+
+class GoldAnswer(str):
+    """A gold answer as text, and how far numbers may be from it.
+
+    Args:
+        parts: Its parts, all of which are asked for; the text joins them by commas.
+        tolerances: Absolute tolerance of each part, or one for all; empty means none.
+    """
+
+    parts: tuple[str, ...]
+    tolerances: tuple[float, ...]
+
+    def __new__(cls, *parts: str, tolerances: tuple[float, ...] = ()) -> GoldAnswer:  # noqa: D102
+        answer = super().__new__(cls, ", ".join(parts))
+        answer.parts, answer.tolerances = parts, tolerances
+        return answer
+
+    def __getnewargs_ex__(self) -> tuple[tuple[str, ...], dict[str, Any]]:
+        return self.parts, {"tolerances": self.tolerances}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question as the policy sees it.
+
+    Attributes:
+        uid: Stable identifier: a content hash, or the value of a column of the data set.
+        text: The question before the chat template, for logs and reward functions.
+        token_ids: The tokenised prompt, chat template included.
+        answer: The gold answer that the verifier compares with, a :class:`GoldAnswer` where it was read from data.
+    """
+
+    uid: str
+    text: str
+    token_ids: tuple[int, ...]
+    answer: str
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """What is asked of the policy for one prompt: continue ``prompt + prefix``.
+
+    Attributes:
+        prompt: The question.
+        prefix_ids: Kept tokens of the cached response; empty means the full path.
+        max_new_tokens: The suffix budget in tokens, at least 1.
+        cached_length: Length of the cached response that was cut, 0 where there was none.
+        prefix_spans: ``(step, count)`` runs that tell at which update the prefix's tokens were
+            generated, in order.
+    """
+
+    prompt: Prompt
+    prefix_ids: tuple[int, ...] = ()
+    max_new_tokens: int = 1
+    cached_length: int = 0
+    prefix_spans: Spans = ()
+
+    @property
+    def cut(self) -> int:
+        """Tokens dropped from the end of the cached response (the paper's m)."""
+        return self.cached_length - len(self.prefix_ids)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled suffix.
+
+    Attributes:
+        token_ids: The sampled tokens; an end-of-sequence token is the last one if it was sampled.
+        logprobs: Log-probability of each token under the (temperature-scaled) policy that sampled it.
+        finished: Whether the suffix ended by itself rather than by its budget.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A whole response in the form that rewards see.
+
+    Attributes:
+        prompt: Question text.
+        response: Decoded response, prefix included, special tokens left out.
+        answer: Gold answer.
+        length: Response length in tokens, prefix included.
+        finished: Whether the response ended by itself.
+        correct: The verifier's verdict in [0, 1]; 1 is right.
+    """
+
+    prompt: str
+    response: str
+    answer: str
+    length: int
+    finished: bool
+    correct: float = 0.0
+
+    @property
+    def is_correct(self) -> bool:
+        """Whether the verifier accepted the answer."""
+        return self.correct >= 0.5
+
+
+@dataclass
+class Group:
+    """The G responses to one request, with everything the update and the cache need.
+
+    Attributes:
+        request: The request that was answered.
+        completions: The G suffixes.
+        samples: The G whole responses as rewards saw them, verdict included.
+        rewards: The G total rewards.
+        reward_terms: Unweighted value of each reward term, G values each.
+        old_logprobs: Per completion, the log-probs under the policy that sampled it, as the
+            trainer computes them, one value a token of the loss scope. ``None`` while the group
+            is on-policy: then they equal the current ones.
+        step: Number of updates the policy had seen when it sampled the group.
+    """
+
+    request: RolloutRequest
+    completions: list[Completion]
+    samples: list[Sample]
+    rewards: list[float]
+    reward_terms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    old_logprobs: list[list[float]] | None = None
+    step: int = 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """Whole response lengths in tokens."""
+        return [len(self.request.prefix_ids) + len(c.token_ids) for c in self.completions]
+
+    @property
+    def has_variance(self) -> bool:
+        """Whether the rewards differ, i.e. whether the group carries a gradient."""
+        return max(self.rewards) - min(self.rewards) > 1e-6
+
+    @property
+    def correct_count(self) -> int:
+        """How many members the verifier accepted."""
+        return sum(sample.is_correct for sample in self.samples)
+
+    def response_ids(self, member: int) -> tuple[int, ...]:
+        """Token ids of a member's whole response, prefix included."""
+        return self.request.prefix_ids + self.completions[member].token_ids
+
+
+def full_path_request(prompt: Prompt, response_limit: int) -> RolloutRequest:
+    """A request for a whole response: what GRPO and DAPO ask without RPO."""
+    return RolloutRequest(prompt=prompt, max_new_tokens=response_limit)

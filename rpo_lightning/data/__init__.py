@@ -1,0 +1,7 @@
+"""From rows to prompts to rollout requests."""
+
+from rpo_lightning.data.arithmetic import ArithmeticChain
+from rpo_lightning.data.datamodule import RPODataModule
+from rpo_lightning.data.sources import DataSource
+
+__all__ = ["ArithmeticChain", "DataSource", "RPODataModule"]

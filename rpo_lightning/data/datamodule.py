@@ -1,0 +1,279 @@
+"""The data module: prompts, paired at step time with prefixes from the cache.
+
+The loaders carry nothing but prompts. They are paired with cached prefixes in
+``on_before_batch_transfer``, in the main process and when the step begins, since anything earlier
+(a worker, a prefetched batch) would see an older cache. Without a cache callback every request takes
+the full path, and so does all evaluation.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader, DistributedSampler
+from transformers import PreTrainedTokenizerBase
+
+from rpo_lightning.core.errors import ConfigurationError, DataError
+from rpo_lightning.core.seeds import run_seed
+from rpo_lightning.core.types import Batch, Prompt, RolloutRequest, full_path_request
+from rpo_lightning.data.loader import ResumableLoader, batches_processed
+from rpo_lightning.data.prompts import LoadReport, PromptBuilder
+from rpo_lightning.data.sources import DataSource, Row, as_source
+from rpo_lightning.rewards.base import Verifier
+
+log = logging.getLogger(__name__)
+
+_MAX_MESSAGES = 5
+
+
+# What users write for a set of questions. ``Path`` comes last, since the command line takes anything for one.
+Questions = str | DataSource | Sequence[Row] | Path
+# Several sets by name, for evaluation.
+NamedQuestions = str | DataSource | Sequence[Row] | dict[str, str | DataSource | Path] | Path
+
+
+class RPODataModule(LightningDataModule):
+    """Serves rollout requests: prompts with the prefix to start from and a suffix budget.
+
+    The tokenizer, the verifier and the response limit are the module's.
+
+    Args:
+        train: Training questions: a ``.jsonl`` or ``.parquet`` file, a Hugging Face data set name, a
+            ``DataSource`` or rows. Empty means not set, here and below.
+        val: Questions for validation, answered without a prefix; several sets by name are reported one by one.
+        test: Questions for ``test``, likewise.
+        predict: Questions for ``predict``.
+        batch_size: Questions of one iteration, on each rank; a group of responses is sampled for each.
+        eval_batch_size: Questions of one evaluation batch.
+        max_prompt_tokens: Longer prompts are dropped and counted.
+        question_column: Column of the question; ``problem``, ``question`` or ``prompt`` if not given.
+        answer_column: Column of the gold answer; ``answer``, ``final_answer`` or ``solution`` if not given.
+        uid_column: Column of a stable identifier; a content hash if not given.
+        system_prompt: System message of every prompt that does not bring its own.
+        use_chat_template: Whether to apply the tokenizer's chat template; by default if it has one.
+        shuffle: Whether to shuffle the training questions anew each epoch.
+    """
+
+    def __init__(
+        self,
+        train: Questions = "",
+        val: NamedQuestions = "",
+        test: NamedQuestions = "",
+        predict: Questions = "",
+        batch_size: int = 16,
+        eval_batch_size: int = 64,
+        max_prompt_tokens: int = 1024,
+        question_column: str | None = None,
+        answer_column: str | None = None,
+        uid_column: str | None = None,
+        system_prompt: str | None = None,
+        use_chat_template: bool | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("max_prompt_tokens", max_prompt_tokens),
+        ):
+            if value < 1:
+                raise ConfigurationError(f"data.{name} must be at least 1, got {value}")
+        self.sources = {"train": train, "val": val, "test": test, "predict": predict}
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.max_prompt_tokens = max_prompt_tokens
+        self.question_column = question_column
+        self.answer_column = answer_column
+        self.uid_column = uid_column
+        self.system_prompt = system_prompt
+        self.use_chat_template = use_chat_template
+        self.shuffle = shuffle
+        self.make_request: Callable[[Prompt], RolloutRequest] | None = None
+        self.prompts: dict[str, list[Prompt]] = {}
+        self.reports: dict[str, LoadReport] = {}
+        self._saved_questions: int | None = None
+        self._read_with: tuple[PreTrainedTokenizerBase, Verifier] | None = None
+
+    def setup(self, stage: str) -> None:
+        """Read and tokenise the questions of a stage."""
+        stage = TrainerFn(stage).value
+        if stage == TrainerFn.FITTING.value:
+            self.make_request = None  # an earlier trainer's cache set it; this one's sets its own after this
+        for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
+            for name in self._sets(split):
+                assert self.trainer is not None
+                module: Any = self.trainer.lightning_module
+                self.read(split, name, module.tokenizer, module.grader.verifier)
+
+    def _sets(self, split: str) -> dict[str, Questions]:
+        """The sets of a split by name; a single one has an empty name."""
+        data = self.sources[split]
+        if isinstance(data, dict):
+            return dict(data)
+        return {"": data} if data else {}
+
+    def read(self, split: str, name: str, tokenizer: PreTrainedTokenizerBase, verifier: Verifier) -> list[Prompt]:
+        """The prompts of a set, read once for a tokenizer and a verifier.
+
+        Args:
+            split: ``train``, ``val``, ``test`` or ``predict``.
+            name: Its name, empty where the split has but one set.
+            tokenizer: The policy's.
+            verifier: Says which gold answers can be used.
+
+        Raises:
+            DataError: The set is not given, or cannot be read.
+        """
+        if self._read_with is None or self._read_with[0] is not tokenizer or self._read_with[1] is not verifier:
+            self.prompts, self.reports, self._read_with = {}, {}, (tokenizer, verifier)
+        key = set_key(split, name)
+        if key in self.prompts:
+            return self.prompts[key]
+        if name not in self._sets(split):
+            return self._prompts(key)
+        data = self._sets(split)[name]
+        builder = PromptBuilder(
+            tokenizer=tokenizer,
+            verifier=verifier,
+            max_prompt_tokens=self.max_prompt_tokens,
+            question_column=self.question_column,
+            answer_column=self.answer_column,
+            uid_column=self.uid_column,
+            system_prompt=self.system_prompt,
+            use_chat_template=self.use_chat_template,
+        )
+        source = as_source(data, hub_split(split))
+        self.prompts[key], report = builder.build(source)
+        self.reports[key] = report
+        for message in report.unusable[:_MAX_MESSAGES]:
+            log.warning(message)
+        if report.unusable or report.overlong or report.duplicates:
+            log.warning(
+                f"{source!r}: {report.kept} questions kept; dropped {report.overlong} over "
+                f"{self.max_prompt_tokens} prompt tokens, {len(report.unusable)} without a usable question or gold "
+                f"answer, {report.duplicates} duplicates"
+            )
+        return self.prompts[key]
+
+    def evaluation_names(self, split: str) -> list[str]:
+        """Names of the sets of ``val`` or ``test``, in the order of their loaders."""
+        return list(self._sets(split))
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that has been read."""
+        return max((len(p.token_ids) for prompts in self.prompts.values() for p in prompts), default=0)
+
+    def state_dict(self) -> dict[str, int]:
+        """Questions of an iteration on all ranks: the unit in which the trainer's progress is counted."""
+        return {"questions": self._questions_per_iteration()}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Remember the unit of the checkpoint that training resumes."""
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._saved_questions = state_dict["questions"]
+
+    def adopt_position(self) -> None:
+        """Count the batches of the epoch anew where a checkpoint comes from other ranks or batches.
+
+        Ranks take turns in the shuffled order, so that what has been trained on is its beginning. Where that
+        is no whole number of batches, a few questions come again.
+        """
+        saved, now = self._saved_questions, self._questions_per_iteration()
+        self._saved_questions = None
+        if saved is None or saved == now:
+            return
+        assert self.trainer is not None
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        moved = progress.processed - progress.processed * saved // now
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(progress, name, getattr(progress, name) - moved)
+
+    def _questions_per_iteration(self) -> int:
+        assert self.trainer is not None
+        return self.batch_size * self.trainer.world_size
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches of prompts; the last incomplete one is dropped."""
+        prompts = self._prompts("train")
+        assert self.trainer is not None
+        trainer = self.trainer
+        sampler: DistributedSampler[Prompt] = DistributedSampler(
+            prompts,  # type: ignore[arg-type]
+            num_replicas=trainer.world_size,
+            rank=trainer.global_rank,
+            shuffle=self.shuffle,
+            seed=run_seed(),
+        )
+        if len(sampler) < self.batch_size:
+            raise DataError(
+                f"{len(prompts)} training questions on {trainer.world_size} rank(s) are fewer than "
+                f"data.batch_size={self.batch_size}"
+            )
+        return ResumableLoader(
+            prompts,
+            batches_done=lambda: batches_processed(trainer),
+            batch_size=self.batch_size,
+            sampler=sampler,
+            drop_last=True,
+            collate_fn=Batch,
+        )
+
+    def val_dataloader(self) -> list[DataLoader[Prompt]]:
+        """Batches of validation prompts, a loader a set; none if a training run has nothing to validate on."""
+        assert self.trainer is not None
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            return [self._eval_loader(set_key("val", name)) for name in self._sets("val") or [""]]
+        return [self._eval_loader(set_key("val", name)) for name in self._sets("val")]
+
+    def test_dataloader(self) -> list[DataLoader[Prompt]]:
+        """Batches of test prompts, a loader a set."""
+        return [self._eval_loader(set_key("test", name)) for name in self._sets("test") or [""]]
+
+    def predict_dataloader(self) -> DataLoader[Prompt]:
+        """Batches of prompts to answer."""
+        return self._eval_loader("predict")
+
+    def on_before_batch_transfer(self, batch: Batch[Prompt], dataloader_idx: int) -> Batch[RolloutRequest]:
+        """Pair prompts with cached prefixes (training with a cache) or with the full path."""
+        assert self.trainer is not None
+        trainer = self.trainer
+        if trainer.training and self.make_request is not None:
+            return Batch([self.make_request(prompt) for prompt in batch])
+        module: Any = trainer.lightning_module
+        return Batch([full_path_request(prompt, module.max_response_tokens) for prompt in batch])
+
+    def _eval_loader(self, split: str) -> DataLoader[Prompt]:
+        """Equally many batches on all ranks, by repeating questions: engines over several ranks need it."""
+        assert self.trainer is not None
+        prompts: Any = self._prompts(split)
+        world_size = self.trainer.world_size
+        sampler: DistributedSampler[Prompt] = DistributedSampler(
+            prompts, world_size, self.trainer.global_rank, shuffle=False
+        )
+        return DataLoader(
+            prompts,
+            batch_size=self.eval_batch_size,
+            sampler=sampler if world_size > 1 else None,
+            collate_fn=Batch,
+        )
+
+    def _prompts(self, split: str) -> list[Prompt]:
+        if split not in self.prompts:
+            raise DataError(f"data.{split} is not set: give it a file, a data set name or a data source")
+        return self.prompts[split]
+
+
+def hub_split(split: str) -> str:
+    """The split of a bare data set name that ours is read from."""
+    return "train" if split == "train" else "test"
+
+
+def set_key(split: str, name: str) -> str:
+    """Key of a set of questions: its split, and its name if it has one."""
+    return f"{split}/{name}" if name else split

@@ -1,0 +1,64 @@
+"""Gold answers in the shapes that data sets are published in."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal
+from typing import Any
+
+from rpo_lightning.core.types import GoldAnswer
+
+# Only of rows with a "final_answer": elsewhere the name means other things.
+TOLERANCE_COLUMN = "error"
+
+
+def gold_answer(value: Any, tolerance: Any = None) -> GoldAnswer:
+    r"""A gold answer in the shapes that data sets are published in.
+
+    Args:
+        value: A number; a list of parts; or text, of which the content of the last ``\boxed{}`` is taken if there
+            is one, else what follows GSM8K's ``####``, else all of it.
+        tolerance: How far numbers may be from it: a number, or text such as ``1e-2`` or ``0.1,0.2`` (one a part).
+
+    Raises:
+        ValueError: The tolerance is no number, negative or infinite.
+    """
+    parts = [_answer_text(part) for part in (value if isinstance(value, list | tuple) else [value])]
+    if is_empty(tolerance):
+        return GoldAnswer(*parts)
+    try:
+        tolerances = tuple(float(t) for t in str(tolerance).split(","))
+    except ValueError:
+        tolerances = (math.nan,)
+    if not all(0 <= t < math.inf for t in tolerances):
+        raise ValueError(f"its {TOLERANCE_COLUMN} {str(tolerance)[:40]!r} is no tolerance")
+    return GoldAnswer(*parts, tolerances=tolerances)
+
+
+def _answer_text(value: Any) -> str:
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else format(Decimal(repr(value)), "f")
+    text = str(value)
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return boxed
+    _, marker, final = text.rpartition("####")
+    return final.strip().replace(",", "") if marker else text.strip()
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last ``\boxed{}`` with balanced braces; ``None`` if there is none."""
+    start = text.rfind("\\boxed{")
+    depth = 0
+    for index in range(start + len("\\boxed"), len(text)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(text[index], 0)
+        if depth == 0:
+            return text[start + len("\\boxed{") : index].strip()
+    return None
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a cell, or a part of a list, holds nothing: ``None``, NaN, blanks or an empty list."""
+    if isinstance(value, list | tuple):
+        return not value or any(is_empty(part) for part in value)
+    return value is None or str(value).strip() == "" or (isinstance(value, float) and math.isnan(value))

@@ -1,0 +1,47 @@
+"""The loader of training prompts, which a resumed run enters in the middle of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+
+from rpo_lightning.core.types import Prompt
+
+
+class ResumableLoader(DataLoader[Prompt]):
+    """A loader that Lightning can resume in the middle of an epoch.
+
+    The position is the trainer's own progress, read when iteration really begins; by then a resumed
+    trainer has restored it, and at the start of an epoch it is 0.
+
+    Args:
+        prompts: The data set.
+        batches_done: Tells how many batches of the epoch have been trained on.
+        kwargs: See ``DataLoader``.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], batches_done: Callable[[], int] = lambda: 0, **kwargs: Any) -> None:
+        super().__init__(prompts, **kwargs)  # type: ignore[arg-type]
+        self.batches_done = batches_done
+
+    def state_dict(self) -> dict[str, int]:
+        """Position in the epoch; being able to tell it is what makes a loader resumable to Lightning."""
+        return {"batches_done": self.batches_done()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Nothing to restore: the trainer restores its progress itself."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        start = self.batches_done()
+        for index, batch in enumerate(super().__iter__()):
+            if index >= start:
+                yield batch
+
+
+def batches_processed(trainer: Trainer) -> int:
+    """Training batches of this epoch that have been processed, those before a resume included."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return int(progress.processed)

@@ -1,0 +1,184 @@
+"""From rows to tokenised prompts: columns, gold answers, chat template, uids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rpo_lightning.core.errors import DataError
+from rpo_lightning.core.types import Prompt
+from rpo_lightning.data.gold_answers import TOLERANCE_COLUMN, gold_answer, is_empty
+from rpo_lightning.data.sources import DataSource
+from rpo_lightning.rewards.base import Verifier
+
+QUESTION_COLUMNS = ("problem", "question", "prompt")
+ANSWER_COLUMNS = ("answer", "final_answer", "solution")
+
+
+@dataclass
+class LoadReport:
+    """What happened while a source was read.
+
+    Attributes:
+        kept: Prompts that are used.
+        overlong: Prompts dropped because they exceed the limit.
+        duplicates: Rows dropped because their uid had been seen.
+        unusable: One message for each row dropped because its question or gold answer is missing or cannot be used.
+    """
+
+    kept: int = 0
+    overlong: int = 0
+    duplicates: int = 0
+    unusable: list[str] = field(default_factory=list)
+
+    @property
+    def dropped(self) -> int:
+        """Rows that are not used, for whatever reason."""
+        return len(self.unusable) + self.overlong + self.duplicates
+
+    def messages(self) -> list[str]:
+        """Everything that was left out."""
+        counted = [f"{self.overlong} prompts over data.max_prompt_tokens"] if self.overlong else []
+        counted += [f"{self.duplicates} repeated questions"] if self.duplicates else []
+        return [*self.unusable, *counted]
+
+
+class PromptBuilder:
+    """Builds prompts from rows.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        verifier: Says which gold answers it can compare with.
+        max_prompt_tokens: Longer prompts are dropped.
+        question_column: Column of the question; found by its usual names if not given.
+        answer_column: Column of the gold answer; likewise.
+        uid_column: Column of a stable identifier; a hash of question and answer if not given.
+        system_prompt: Opening system message, for chat models; conversations with one of their own keep that.
+        use_chat_template: Whether to apply the tokenizer's chat template; by default if it has one.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        verifier: Verifier,
+        max_prompt_tokens: int,
+        question_column: str | None = None,
+        answer_column: str | None = None,
+        uid_column: str | None = None,
+        system_prompt: str | None = None,
+        use_chat_template: bool | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.verifier = verifier
+        self.max_prompt_tokens = max_prompt_tokens
+        self.question_column = question_column
+        self.answer_column = answer_column
+        self.uid_column = uid_column
+        self.system_prompt = system_prompt
+        has_template = getattr(tokenizer, "chat_template", None) is not None
+        self.use_chat_template = has_template if use_chat_template is None else use_chat_template
+        if self.use_chat_template and not has_template:
+            raise DataError("data.use_chat_template is true, but the tokenizer has no chat template")
+        if system_prompt and not self.use_chat_template:
+            raise DataError(
+                "data.system_prompt needs a chat template, and the tokenizer has none (or it is turned off)"
+            )
+
+    def build(self, source: DataSource) -> tuple[list[Prompt], LoadReport]:
+        """Read a source to its end.
+
+        Raises:
+            DataError: Unknown column, a conversation without a chat template, text that is no Unicode, or nothing left
+                to use.
+        """
+        report = LoadReport()
+        prompts: dict[str, Prompt] = {}
+        for number, row in enumerate(source.rows(), start=1):
+            where = f"{source!r}, row {number}"
+            question = self._value(row, self.question_column, QUESTION_COLUMNS, "question", where)
+            value = self._value(row, self.answer_column, ANSWER_COLUMNS, "answer", where)
+            if is_empty(question) or is_empty(value):
+                what = "question" if is_empty(question) else "gold answer"
+                report.unusable.append(f"{where}: dropped, its {what} is empty")
+                continue
+            try:
+                answer = gold_answer(value, row.get(TOLERANCE_COLUMN) if "final_answer" in row else None)
+            except ValueError as error:
+                report.unusable.append(f"{where}: dropped, {error}")
+                continue
+            messages = question if isinstance(question, list) else [{"role": "user", "content": str(question)}]
+            asked = _asked(messages, answer, where)
+            problem = self.verifier.gold_problem(answer)
+            if problem is not None:
+                report.unusable.append(f"{where}: dropped, the gold answer {answer[:60]!r} cannot be used: {problem}")
+                continue
+            text, token_ids = self._tokenise(messages, where)
+            if len(token_ids) > self.max_prompt_tokens:
+                report.overlong += 1
+                continue
+            uid = self._uid(row, asked, answer, where)
+            if uid in prompts:
+                report.duplicates += 1
+                continue
+            prompts[uid] = Prompt(uid=uid, text=text, token_ids=tuple(token_ids), answer=answer)
+        report.kept = len(prompts)
+        if not prompts:
+            raise DataError(
+                f"{source!r}: no usable question in it ({report.overlong} over max_prompt_tokens="
+                f"{self.max_prompt_tokens}, {len(report.unusable)} without a usable question or gold answer)"
+                + "".join(f"; {message}" for message in report.unusable[:1])
+            )
+        return list(prompts.values()), report
+
+    def _value(self, row: Mapping[str, Any], column: str | None, usual: Iterable[str], what: str, where: str) -> Any:
+        names = [column] if column else list(usual)
+        name = next((n for n in names if n in row), None)
+        if name is None:
+            raise DataError(
+                f"{where}: no column {' or '.join(repr(n) for n in names)} for the {what}; it has "
+                f"{', '.join(sorted(row)) or 'none'}: set data.{what}_column"
+            )
+        return row[name]
+
+    def _tokenise(self, messages: list[Any], where: str) -> tuple[str, list[int]]:
+        """Text of the last message (without the template) and token ids of the whole prompt."""
+        text = str(messages[-1]["content"])
+        if not self.use_chat_template:
+            if len(messages) > 1:
+                raise DataError(
+                    f"{where}: a conversation of {len(messages)} messages needs a chat template, and the tokenizer has "
+                    "none (or it is turned off)"
+                )
+            return text, list(self.tokenizer(text)["input_ids"])
+        if self.system_prompt and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text, list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def _uid(self, row: Mapping[str, Any], asked: str, answer: str, where: str) -> str:
+        if self.uid_column is None:
+            return hashlib.blake2b(f"{asked}\0{answer}".encode(), digest_size=8).hexdigest()
+        if row.get(self.uid_column) is None:
+            raise DataError(f"{where}: no value in the uid column {self.uid_column!r}")
+        return str(row[self.uid_column])
+
+
+def _asked(messages: list[Any], answer: str, where: str) -> str:
+    """What makes a question: its text, or all of a conversation, since several may end alike.
+
+    Raises:
+        DataError: It, or the answer, is no text that could be encoded.
+    """
+    whole = len(messages) > 1
+    asked = json.dumps(messages, ensure_ascii=False, sort_keys=True) if whole else str(messages[0]["content"])
+    try:
+        (asked + answer).encode()
+    except UnicodeEncodeError as error:
+        message = f"{where}: a lone surrogate, which is half a character, in question or gold answer: remove it"
+        raise DataError(message) from error
+    return asked

@@ -1,8 +1,0 @@
-"""Objectives: how log-probs and advantages become a loss."""
-
-from rpo_lightning.objectives.base import LossInputs, LossOutput, Objective
-from rpo_lightning.objectives.cispo import CISPO
-from rpo_lightning.objectives.grpo import DAPO, GRPO, DrGRPO
-from rpo_lightning.objectives.gspo import GSPO
-
-__all__ = ["CISPO", "DAPO", "GRPO", "GSPO", "DrGRPO", "LossInputs", "LossOutput", "Objective"]

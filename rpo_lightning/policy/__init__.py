@@ -1,0 +1,1 @@
+"""The policy: loading, adapters, weights as a stream, export, its output head."""

@@ -1,0 +1,136 @@
+"""Policies as ordinary Hugging Face folders, whatever they are wrapped in.
+
+Sharded parameters are gathered one by one onto the first rank; adapters are merged, or saved alone as PEFT does;
+quantised weights are saved in the precision they are computed in.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.core.ranks import Ranks
+from rpo_lightning.policy.lora import has_adapter
+from rpo_lightning.policy.weights import gathered, named_weights, plain_class, plain_configuration, underlying_model
+
+
+def export_policy(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, merged: bool, ranks: Ranks
+) -> None:
+    """Write a policy and its tokenizer; a collective, of which the first rank writes.
+
+    Args:
+        policy: The policy.
+        tokenizer: Its tokenizer.
+        folder: Where to; an earlier policy is replaced once the new one is whole, other files stay.
+        merged: Merge an adapter into the weights, or save it alone.
+        ranks: The ranks that call it.
+
+    Raises:
+        ConfigurationError: The folder holds an adapter, and a whole policy is saved, or the other way round.
+    """
+    require_room(policy, folder, merged, ranks)
+    alone = has_adapter(policy) and not merged
+    weights = _adapter_weights(policy) if alone else named_weights(policy)
+    tied = set() if alone else _tied_names(policy)
+    # Every rank takes part in gathering, the first one keeps what comes.
+    state = {name: w.cpu() for name, w in weights if ranks.rank == 0 and name not in tied}
+    if ranks.rank:
+        return
+    model: Any = policy if alone else _empty_model(policy)
+    with writing_policy(folder) as partial:
+        model.save_pretrained(partial, state_dict=state)
+        tokenizer.save_pretrained(partial)
+
+
+def require_room(policy: PreTrainedModel, folder: str | Path, merged: bool, ranks: Ranks) -> None:
+    """Check that a folder does not hold the other kind of policy; a collective. See :func:`export_policy`.
+
+    Raises:
+        ConfigurationError: It does.
+    """
+    alone = has_adapter(policy) and not merged
+    others = ("config.json", "model*.safetensors", "pytorch_model*.bin") if alone else ("adapter_config.json",)
+    found = [str(path) for pattern in others for path in Path(folder).glob(pattern)]
+    seen = [path for paths in ranks.gather(found) for path in paths]
+    if seen:
+        raise ConfigurationError(
+            f"{seen[0]} is there, so that {'the adapter and another policy' if alone else 'the policy and an adapter'} "
+            "would be loaded together: save into another folder"
+        )
+
+
+def _empty_model(policy: Any) -> Any:
+    """The policy's architecture without weights: a sharded or quantised model does not save itself as a plain one."""
+    own: Any = underlying_model(policy)
+    with torch.device("meta"):
+        model = plain_class(own)._from_config(plain_configuration(policy))
+    model.generation_config = own.generation_config
+    return model
+
+
+def _adapter_weights(policy: Any) -> Any:
+    return ((name, gathered(p)) for name, p in policy.named_parameters() if p.requires_grad)
+
+
+def _tied_names(policy: Any) -> set[str]:
+    """Names under which another parameter appears again."""
+    model = underlying_model(policy)
+    if not model.config.get_text_config().tie_word_embeddings:
+        return set()
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    return set(tied)
+
+
+def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
+    """Write an ordinary Hugging Face folder; what else is in it stays."""
+    with writing_policy(folder) as partial:
+        policy.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    return Path(folder)
+
+
+# Weights in whatever number of pieces, and what loading a policy or its tokenizer looks for besides.
+_OF_A_POLICY = re.compile(
+    r"(adapter_|pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|generation_config|chat_template)\.json"
+    r"|chat_template\.jinja|tokenizer\.model|spiece\.model|vocab\.txt|merges\.txt"
+)
+
+
+@contextmanager
+def writing_policy(folder: str | Path) -> Iterator[Path]:
+    """Give a folder to write a policy into, whose files go to ``folder`` once the block has ended well.
+
+    A new folder appears whole. In one that exists, files of the same name are replaced one by one (but not a model
+    card), weights and tokenizer files of an earlier policy that the new one does not have are removed, and everything
+    else stays.
+    """
+    folder = Path(folder).resolve()
+    is_new = not folder.exists()
+    # On the file system of the folder, which may be mounted.
+    partial = folder.with_name(folder.name + ".partial") if is_new else folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if is_new:
+        partial.replace(folder)
+        return
+    written = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
+    for name in written:
+        if name == Path("README.md") and (folder / name).exists():
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).replace(folder / name)
+    for path in folder.iterdir():
+        if _OF_A_POLICY.fullmatch(path.name) and Path(path.name) not in written:
+            path.unlink()
+    shutil.rmtree(partial)

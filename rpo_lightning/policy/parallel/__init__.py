@@ -1,0 +1,1 @@
+"""The policy on several devices: one file for each kind of strategy."""

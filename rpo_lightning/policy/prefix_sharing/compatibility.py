@@ -1,0 +1,158 @@
+"""What a model allows: shared rows, and scoring within its output head. Asked of the model itself.
+
+Both are tried once on a few tokens against ordinary rows with full logits, because what a model does with
+its attention (recurrent layers have none) or to its logits (caps, scales) is not told by its
+configuration. What a few tokens cannot show, windows, chunks, caps and dropout, is read from it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rpo_lightning.policy.prefix_sharing.attention import IMPLEMENTATION
+from rpo_lightning.policy.prefix_sharing.logprobs import token_logprobs
+from rpo_lightning.policy.prefix_sharing.rows import Row, RowCost, SharedRow
+
+log = logging.getLogger(__name__)
+
+# The trial's log-probs agree to rounding in the model's precision, or are plainly different.
+_AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}
+_COARSE_AGREEMENT = 0.2
+# Layers whose attention is full up to a known length. Sparse and indexed ones may be so for a trial's few tokens.
+_FULL_UP_TO_A_LENGTH = {"full_attention", "sliding_attention", "chunked_attention"}
+# Settings of models that call a function for dropout instead of having a module.
+_DROPOUTS = ("attention_dropout", "activation_dropout", "dropout")
+# Attention kernels reach about half the rate of matrix products (benchmarks/update_phase.py, on a CPU).
+_ATTENTION_SLOWDOWN = 2.0
+# Gathering and merging a suffix's hidden states, in operations of matrix products per element (same script, on the
+# embedded reasoner: a fifth of a token's cost there, next to nothing from 100M parameters on).
+_BRANCH_OPERATIONS = 200.0
+
+
+def needs_full_logits(model: Any) -> bool:
+    """Whether the model changes logits after its output head, so that scoring within it would be wrong."""
+    if getattr(model.config.get_text_config(), "final_logit_softcapping", None) is None:  # small logits are not capped
+        exact, scored = (_trial(model, shared=False, full_logits=full) for full in (True, False))
+        if agree(model, exact, scored):
+            return False
+    log.warning(
+        f"{type(model).__name__} changes its logits after the output head: log-probs take the logits of whole rows, "
+        "which needs more memory"
+    )
+    return True
+
+
+def row_cost(model: Any, shares: bool, full_logits: bool) -> RowCost:
+    """What rows of this model cost, and whether members of a group may share one.
+
+    Args:
+        model: The policy.
+        shares: Whether sharing is wanted.
+        full_logits: See :func:`needs_full_logits`.
+    """
+    longest = _longest_short_sequence(model.config.get_text_config())
+    if not shares:
+        return RowCost(shares=False, longest_shared=longest)
+    obstacle = sharing_obstacle(model, full_logits)
+    if obstacle is not None:
+        log.warning(f"{obstacle}: every response is trained on in a row of its own, its prefix computed again")
+        return RowCost(shares=False, longest_shared=longest)
+    if longest is not None:
+        log.warning(
+            f"{type(model).__name__} computes long sequences otherwise (sliding window, chunks, rotary embeddings): "
+            f"only sequences of at most {longest} tokens share rows"
+        )
+    attention, branch = _costs(model)
+    return RowCost(attention=attention, branch=branch, longest_shared=longest)
+
+
+def sharing_obstacle(model: Any, full_logits: bool = False) -> str | None:
+    """Why members of a group cannot share a row of this model; ``None`` if they can."""
+    if model.config._attn_implementation not in ("sdpa", IMPLEMENTATION):
+        return f"attention is {model.config._attn_implementation!r}, shared rows need 'sdpa'"
+    config = model.config.get_text_config()
+    dropouts = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
+    if any(p for p in dropouts + [getattr(config, name, None) for name in _DROPOUTS]):
+        return f"{type(model).__name__} trains with dropout, which members would share"
+    if getattr(config, "attn_temperature_tuning", False) and not all(getattr(config, "no_rope_layers", [])):
+        return f"{type(model).__name__} scales its queries by their place in a row (attn_temperature_tuning)"
+    others = set(getattr(config, "layer_types", None) or ()) - _FULL_UP_TO_A_LENGTH
+    if others:
+        return f"{type(model).__name__} has layers of {', '.join(sorted(others))}, for which shared rows are not made"
+    alone = _trial(model, shared=False, full_logits=full_logits)
+    model.set_attn_implementation(IMPLEMENTATION)
+    if model.config._attn_implementation != IMPLEMENTATION:
+        return f"{type(model).__name__} does not let its attention be replaced"
+    failure = _failure_of_shared_rows(model, alone, full_logits)
+    if failure is not None:
+        model.set_attn_implementation("sdpa")
+        return f"{type(model).__name__} does not keep the members of a shared row apart ({failure})"
+    return None
+
+
+def _failure_of_shared_rows(model: Any, alone: Tensor, full_logits: bool) -> str | None:
+    """What is wrong with a trial of shared rows, with and without gradient of the trunk; ``None`` if nothing is."""
+    for prefix_gradient in (True, False):
+        try:
+            together = _trial(model, True, full_logits, prefix_gradient)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            return f"a trial failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        if not agree(model, alone, together):
+            return f"recurrent layers? log-probs of a trial differ by {(alone - together).abs().max():.2g}"
+    return None
+
+
+def _longest_short_sequence(config: Any) -> int | None:
+    """Tokens up to which windows and chunks hide nothing and rotary embeddings stay; ``None`` if it does not matter."""
+    layers = getattr(config, "layer_types", None)
+    limits = []
+    if getattr(config, "use_sliding_window", True) and (layers is None or "sliding_attention" in layers):
+        limits.append(getattr(config, "sliding_window", None))
+    if layers is None or "chunked_attention" in layers:
+        limits.append(getattr(config, "attention_chunk_size", None))
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if rotary.get("rope_type") == "longrope":  # the longest row of a pass decides for all of them
+        limits.append(rotary.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+    return min((int(limit) for limit in limits if limit is not None), default=None)
+
+
+def _costs(model: Any) -> tuple[float, float]:
+    """Costs of a query–key pair and of a branch's token over that of a token's matrix products."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    pair = 4 * config.num_hidden_layers * heads * head_size
+    embeddings = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None}
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings)
+    branch = _BRANCH_OPERATIONS * config.num_hidden_layers * config.hidden_size
+    return _ATTENTION_SLOWDOWN * pair / (2 * max(matrices, 1)), branch / max(matrices, 1)
+
+
+def _trial(model: Any, shared: bool, full_logits: bool, prefix_gradient: bool = True) -> Tensor:
+    ids = [3, 5, 4, 6, 7, 8, 9]
+    ids = [i % model.config.get_text_config().vocab_size for i in ids]
+    members = [Row(0, 0, tuple(ids[:3]), tuple(ids[3:5]), 2), Row(0, 1, tuple(ids[:3]), tuple(ids[5:]), 2)]
+    batch = [SharedRow(tuple(members))] if shared else [SharedRow((row,)) for row in members]
+    was_training = model.training
+    model.eval()
+    try:
+        device = next(model.parameters()).device
+        # Lightning builds models under its own default device, which need not be the model's.
+        # Autocast is off: the tolerance is that of the model's own precision.
+        with torch.no_grad(), device, torch.autocast(device.type, enabled=False):
+            return token_logprobs(model, batch, 1.0, 0, device, full_logits, prefix_gradient).logprobs_BS
+    finally:
+        model.train(was_training)
+
+
+def agree(model: Any, first: Tensor, second: Tensor) -> bool:
+    """Whether log-probs differ by no more than rounding in the model's precision."""
+    # Of the coarsest parameters: quantised ones compute in 16 bits, whatever their embeddings are in.
+    tolerance = max(_AGREEMENT.get(dtype, _COARSE_AGREEMENT) for dtype in {p.dtype for p in model.parameters()})
+    if first.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        tolerance = _COARSE_AGREEMENT  # TF32
+    return first.shape == second.shape and bool((first - second).abs().max() < tolerance)

@@ -1,0 +1,199 @@
+"""Attention of concatenated rows with flash attention's kernels for sequences of any length: 16 bits, on a GPU.
+
+Two kernel calls a layer serve a whole micro-batch, however many rows and suffixes it has. In the first every
+trunk and every suffix attends causally to itself; in the second all suffixes of a row together attend to their
+trunk. Where both meet they are merged by their log-sum-exps, as in ``suffix_attention``: nothing is padded, no
+trunk is copied for its suffixes, and no score is computed that a mask would throw away.
+
+The kernels are torch's own, called as torch calls them but not by a public name; ``flash_support`` tries them first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rpo_lightning.policy.prefix_sharing.cpu import merge
+from rpo_lightning.policy.prefix_sharing.rows import RowShape
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Queries and keys that attend to each other, sequence by sequence.
+
+    Attributes:
+        query_index: Which of the computed tokens ask; ``None`` for all of them.
+        key_index: Which answer, of the frozen tokens followed by the computed ones; ``None`` for all of them.
+        query_bounds: Where each sequence's queries begin, and where the last one's end.
+        key_bounds: The same of its keys.
+        most_queries: Of one sequence.
+        most_keys: Of one sequence.
+        causal: Whether the last query sees all keys, the one before all but one, and so on; else all see all.
+    """
+
+    query_index: Tensor | None
+    key_index: Tensor | None
+    query_bounds: Tensor
+    key_bounds: Tensor
+    most_queries: int
+    most_keys: int
+    causal: bool
+
+    @classmethod
+    def of(
+        cls,
+        queries: Sequence[int],
+        keys: Sequence[int],
+        device: torch.device,
+        query_index: Tensor | None = None,
+        key_index: Tensor | None = None,
+        causal: bool = False,
+    ) -> Sequences:
+        """Sequences of so many queries and keys each."""
+        bounds = [
+            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (queries, keys)
+        ]
+        indices = [None if index is None else index.to(device) for index in (query_index, key_index)]
+        return cls(indices[0], indices[1], bounds[0], bounds[1], max(queries), max(keys), causal)
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """The rows of a micro-batch as sequences.
+
+    Attributes:
+        own: Every trunk and every suffix with itself, or a whole row where it has one suffix at most.
+        shared: The suffixes of every row that has several, with their trunk; ``None`` if there is no such row.
+    """
+
+    own: Sequences
+    shared: Sequences | None
+
+    @classmethod
+    def of(cls, shapes: Sequence[RowShape], device: torch.device) -> PackedRows:
+        """Describe rows that are concatenated in this order; so are their frozen tokens."""
+        frozen_starts = [0, *accumulate(shape.frozen for shape in shapes)]
+        starts = [0, *accumulate(len(shape) for shape in shapes)]
+        frozen_tokens = frozen_starts[-1]
+        queries: list[int] = []
+        keys: list[int] = []
+        key_index: list[Tensor] = []
+        suffixes: list[Tensor] = []
+        trunks: list[Tensor] = []
+        for shape, frozen_start, start in zip(shapes, frozen_starts, starts, strict=False):
+            frozen = torch.arange(frozen_start, frozen_start + shape.frozen, device="cpu")
+            computed = torch.arange(start, start + len(shape), device="cpu")
+            parts = [shape.trunk, *shape.suffixes] if shape.branches else [len(shape)]
+            queries += parts
+            keys += [shape.frozen + parts[0], *parts[1:]]
+            key_index += [frozen, frozen_tokens + computed]
+            if shape.branches:
+                suffixes.append(computed[shape.trunk :])
+                trunks.append(torch.cat([frozen, frozen_tokens + computed[: shape.trunk]]))
+        own = Sequences.of(queries, keys, device, None, torch.cat(key_index) if frozen_tokens else None, causal=True)
+        if not suffixes:
+            return cls(own, None)
+        lengths = [len(x) for x in suffixes], [len(x) for x in trunks]
+        return cls(own, Sequences.of(*lengths, device, torch.cat(suffixes), torch.cat(trunks)))
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: PackedRows,
+    scale: float | None,
+    frozen: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Attention of concatenated rows, [1, tokens, heads, size].
+
+    Args:
+        query: Queries, [1, heads, tokens, size].
+        key: Keys, of as many heads or a divisor of them.
+        value: Values, like the keys.
+        rows: Where the rows are.
+        scale: Factor of the scores; 1/√size if not given.
+        frozen: Keys and values of the frozen tokens.
+    """
+    if frozen is not None:
+        key, value = (torch.cat([before, own], dim=2) for before, own in zip(frozen, (key, value), strict=True))
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    output: Tensor = _PackedAttention.apply(query, key, value, rows, scale)
+    return output[None]
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Attention of queries [T, heads, size] to keys and values [T', heads, size]."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, scale: float | None) -> Tensor:
+        output, lse = _attend(q, k, v, rows.own, scale)
+        if rows.shared is not None:
+            index = rows.shared.query_index
+            with_trunk, lse_with_trunk = _attend(q, k, v, rows.shared, scale)
+            merged, merged_lse = merge(output[index], lse[:, index].T, with_trunk, lse_with_trunk.T)
+            output[index], lse[:, index] = merged, merged_lse.T
+        ctx.save_for_backward(q, k, v, output, lse)
+        ctx.rows, ctx.scale = rows, scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Given the whole output and log-sum-exp, each call's share of the gradient is exact."""
+        q, k, v, output, lse = ctx.saved_tensors
+        rows, gradient = ctx.rows, gradients[0].contiguous()
+        q_grad, *own = _attend_backward(gradient, q, k, v, output, lse, rows.own, ctx.scale)
+        k_grad, v_grad = (_placed(x, k, rows.own.key_index) for x in own)
+        if rows.shared is not None:
+            of_queries, *of_trunks = _attend_backward(gradient, q, k, v, output, lse, rows.shared, ctx.scale)
+            q_grad.index_add_(0, rows.shared.query_index, of_queries)
+            for total, part in zip((k_grad, v_grad), of_trunks, strict=True):
+                total.index_add_(0, rows.shared.key_index, part)
+        return q_grad, k_grad, v_grad, None, None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Output [queries, heads, size] and log-sum-exps [heads, queries]."""
+    s = sequences
+    output, lse, *_ = torch.ops.aten._flash_attention_forward(
+        _pick(q, s.query_index), _pick(k, s.key_index), _pick(v, s.key_index), s.query_bounds, s.key_bounds,
+        s.most_queries, s.most_keys, 0.0, s.causal, False, scale=scale,
+    )  # fmt: skip
+    return output, lse
+
+
+def _attend_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    sequences: Sequences,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the queries, keys and values that take part."""
+    s = sequences
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    return torch.ops.aten._flash_attention_backward(
+        _pick(gradient, s.query_index), _pick(q, s.query_index), _pick(k, s.key_index), _pick(v, s.key_index),
+        _pick(output, s.query_index), lse if s.query_index is None else lse[:, s.query_index].contiguous(),
+        s.query_bounds, s.key_bounds, s.most_queries, s.most_keys, 0.0, s.causal, no_dropout,
+        torch.empty(0, device=q.device), scale=scale,
+    )  # fmt: skip
+
+
+def _pick(x: Tensor, index: Tensor | None) -> Tensor:
+    return x if index is None else x[index]
+
+
+def _placed(x: Tensor, like: Tensor, index: Tensor | None) -> Tensor:
+    """The inverse of :func:`_pick`: zeros where nothing was picked."""
+    return x if index is None else torch.zeros_like(like).index_add_(0, index, x)

@@ -1,0 +1,112 @@
+"""Whether flash attention's kernels for sequences of any length can be used here, and compute what they should.
+
+``packed_attention`` calls them by names that are torch's own business. Before their first use they are tried on a
+few tokens against attention with a mask, gradients included.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from rpo_lightning.policy.prefix_sharing.gpu import PackedRows, packed_attention
+from rpo_lightning.policy.prefix_sharing.rows import RowShape
+
+log = logging.getLogger(__name__)
+
+# What the kernels take.
+_DTYPES = (torch.float16, torch.bfloat16)
+_LARGEST_HEAD = 256
+_OLDEST_CAPABILITY = (8, 0)
+# The trial's rows, and how far 16 bits may be from fp32: a hundredth where nothing is wrong.
+_TRIAL = (RowShape(3, 2, (4, 7)), RowShape(0, 5, (6,)), RowShape(2, 1, (1, 3, 2)))
+_TRIAL_ERROR = 0.05
+
+
+def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether there are kernels for such queries, keys and values, and they compute what they should."""
+    size = query.shape[-1]
+    if value.shape[-1] != size:
+        return False
+    if not (query.is_cuda and torch.version.cuda) or query.dtype not in _DTYPES or size % 8 or size > _LARGEST_HEAD:
+        return False
+    if torch.cuda.get_device_capability(query.device) < _OLDEST_CAPABILITY:
+        return False
+    return kernels_agree(query.device, query.dtype, query.shape[1], key.shape[1], size)
+
+
+@lru_cache
+def kernels_agree(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> bool:
+    """Whether the kernels compute what attention with a mask does on a few tokens; warns if not."""
+
+    def unchanged(tensor: Tensor) -> Tensor:
+        return tensor
+
+    try:
+        # Asked within a model's forward pass, of which autocast, default devices and what a checkpointed layer notes
+        # as saved are no business of the trial's.
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+            torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged),
+            torch.device("cpu"),
+        ):
+            error = _trial_error(device, dtype, heads, key_heads, size)
+        problem = None if error < _TRIAL_ERROR else f"a trial is off by {error:.2g}"
+    except torch.OutOfMemoryError:
+        raise  # which says nothing of the kernels
+    except (RuntimeError, TypeError, AttributeError) as failure:
+        problem = f"a trial failed ({' '.join(str(failure).split())[:200]})"
+    if problem is not None:
+        log.warning(
+            f"flash attention for sequences of any length is not as expected in torch {torch.__version__} on {device}: "
+            f"{problem}; rows are attended to one by one with a mask, which is slower and takes more memory"
+        )
+    return problem is None
+
+
+def _trial_error(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> float:
+    """Largest relative error of the output and of the gradients of queries, keys and values."""
+    generator = torch.Generator().manual_seed(0)
+    computed, frozen = sum(len(shape) for shape in _TRIAL), sum(shape.frozen for shape in _TRIAL)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, size, generator=generator).to(device, dtype)
+
+    q, k, v = (draw(count, computed).requires_grad_() for count in (heads, key_heads, key_heads))
+    before = (draw(key_heads, frozen), draw(key_heads, frozen))
+    weights = draw(computed, heads)
+
+    def outcome(output: Tensor) -> list[Tensor]:
+        return [x.float() for x in (output, *torch.autograd.grad((output * weights).sum(), (q, k, v)))]
+
+    expected = outcome(_masked_attention(q, k, v, before))
+    found = outcome(packed_attention(q, k, v, PackedRows.of(_TRIAL, device), None, before))
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
+
+
+def _masked_attention(query: Tensor, key: Tensor, value: Tensor, before: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention of the trial's rows in fp32 with a mask over everything, [1, tokens, heads, size]."""
+    query = query.float()
+    key, value = (torch.cat([x, own], dim=2).float() for x, own in zip(before, (key, value), strict=True))
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    frozen_tokens = before[0].shape[2]
+    seen = torch.zeros(query.shape[2], key.shape[2], dtype=torch.bool)
+    start = frozen = 0
+    for shape in _TRIAL:
+        seen[start : start + len(shape), frozen : frozen + shape.frozen] = True
+        first = start
+        for length in (shape.trunk, *shape.suffixes):
+            stop, trunk = first + length, slice(frozen_tokens + start, frozen_tokens + start + shape.trunk)
+            if first > start:
+                seen[first:stop, trunk] = True
+            seen[first:stop, frozen_tokens + first : frozen_tokens + stop] = torch.ones(length, length).tril().bool()
+            first = stop
+        start, frozen = start + len(shape), frozen + shape.frozen
+    scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
+    probs = scores.masked_fill(~seen.to(query.device), -torch.inf).softmax(-1)
+    return (probs @ value).transpose(1, 2)

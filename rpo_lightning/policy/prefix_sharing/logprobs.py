@@ -1,0 +1,187 @@
+"""Log-probs of responses under a model: one forward pass over a micro-batch of rows.
+
+Where no row is shared, rows are stacked and padded on the right, and the model masks as it always does.
+Otherwise rows are concatenated without padding, and ``shared_attention`` keeps them apart.
+
+Without gradient through the prefix, the trunks are computed first and only their keys and values are kept;
+their last tokens, which predict the suffixes' first, are computed with the suffixes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rpo_lightning.core.errors import UpdateError
+from rpo_lightning.policy.output_head import Targets, scoring, token_scores
+from rpo_lightning.policy.prefix_sharing.attention import IMPLEMENTATION, FrozenTrunks, SharedLayout
+from rpo_lightning.policy.prefix_sharing.rows import Row, SharedRow
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probs and entropies at the loss scope of the rows of a micro-batch, right-aligned.
+
+    Attributes:
+        rows: The rows, in the order of the tensors.
+        logprobs_BS: Log-probs of the tokens, with gradient if one was asked for.
+        entropy_BS: Entropy of the next-token distribution, without gradient.
+        mask_BS: True at tokens of the scope.
+    """
+
+    rows: list[Row]
+    logprobs_BS: Tensor
+    entropy_BS: Tensor
+    mask_BS: Tensor
+
+
+class _Layout:
+    """Token ids and positions of a micro-batch, and where the scored tokens are.
+
+    Args:
+        batch: The rows.
+        pad_id: Any token id.
+        frozen_lengths: How much of each row's trunk is not computed here.
+        concatenated: Whether rows are concatenated even if none is shared.
+    """
+
+    def __init__(
+        self,
+        batch: Sequence[SharedRow],
+        pad_id: int,
+        frozen_lengths: Sequence[int] | None = None,
+        concatenated: bool = False,
+    ) -> None:
+        self.batch = batch
+        self.frozen_lengths = frozen_lengths or [0] * len(batch)
+        self.rows = [row for shared in batch for row in shared.members]
+        self.is_shared = concatenated or any(shared.branches for shared in batch)
+        lengths = [len(shared) - n for shared, n in zip(batch, self.frozen_lengths, strict=True)]
+        width = sum(lengths) if self.is_shared else max(lengths)
+        shape = (1, width) if self.is_shared else (len(batch), width)
+        self.ids_BT = torch.full(shape, pad_id)
+        self.position_BT = torch.zeros(shape, dtype=torch.long)
+        self.scored: list[tuple[int, int, int]] = []  # row, position of the predecessor, token
+        self.scope_indices: list[list[int]] = []  # of each row, into ``scored``
+        start = 0
+        for index, (shared, frozen) in enumerate(zip(batch, self.frozen_lengths, strict=True)):
+            self._place(0 if self.is_shared else index, start, shared, frozen)
+            start += lengths[index] if self.is_shared else 0
+
+    def _place(self, index: int, start: int, shared: SharedRow, frozen: int) -> None:
+        trunk = shared.trunk_ids[frozen:]
+        self._write(index, start, trunk, frozen)
+        in_scope = max(row.scope_length - len(row.suffix_ids) for row in shared.members)
+        of_trunk = [
+            self._score(index, start + position - 1, trunk[position])
+            for position in range(len(trunk) - in_scope, len(trunk))
+        ]
+        last_of_trunk = start + len(trunk) - 1
+        start += len(trunk)
+        for row in shared.members:
+            self._write(index, start, row.suffix_ids, frozen + len(trunk))
+            of_suffix = [
+                # The first token of every suffix follows the trunk's last.
+                self._score(index, start + offset - 1 if offset else last_of_trunk, token)
+                for offset, token in enumerate(row.suffix_ids)
+            ]
+            self.scope_indices.append([*of_trunk, *of_suffix])
+            start += len(row.suffix_ids)
+
+    def _write(self, index: int, start: int, ids: Sequence[int], position: int) -> None:
+        stop = start + len(ids)
+        self.ids_BT[index, start:stop] = torch.tensor(ids)
+        self.position_BT[index, start:stop] = torch.arange(position, position + len(ids))
+
+    def _score(self, index: int, predecessor: int, token: int) -> int:
+        self.scored.append((index, predecessor, token))
+        return len(self.scored) - 1
+
+    def inputs(self, device: torch.device, attention: str) -> dict[str, Any]:
+        """What the model is called with."""
+        inputs: dict[str, Any] = {"input_ids": self.ids_BT.to(device), "use_cache": False}
+        if self.is_shared:
+            if attention != IMPLEMENTATION:
+                raise UpdateError(f"shared rows need attention {IMPLEMENTATION!r}, the model has {attention!r}")
+            inputs["position_ids"] = self.position_BT.to(device)
+            # Of four dimensions, so that the model makes none of its own; our attention does not look at it.
+            inputs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+            shapes = [shared.shape(frozen) for shared, frozen in zip(self.batch, self.frozen_lengths, strict=True)]
+            inputs["shared_layout"] = SharedLayout(shapes, device)
+        return inputs
+
+    def targets(self, device: torch.device, temperature: float) -> Targets:
+        """The scored tokens."""
+        batch_K, position_K, token_K = torch.tensor(self.scored, dtype=torch.long, device=device).reshape(-1, 3).T
+        return Targets(batch_K, position_K, token_K, temperature)
+
+    def scope(self) -> tuple[Tensor, Tensor]:
+        """Index of each scope position into the scored tokens, right-aligned, [B, S], and its mask."""
+        span = max(len(indices) for indices in self.scope_indices)
+        index_BS = torch.zeros((len(self.rows), span), dtype=torch.long)
+        mask_BS = torch.zeros((len(self.rows), span), dtype=torch.bool)
+        for i, indices in enumerate(self.scope_indices):
+            index_BS[i, span - len(indices) :] = torch.tensor(indices)
+            mask_BS[i, span - len(indices) :] = True
+        return index_BS, mask_BS
+
+
+def token_logprobs(
+    model: PreTrainedModel,
+    batch: Sequence[SharedRow],
+    temperature: float,
+    pad_id: int,
+    device: torch.device,
+    full_logits: bool = False,
+    prefix_gradient: bool = True,
+) -> TokenLogprobs:
+    """Log-probs of the tokens in the loss scope of every row.
+
+    Args:
+        model: The policy or the reference.
+        batch: One micro-batch.
+        temperature: The sampling temperature: the policy is what was sampled from.
+        pad_id: Any token id; padded positions are masked.
+        device: Where the model is.
+        full_logits: Compute the logits of all positions, for models that change them after their head.
+        prefix_gradient: Whether the gradient goes through prompt and prefix. Without it they must not be in
+            the loss scope.
+    """
+    if prefix_gradient:
+        layout, frozen = _Layout(batch, pad_id), None
+    else:
+        lengths = [len(shared.trunk_ids) - 1 for shared in batch]
+        layout = _Layout(batch, pad_id, lengths, concatenated=True)
+        frozen = _freeze_trunks(model, batch, lengths, pad_id, device)
+    targets = layout.targets(device, temperature)
+    inputs = layout.inputs(device, model.config._attn_implementation)
+    if frozen is not None:
+        inputs["frozen_trunks"] = frozen
+    if full_logits:
+        logits_BTV = model(**inputs).logits
+        scores = token_scores(logits_BTV[targets.batch_K, targets.position_K], targets.token_K, temperature)
+    else:
+        with scoring(model, targets):
+            scores = model(**inputs).logits
+    index_BS, mask_BS = (x.to(device) for x in layout.scope())
+    return TokenLogprobs(layout.rows, scores[0][index_BS], scores[1][index_BS].detach(), mask_BS)
+
+
+def _freeze_trunks(
+    model: PreTrainedModel, batch: Sequence[SharedRow], lengths: Sequence[int], pad_id: int, device: torch.device
+) -> FrozenTrunks | None:
+    """Keys and values of the first ``lengths`` tokens of every trunk; ``None`` if there are none."""
+    beginnings = [shared.trunk_ids[:length] for shared, length in zip(batch, lengths, strict=True) if length]
+    if not beginnings:
+        return None
+    rows = [SharedRow((Row(0, 0, ids, (), 0),)) for ids in beginnings]
+    layout, frozen = _Layout(rows, pad_id, concatenated=True), FrozenTrunks()
+    inputs = layout.inputs(device, model.config._attn_implementation)
+    with torch.no_grad(), scoring(model, layout.targets(device, 1.0)):  # nothing is scored: the head is spared
+        model(**inputs, freeze_into=frozen)
+    return frozen

@@ -1,0 +1,1 @@
+"""Rollouts that decode with the policy itself."""

@@ -1,0 +1,250 @@
+"""Rollouts on plain transformers: the engine that runs everywhere.
+
+It decodes with the policy itself, so there are no weights to copy. Each request's prompt and prefix
+are prefilled once, and the G samples read the same keys and values of them (``sequence_cache``); requests of
+different lengths share a batch (padded on the left); a sequence leaves the batch when it ends. Grouped heads
+are decoded without copies of their keys and values.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from inspect import signature
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from rpo_lightning.core.errors import ConfigurationError, EngineError
+from rpo_lightning.core.types import Completion
+from rpo_lightning.policy.parallel.strategies import whole_parameters
+from rpo_lightning.policy.tokenizer import stop_token_ids
+from rpo_lightning.policy.weights import underlying_model
+from rpo_lightning.rollout.engine import EngineContext, GenerationRequest, RolloutEngine, Sampling
+from rpo_lightning.rollout.transformers.attention import decoding_attention
+from rpo_lightning.rollout.transformers.growing_cache import growing_cache
+from rpo_lightning.rollout.transformers.sampling import draw
+from rpo_lightning.rollout.transformers.sequence_cache import (
+    CopiedTrunks,
+    OneTrunkEach,
+    SequenceCache,
+    trunks_can_be_shared,
+)
+
+# A finished sequence still costs its share of every step until the batch is rebuilt, and rebuilding
+# copies the cache: rebuild once this share of the sequences has ended.
+_REBUILD_SHARE = 0.2
+
+
+class TransformersEngine(RolloutEngine):
+    """Decode with the policy that is being trained.
+
+    Args:
+        max_sequences: Sequences decoded at once, which bounds the key–value cache; those of one request are never
+            parted.
+    """
+
+    def __init__(self, max_sequences: int = 128) -> None:
+        super().__init__()
+        if max_sequences < 1:
+            raise ConfigurationError(f"model.engine.max_sequences must be at least 1, got {max_sequences}")
+        self.max_sequences = max_sequences
+        self._policy: PreTrainedModel | None = None
+        self._trunks_can_be_shared: bool | None = None
+        self._stop_ids: Tensor = torch.tensor([])
+        self._pad_id = 0
+        self._prefill_seconds = 0.0
+        self._generate_seconds = 0.0
+
+    def attach(
+        self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: EngineContext = EngineContext()
+    ) -> None:
+        """Bind to the policy and learn which tokens end a sequence.
+
+        Raises:
+            ConfigurationError: The policy keeps what it has seen otherwise than transformers' caches do.
+        """
+        model = underlying_model(policy)
+        if "past_key_values" not in signature(model.forward).parameters:
+            raise ConfigurationError(
+                f"model.engine=TransformersEngine decodes with past_key_values, which {type(model).__name__} does not "
+                "take: use VLLMEngine"
+            )
+        if policy is not self._policy:
+            self._trunks_can_be_shared = None
+        self._policy = policy
+        self._stop_ids = torch.tensor(sorted(stop_token_ids(policy, tokenizer)))
+        self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+    def _copy_weights(self, policy: PreTrainedModel) -> None:
+        """Nothing to copy: the engine decodes with the policy itself."""
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        seed: int,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Sample continuations; see :meth:`RolloutEngine.generate`."""
+        if self._policy is None or self._weights_version is None:
+            raise EngineError("the transformers engine was asked to generate before it was attached and synced")
+        start, self._prefill_seconds = time.perf_counter(), 0.0
+        generator = torch.Generator(device=self._policy.device).manual_seed(seed)
+        results: list[list[Completion]] = [[] for _ in requests]
+        with _inference(self._policy) as may_share:
+            shares = self._shares_trunks if may_share else lambda: False
+            for chunk in self._chunks(requests):
+                batch = _DecodingBatch(self._policy, self._stop_ids, self._pad_id, sampling, generator, shares)
+                for index, completions in zip(chunk, batch.run([requests[i] for i in chunk]), strict=True):
+                    results[index].extend(completions)
+                    if on_progress is not None:
+                        on_progress(len(completions))
+                self._prefill_seconds += batch.prefill_seconds
+        self._generate_seconds = time.perf_counter() - start
+        return results
+
+    def prefill_share(self) -> float:
+        """Measured."""
+        return self._prefill_seconds / self._generate_seconds if self._generate_seconds else 0.0
+
+    def _shares_trunks(self) -> bool:
+        """Whether sequences may share a trunk; tried once, where it would pay."""
+        assert self._policy is not None
+        if self._trunks_can_be_shared is None:
+            self._trunks_can_be_shared = trunks_can_be_shared(self._policy)
+        return self._trunks_can_be_shared
+
+    def _chunks(self, requests: Sequence[GenerationRequest]) -> Iterator[list[int]]:
+        """Group requests of similar budget (a batch lasts as long as its longest suffix)."""
+        order = sorted(range(len(requests)), key=lambda i: (requests[i].max_new_tokens, len(requests[i].token_ids)))
+        chunk: list[int] = []
+        sequences = 0
+        for index in order:
+            if chunk and sequences + requests[index].samples > self.max_sequences:
+                yield chunk
+                chunk, sequences = [], 0
+            chunk.append(index)
+            sequences += requests[index].samples
+        if chunk:
+            yield chunk
+
+
+class _DecodingBatch:
+    """Decodes one batch of requests from prefill to the last finished sequence."""
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        stop_ids: Tensor,
+        pad_id: int,
+        sampling: Sampling,
+        generator: torch.Generator,
+        shares_trunks: Callable[[], bool],
+    ) -> None:
+        self.policy = policy
+        self.device = policy.device
+        self.stop_ids = stop_ids.to(self.device)
+        self.pad_id = pad_id
+        self.sampling = sampling
+        self.generator = generator
+        self.shares_trunks = shares_trunks
+        self.prefill_seconds = 0.0
+
+    def run(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
+        start = time.perf_counter()
+        logits_RV, trunks, mask_RT = self._prefill(requests)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.prefill_seconds = time.perf_counter() - start
+        counts = torch.tensor([r.samples for r in requests], device=self.device)
+        owner_N = torch.repeat_interleave(torch.arange(len(requests), device=self.device), counts)
+        budgets_N = torch.tensor([r.max_new_tokens for r in requests], device=self.device)[owner_N]
+        cache: SequenceCache
+        if OneTrunkEach.pays(trunks, copies=len(owner_N) - len(requests)) and self.shares_trunks():
+            cache = OneTrunkEach(self.policy, trunks, mask_RT, owner_N)
+        else:
+            cache = CopiedTrunks(trunks, mask_RT, owner_N, longest=int(budgets_N.max()))
+        tokens, logprobs, finished = self._decode(logits_RV[owner_N], cache, mask_RT.sum(-1)[owner_N], budgets_N)
+        completions: list[list[Completion]] = [[] for _ in requests]
+        for row, owner in enumerate(owner_N.tolist()):
+            completions[owner].append(Completion(tuple(tokens[row]), tuple(logprobs[row]), finished[row]))
+        return completions
+
+    def _prefill(self, requests: Sequence[GenerationRequest]) -> tuple[Tensor, DynamicCache, Tensor]:
+        """Compute the keys and values of every request once; logits of the last position, [R, V]."""
+        width = max(len(r.token_ids) for r in requests)
+        ids_RT = torch.full((len(requests), width), self.pad_id)
+        mask_RT = torch.zeros((len(requests), width), dtype=torch.long)
+        for row, request in enumerate(requests):
+            ids_RT[row, width - len(request.token_ids) :] = torch.tensor(request.token_ids)
+            mask_RT[row, width - len(request.token_ids) :] = 1
+        ids_RT, mask_RT = ids_RT.to(self.device), mask_RT.to(self.device)
+        cache = growing_cache(self.policy.config)
+        output = self.policy(
+            input_ids=ids_RT,
+            attention_mask=mask_RT,
+            position_ids=(mask_RT.cumsum(-1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1], cache, mask_RT
+
+    def _decode(
+        self, logits_NV: Tensor, cache: SequenceCache, positions_N: Tensor, budgets_N: Tensor
+    ) -> tuple[list[list[int]], list[list[float]], list[bool]]:
+        """Sample until every sequence has ended or spent its budget."""
+        total = len(budgets_N)
+        limit = int(budgets_N.max())
+        tokens_NT = torch.zeros((total, limit), dtype=torch.long, device=self.device)
+        logprobs_NT = torch.zeros((total, limit), dtype=torch.float32, device=self.device)
+        lengths_N = torch.zeros(total, dtype=torch.long, device=self.device)
+        finished_N = torch.zeros(total, dtype=torch.bool, device=self.device)
+        rows = torch.arange(total, device=self.device)  # the sequences still in the batch
+        live = torch.ones(total, dtype=torch.bool, device=self.device)  # which of them go on
+        for step in range(limit):
+            token_N, logprob_N = draw(logits_NV, self.sampling, self.generator)
+            tokens_NT[rows, step] = token_N
+            logprobs_NT[rows, step] = logprob_N
+            lengths_N[rows] += live
+            ended = torch.isin(token_N, self.stop_ids) & live
+            finished_N[rows] |= ended
+            live = live & ~ended & (budgets_N[rows] > step + 1)
+            remaining = int(live.sum())
+            if remaining == 0:
+                break
+            if remaining <= (1 - _REBUILD_SHARE) * len(rows):
+                keep = live.nonzero().squeeze(1)
+                cache.keep(keep)
+                rows, live, token_N, positions_N = rows[keep], live[keep], token_N[keep], positions_N[keep]
+            logits_NV = self.policy(
+                input_ids=token_N[:, None],
+                position_ids=(positions_N + step)[:, None],
+                use_cache=True,
+                **cache.inputs(),
+            ).logits[:, -1]
+        lengths = lengths_N.tolist()
+        tokens = [row[:n] for row, n in zip(tokens_NT.tolist(), lengths, strict=True)]
+        logprobs = [row[:n] for row, n in zip(logprobs_NT.tolist(), lengths, strict=True)]
+        return tokens, logprobs, finished_N.tolist()
+
+
+@contextmanager
+def _inference(policy: PreTrainedModel) -> Iterator[bool]:
+    """Evaluation mode without gradients, all parameters whole, and as before afterwards.
+
+    Ranks decode for different numbers of steps, so that parameters cannot be gathered step by step.
+
+    Yields:
+        Whether sequences may share a trunk, as far as training knows.
+    """
+    was_training = policy.training
+    policy.eval()
+    try:
+        with torch.no_grad(), whole_parameters(policy), decoding_attention(policy) as shares_trunks:
+            yield shares_trunks
+    finally:
+        policy.train(was_training)

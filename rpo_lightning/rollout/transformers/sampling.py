@@ -1,0 +1,59 @@
+"""Drawing tokens from logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rpo_lightning.rollout.engine import Sampling
+
+
+def draw(logits_NV: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw one token per row.
+
+    Args:
+        logits_NV: Raw logits, [N, V].
+        sampling: Temperature and truncation.
+        generator: Source of randomness.
+
+    Returns:
+        Tokens [N] and their log-probs [N] under the temperature-scaled policy, before ``top_p`` and
+        ``top_k``: the quantity that the trainer computes too.
+    """
+    logits_NV = logits_NV.float()
+    if sampling.temperature == 0:
+        logprobs_NV = logits_NV.log_softmax(-1)
+        token_N = logits_NV.argmax(-1)
+        return token_N, logprobs_NV.gather(1, token_N[:, None]).squeeze(1)
+    logprobs_NV = (logits_NV / sampling.temperature).log_softmax(-1)
+    probs_NV = logprobs_NV.exp()
+    if sampling.top_k or sampling.top_p < 1:
+        probs_NV = _truncate(probs_NV, sampling)
+    token_N = _pick(probs_NV, generator)
+    return token_N, logprobs_NV.gather(1, token_N[:, None]).squeeze(1)
+
+
+def _truncate(probs_NV: Tensor, sampling: Sampling) -> Tensor:
+    """Zero what top-k, and of the rest top-p, exclude (transformers' and vLLM's order); the likeliest token stays."""
+    ordered_NV, index_NV = probs_NV.sort(-1, descending=True)
+    if sampling.top_k:
+        ordered_NV[:, sampling.top_k :] = 0.0
+        ordered_NV /= ordered_NV.sum(-1, keepdim=True)
+    excluded_NV = ordered_NV.cumsum(-1) - ordered_NV >= sampling.top_p
+    return torch.zeros_like(probs_NV).scatter(1, index_NV, ordered_NV.masked_fill(excluded_NV, 0.0))
+
+
+def _pick(probs_NV: Tensor, generator: torch.Generator) -> Tensor:
+    """Invert each row's cumulative distribution at one random number.
+
+    On a CPU ``torch.multinomial`` draws a random number for every entry of the vocabulary, one after the other. In
+    double precision, since single precision would lose unlikely tokens among 100,000 others.
+    """
+    if probs_NV.device.type != "cpu":  # there it is parallel, and a cumulative sum may not be deterministic
+        return torch.multinomial(probs_NV, 1, generator=generator).squeeze(1)
+    cumulated_NV = probs_NV.cumsum(-1, dtype=torch.float64)
+    total_N1 = cumulated_NV[:, -1:].contiguous()
+    random_N1 = torch.rand(total_N1.shape, generator=generator, device=total_N1.device, dtype=torch.float64)
+    # Below the total even where the product is rounded up to it: no token lies beyond.
+    level_N1 = torch.minimum(random_N1 * total_N1, total_N1.nextafter(torch.zeros_like(total_N1)))
+    return torch.searchsorted(cumulated_NV, level_N1, right=True).squeeze(1)

@@ -1,0 +1,1 @@
+"""Rollouts on vLLM, in the trainer's process."""

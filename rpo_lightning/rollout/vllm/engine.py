@@ -1,0 +1,286 @@
+"""Rollouts on vLLM, in the trainer's process ("colocated"): one engine per rank.
+
+The engine is built from the policy's *configuration*, never from a checkpoint: its weights are those
+that are synced into it. Prompt and prefix are computed once for the G samples of a group and found in
+the prefix cache, which is emptied at every sync.
+
+Every request has a seed of its own, so that what is sampled depends neither on how requests are
+scheduled nor on what the prefix cache holds: a resumed run continues as the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rpo_lightning.core.errors import ConfigurationError, EngineError
+from rpo_lightning.core.types import Completion
+from rpo_lightning.policy.tokenizer import stop_token_ids
+from rpo_lightning.policy.weights import checkpoint_weights, save_architecture
+from rpo_lightning.rollout.engine import EngineContext, GenerationRequest, RolloutEngine, Sampling
+from rpo_lightning.rollout.vllm import platform as vllm_platform
+from rpo_lightning.rollout.vllm.tensor_parallel import TensorParallelGroup
+
+log = logging.getLogger(__name__)
+
+SleepLevel = Literal[0, 1, 2]
+
+
+class VLLMEngine(RolloutEngine):
+    """Decode with vLLM.
+
+    Args:
+        dtype: What the engine computes in; what the trainer computes in if not given.
+        max_model_len: Longest prompt plus response in tokens; taken from the data and
+            ``max_response_tokens`` if not given.
+        gpu_memory_utilization: Share of the GPU's memory for weights and key–value cache; half if not
+            given. On a CPU the cache has 2 GiB instead.
+        tensor_parallel_size: Ranks that share one copy of the weights.
+        enforce_eager: No compilation, no CUDA graphs; on a GPU off, on a CPU on if not given.
+        sleep_level: What is given back while the policy trains: 0 nothing, 1 the key–value cache and,
+            moved to the CPU's memory, the weights, 2 both without a copy. If not given 1 where the
+            platform can (a CPU cannot): the safest, as nothing has to be made again.
+        options: Anything else that vLLM's ``EngineArgs`` takes.
+    """
+
+    def __init__(
+        self,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        max_model_len: int | None = None,
+        gpu_memory_utilization: float | None = None,
+        tensor_parallel_size: int = 1,
+        enforce_eager: bool | None = None,
+        sleep_level: SleepLevel | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if tensor_parallel_size < 1:
+            raise ConfigurationError(
+                f"model.engine.tensor_parallel_size must be at least 1, got {tensor_parallel_size}"
+            )
+        settings = {
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "enforce_eager": enforce_eager,
+        }
+        self.settings = {k: v for k, v in settings.items() if v is not None} | (options or {})
+        self.tensor_parallel_size = tensor_parallel_size
+        self.sleep_level = sleep_level
+        self._policy: PreTrainedModel | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._context = EngineContext()
+        self._stop_ids: list[int] = []
+        self._llm: Any = None
+        self._group = TensorParallelGroup()
+        self._owns_process_group = False
+        self._used_sleep_level: SleepLevel = 0
+        self._asleep = False
+        self._seen_cache_tokens = (0, 0)
+        self._seen_seconds = (0.0, 0.0)
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def attach(
+        self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: EngineContext = EngineContext()
+    ) -> None:
+        """Remember the policy and the run; the engine starts at the first sync."""
+        vllm_platform.import_vllm()  # to fail early where it is not installed
+        self._policy, self._tokenizer = policy, tokenizer
+        self._stop_ids = sorted(stop_token_ids(policy, tokenizer))
+        needed = (context.max_length or 0) > (self._context.max_length or 0)
+        self._context = context
+        if needed and "max_model_len" not in self.settings:
+            self.shutdown()
+
+    def _start(self) -> None:
+        assert self._policy is not None
+        vllm = vllm_platform.import_vllm()
+        vllm_platform.require_own_device(self._policy.device, self._context)
+        self._owns_process_group = not torch.distributed.is_initialized()
+        with tempfile.TemporaryDirectory() as folder, vllm_platform.contained():
+            options = self._options(folder)
+            log.info(f"starting vLLM {vllm.__version__} in {options['dtype']}")
+            try:
+                self._llm = vllm.LLM(**options)
+            except Exception as error:
+                raise EngineError(f"vLLM {vllm.__version__} did not start: {_cause(error)}") from error
+        self._group = TensorParallelGroup.of(self._llm, self.tensor_parallel_size)
+        self._seen_cache_tokens = vllm_platform.prefix_cache_tokens(self._llm)
+        self._seen_seconds = vllm_platform.request_seconds(self._llm)
+
+    def _options(self, folder: str) -> dict[str, Any]:
+        """Everything vLLM is started with: the run's, the platform's and the user's options."""
+        assert self._policy is not None
+        assert self._tokenizer is not None
+        self._tokenizer.save_pretrained(folder)
+        context = self._context
+        self._used_sleep_level = self._supported_sleep_level()
+        dtype = context.dtype or next(self._policy.parameters()).dtype
+        options = {
+            "model": save_architecture(self._policy, Path(folder)),
+            "load_format": "dummy",
+            "generation_config": "vllm",
+            "dtype": str(torch.float32 if dtype == torch.float64 else dtype).removeprefix("torch."),
+            "seed": request_seeds((context.seed, context.rank // self.tensor_parallel_size), 1)[0],
+            "enable_prefix_caching": True,
+            "logprobs_mode": "processed_logprobs",  # those at the sampling temperature
+            "disable_log_stats": False,  # counts the hits of the prefix cache
+            "enable_sleep_mode": self._used_sleep_level > 0,
+            **vllm_platform.platform_options(self.settings),
+            **vllm_platform.launcher_options(context, self.tensor_parallel_size),
+        }
+        if context.max_length is not None:
+            options["max_model_len"] = context.max_length
+        return options | self.settings
+
+    def _supported_sleep_level(self) -> SleepLevel:
+        if not vllm_platform.on_cpu():
+            wanted: SleepLevel = 1 if self.sleep_level is None else self.sleep_level
+            if wanted and vllm_platform.earlier_engine_holds_memory():
+                log.warning(
+                    "an earlier vLLM engine of this process still holds memory that can sleep, and vLLM allows one "
+                    "such engine a process: this one stays awake while the policy trains"
+                )
+                return 0
+            return wanted
+        if self.sleep_level:
+            log.warning(f"model.engine.sleep_level={self.sleep_level}: vLLM cannot sleep on a CPU, it stays awake")
+        return 0
+
+    def shutdown(self) -> None:
+        """Stop the engine and free its memory."""
+        if self._llm is not None:
+            llm, self._llm = self._llm, None
+            vllm_platform.stop(llm, self._owns_process_group)
+        self._weights_version = None
+        self._asleep = False
+
+    def sleep(self) -> None:
+        """Give memory back while the policy trains."""
+        if self._llm is None or self._asleep or not self._used_sleep_level:
+            return
+        self._llm.sleep(level=self._used_sleep_level)
+        self._asleep = True
+        if self._used_sleep_level == 2:
+            self._weights_version = None  # gone: even the same policy has to be synced again
+
+    def wake(self) -> None:
+        """Take the memory back."""
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
+    def _copy_weights(self, policy: PreTrainedModel) -> None:
+        """Stream the weights in, around which memory is taken back and the prefix cache emptied."""
+        if self._llm is None:
+            self._start()
+        if self._asleep:
+            self._llm.wake_up(tags=["weights"])
+        try:
+            vllm_platform.load_weights(self._llm, checkpoint_weights(policy))
+        except Exception as error:
+            log.error("vLLM failed while it was given the policy's weights", exc_info=True)
+            raise EngineError(f"vLLM did not take the policy's weights: {_cause(error)}") from error
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        if not self._llm.reset_prefix_cache():
+            raise EngineError("vLLM did not empty its prefix cache after the sync: requests are still running in it")
+
+    # -- generation ------------------------------------------------------------------------------
+
+    def logprob_caveat(self, sampling: Sampling) -> str | None:
+        """The log-probs of vLLM are those after top-p and top-k."""
+        if sampling.top_p < 1 or sampling.top_k:
+            return (
+                f"with top_p={sampling.top_p} and top_k={sampling.top_k} vLLM's log-probs are those of the truncated "
+                "distribution, not the policy's"
+            )
+        return None
+
+    def metrics(self) -> dict[str, float]:
+        """Share of prompt tokens found in the prefix cache since the last call."""
+        if self._llm is None:
+            return {}
+        seen, now = self._seen_cache_tokens, vllm_platform.prefix_cache_tokens(self._llm)
+        self._seen_cache_tokens = now
+        return {"rollout/prefix_cache_hit_share": (now[1] - seen[1]) / max(now[0] - seen[0], 1)}
+
+    def prefill_share(self) -> float:
+        """As vLLM counts it, request by request: requests overlap, so this is an estimate."""
+        if self._llm is None:
+            return 0.0
+        seen, self._seen_seconds = self._seen_seconds, vllm_platform.request_seconds(self._llm)
+        prefill, decode = (now - before for now, before in zip(self._seen_seconds, seen, strict=True))
+        return prefill / (prefill + decode) if prefill + decode > 0 else 0.0
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        seed: int,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Sample continuations; see :meth:`RolloutEngine.generate`."""
+        if self._llm is None or self._weights_version is None or self._asleep:
+            raise EngineError("vLLM was asked to generate before it was synced with the policy")
+        mine = [(r, s) for r, s in zip(requests, request_seeds(seed, len(requests)), strict=True)]
+        shared, start = self._group.gather(mine)
+        try:
+            outputs = self._generate(shared, sampling)
+        except Exception as error:
+            log.error("vLLM failed while it was generating", exc_info=True)
+            raise EngineError(f"vLLM failed while it was generating: {_cause(error)}") from error
+        results = []
+        for request, output in zip(requests, outputs[start : start + len(requests)], strict=True):
+            completions = [_completion(c) for c in output.outputs]
+            # Greedy samples are all the same, and vLLM draws one only.
+            results.append(completions * (request.samples // len(completions)))
+            if on_progress is not None:
+                on_progress(request.samples)
+        return results
+
+    def _generate(self, requests: Sequence[tuple[GenerationRequest, int]], sampling: Sampling) -> list[Any]:
+        if not requests:  # of which vLLM would make an error
+            return []
+        outputs: list[Any] = self._llm.generate(
+            [{"prompt_token_ids": list(request.token_ids)} for request, _ in requests],
+            [self._sampling_params(request, sampling, seed) for request, seed in requests],
+            use_tqdm=False,
+        )
+        return outputs
+
+    def _sampling_params(self, request: GenerationRequest, sampling: Sampling, seed: int) -> Any:
+        return vllm_platform.import_vllm().SamplingParams(
+            n=request.samples if sampling.temperature > 0 else 1,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=request.max_new_tokens,
+            stop_token_ids=self._stop_ids,
+            seed=seed,
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            detokenize=False,
+        )
+
+
+def request_seeds(seed: int | tuple[int, ...], count: int) -> list[int]:
+    """One seed a request; vLLM numbers the samples of a request on from it."""
+    return [int(s) for s in np.random.SeedSequence(seed).generate_state(count, np.uint32)]
+
+
+def _completion(output: Any) -> Completion:
+    return Completion(tuple(output.token_ids), tuple(output.logprobs.logprobs), output.finish_reason == "stop")
+
+
+def _cause(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300] or 'no message'}"

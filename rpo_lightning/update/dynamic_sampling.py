@@ -1,0 +1,125 @@
+"""DAPO's dynamic sampling: only groups with a gradient make up an update (arXiv 2503.14476, section 3.2).
+
+Groups without variance are dropped, and the following batches of prompts refill the update. Groups
+beyond its size wait for the next one; the module freezes their old log-probs before the policy
+changes, so that the clipped ratio accounts for their age (the published code throws them away).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.core.types import Completion, GoldAnswer, Group, Prompt, RolloutRequest, Sample
+
+
+@dataclass(frozen=True)
+class DynamicSampling:
+    """Settings of dynamic sampling.
+
+    Attributes:
+        max_refills: Batches of prompts that may be drawn for one update beyond the first. After that
+            the update is made with what there is.
+    """
+
+    max_refills: int = 8
+
+    def __post_init__(self) -> None:
+        if self.max_refills < 0:
+            raise ConfigurationError(f"model.dynamic_sampling.max_refills must be at least 0, got {self.max_refills}")
+
+
+class GroupBuffer:
+    """Groups that wait for an update.
+
+    Args:
+        settings: See :class:`DynamicSampling`.
+        mask_truncated: Whether unfinished responses are left out of the loss.
+    """
+
+    def __init__(self, settings: DynamicSampling, mask_truncated: bool = False) -> None:
+        self.max_refills = settings.max_refills
+        self.mask_truncated = mask_truncated
+        self.groups: list[Group] = []
+        self.refills = 0
+
+    def add(self, groups: Sequence[Group]) -> None:
+        """Take the groups that carry a gradient."""
+        self.groups.extend(g for g in groups if g.has_variance and has_loss(g, self.mask_truncated))
+
+    def is_ready(self, size: int) -> bool:
+        """Whether an update should be made now: enough groups, or no refill left."""
+        return len(self.groups) >= size or self.refills >= self.max_refills
+
+    def refill(self) -> None:
+        """Note that another batch of prompts is drawn for the update."""
+        self.refills += 1
+
+    def take(self, size: int) -> list[Group]:
+        """Hand out the groups of an update; surplus groups stay."""
+        taken, self.groups = self.groups[:size], self.groups[size:]
+        self.refills = 0
+        return taken
+
+    @contextmanager
+    def unchanged_by_exceptions(self) -> Iterator[None]:
+        """Hold what it held before where the block fails: the iteration will be made again."""
+        groups, refills = list(self.groups), self.refills
+        try:
+            yield
+        except BaseException:
+            self.groups, self.refills = groups, refills
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """The waiting groups as primitives."""
+        return {"refills": self.refills, "groups": [_state(g) for g in self.groups]}
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]], rank: int = 0, ranks: int = 1) -> None:
+        """Restore the waiting groups of all ranks that saved some, dealt out anew where there are more or fewer now."""
+        self.refills = max(state["refills"] for state in states)
+        if len(states) == ranks:
+            waiting = states[rank]["groups"]
+        else:
+            waiting = [group for state in states for group in state["groups"]][rank::ranks]
+        self.groups = [_group(g) for g in waiting]
+
+
+def has_loss(group: Group, mask_truncated: bool) -> bool:
+    """Whether any member of a group is in the loss."""
+    return not mask_truncated or any(c.finished for c in group.completions)
+
+
+def _state(group: Group) -> dict[str, Any]:
+    state = asdict(group)
+    state["request"]["prompt"]["answer"] = _answer_state(group.request.prompt.answer)
+    for sample, of_sample in zip(group.samples, state["samples"], strict=True):
+        of_sample["answer"] = _answer_state(sample.answer)
+    return state
+
+
+def _group(state: Mapping[str, Any]) -> Group:
+    request = state["request"]
+    prompt = request["prompt"]
+    return Group(
+        **{
+            **state,
+            "request": RolloutRequest(
+                **{**request, "prompt": Prompt(**{**prompt, "answer": _answer(prompt["answer"])})}
+            ),
+            "completions": [Completion(**c) for c in state["completions"]],
+            "samples": [Sample(**{**s, "answer": _answer(s["answer"])}) for s in state["samples"]],
+        }
+    )
+
+
+def _answer_state(answer: str) -> str | dict[str, tuple[Any, ...]]:
+    """A gold answer without a class of ours, which a checkpoint must not need."""
+    return {"parts": answer.parts, "tolerances": answer.tolerances} if isinstance(answer, GoldAnswer) else answer
+
+
+def _answer(state: str | Mapping[str, Any]) -> str:
+    return state if isinstance(state, str) else GoldAnswer(*state["parts"], tolerances=tuple(state["tolerances"]))

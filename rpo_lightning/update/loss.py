@@ -1,0 +1,261 @@
+"""The update of the policy: micro-batches, loss, gradient.
+
+Ranks may have different groups, even none. All of them make as many passes as the busiest, since forward and
+backward passes are collectives where parameters are sharded; what is left over is filled with a row of three
+tokens whose loss is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rpo_lightning.core.errors import UpdateError
+from rpo_lightning.core.ranks import Ranks
+from rpo_lightning.core.timing import PhaseTimer
+from rpo_lightning.core.types import Group
+from rpo_lightning.policy.prefix_sharing.compatibility import needs_full_logits, row_cost
+from rpo_lightning.policy.prefix_sharing.logprobs import TokenLogprobs, token_logprobs
+from rpo_lightning.policy.prefix_sharing.rows import (
+    LossScope,
+    Row,
+    RowCost,
+    SharedRow,
+    micro_batches,
+    rows_of,
+    shared_rows,
+)
+from rpo_lightning.update.importance import ImportanceCorrection
+from rpo_lightning.update.metrics import UpdateMetrics
+from rpo_lightning.update.mismatch import Mismatch
+from rpo_lightning.update.objectives.base import LossInputs, Objective
+from rpo_lightning.update.reference import ReferencePolicy
+
+# Runs the backward pass of a loss; told whether it is the update's last.
+Backward = Callable[[Tensor, bool], None]
+# Has the loss of a micro-batch computed.
+Forward = Callable[[Callable[[], Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """How groups become a loss.
+
+    Attributes:
+        scope: Which tokens are in the loss.
+        temperature: Sampling temperature.
+        micro_batch_tokens: Tokens of one forward and backward pass, padding included.
+        mask_truncated: Leave unfinished responses out of the loss (DAPO's overlong filtering).
+        share_prefixes: Compute the prompt and prefix of a group once where that is cheaper.
+        prefix_gradient: Whether the gradient goes through prompt and prefix too.
+        importance_correction: Weights for what the engine's policy and the trainer's differ by; ``None``
+            where the engine's log-probs cannot be compared with the trainer's.
+    """
+
+    scope: LossScope
+    temperature: float
+    micro_batch_tokens: int
+    mask_truncated: bool
+    share_prefixes: bool = True
+    prefix_gradient: bool = True
+    importance_correction: ImportanceCorrection | None = None
+
+
+class PolicyLoss:
+    """Computes the loss of an optimisation batch, micro-batch by micro-batch.
+
+    Args:
+        policy: The model that is trained.
+        reference: The starting policy, where the objective has a KL penalty.
+        objective: Per-token loss and normalisation.
+        settings: See :class:`UpdateSettings`.
+        pad_id: Padding token.
+        timer: Where the seconds of the reference's log-probs are booked.
+        ranks: Who has the rest of the batch.
+
+    Attributes:
+        processed_tokens: Tokens that were computed so far in each phase, padding left out: ``old_logprobs`` and
+            ``reference_logprobs`` forward, ``update`` forward and backward.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        reference: ReferencePolicy | None,
+        objective: Objective,
+        settings: UpdateSettings,
+        pad_id: int,
+        timer: PhaseTimer | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.policy = policy
+        self.reference = reference
+        self.objective = objective
+        self.settings = settings
+        self.pad_id = pad_id
+        self._full_logits = needs_full_logits(policy)
+        self.timer = timer or PhaseTimer()
+        self.ranks = ranks or Ranks()
+        self.processed_tokens = {"old_logprobs": 0, "reference_logprobs": 0, "update": 0}
+        self._row_cost = row_cost(policy, settings.share_prefixes, self._full_logits)
+        if not settings.prefix_gradient:
+            self._row_cost = _without_trunk_gradient(self._row_cost)
+        idle = Row(0, 0, (pad_id, pad_id), (pad_id,), 1)
+        self._idle_batch = [SharedRow((idle,))]
+
+    def freeze_old_logprobs(self, groups: Sequence[Group]) -> None:
+        """Store the current policy's log-probs with groups that outlive the current weights; a collective."""
+        pending = [g for g in groups if g.old_logprobs is None]
+        stores: list[list[list[float]]] = [[[] for _ in group.completions] for group in pending]
+        for batch, _ in self._passes(self._micro_batches(rows_of(pending, self.settings.scope))):
+            with torch.no_grad():
+                computed = self._logprobs(self.policy, batch or self._idle_batch)
+            if batch is None:
+                continue
+            self.processed_tokens["old_logprobs"] += sum(len(row) for row in batch)
+            for i, row in enumerate(computed.rows):
+                stores[row.group][row.member] = computed.logprobs_BS[i][computed.mask_BS[i]].tolist()
+        for group, store in zip(pending, stores, strict=True):  # all or none: an interruption leaves nothing half done
+            group.old_logprobs = store
+
+    def backward(
+        self,
+        groups: Sequence[Group],
+        advantages: Sequence[Tensor],
+        backward: Backward,
+        forward: Forward = lambda compute: compute(),
+    ) -> dict[str, float]:
+        """Accumulate the gradient of the batch's loss; a collective.
+
+        Args:
+            groups: This rank's groups of the update; may be empty where other ranks have some.
+            advantages: Those of each group's members, [G].
+            backward: Runs the backward pass of a micro-batch. The gradients of ranks are expected to be averaged.
+            forward: Runs the forward pass of a micro-batch.
+
+        Returns:
+            Metrics of the update over all ranks, ``loss/…`` and ``mismatch/…``.
+        """
+        rows = rows_of(groups, self.settings.scope)
+        lengths = {(r.group, r.member): self._loss_length(groups, r) for r in rows}
+        counts = [float(sum(lengths.values())), float(sum(n > 0 for n in lengths.values()))]
+        totals = self.ranks.sum(torch.tensor(counts, dtype=torch.float64))
+        metrics = UpdateMetrics()
+
+        def loss_of(batch: Sequence[SharedRow] | None) -> Tensor:
+            if batch is None:
+                return self._idle_loss()
+            inputs, computed = self._inputs(groups, batch, advantages, lengths, totals, metrics.mismatch)
+            output = self.objective(inputs)
+            tokens = sum(len(row) for row in batch)
+            self.processed_tokens["update"] += tokens
+            self.processed_tokens["reference_logprobs"] += tokens if self.reference is not None else 0
+            metrics.add(output, computed, inputs.mask_BS)
+            return output.loss * self.ranks.size
+
+        for batch, is_last in self._passes(self._micro_batches(rows)):
+            backward(forward(partial(loss_of, batch)), is_last)
+        return metrics.take(self.ranks)
+
+    def _passes(self, batches: Sequence[list[SharedRow]]) -> Iterator[tuple[list[SharedRow] | None, bool]]:
+        """This rank's micro-batches, then ``None`` until all ranks have had as many, and whether it is the last."""
+        count = self.ranks.most(len(batches))
+        for index in range(count):
+            yield (batches[index] if index < len(batches) else None), index == count - 1
+
+    def _idle_loss(self) -> Tensor:
+        """Zero, from the same passes through the same models as a micro-batch makes."""
+        self._reference_logprobs(self._idle_batch)
+        return self._logprobs(self.policy, self._idle_batch, self.settings.prefix_gradient).logprobs_BS.sum() * 0.0
+
+    def _reference_logprobs(self, batch: Sequence[SharedRow]) -> Tensor | None:
+        if self.reference is None:
+            return None
+        self.reference.prepare(self.policy.config._attn_implementation, self.policy.device)
+        with torch.no_grad(), self.timer("reference_logprobs"), self.reference() as model:
+            return self._logprobs(model, batch).logprobs_BS
+
+    def _inputs(
+        self,
+        groups: Sequence[Group],
+        batch: Sequence[SharedRow],
+        advantages: Sequence[Tensor],
+        lengths: dict[tuple[int, int], int],
+        totals: Tensor,
+        mismatch: Mismatch,
+    ) -> tuple[LossInputs, TokenLogprobs]:
+        reference_BS = self._reference_logprobs(batch)
+        computed = self._logprobs(self.policy, batch, self.settings.prefix_gradient)
+        rows = computed.rows
+        device = computed.logprobs_BS.device
+        lengths_B = torch.tensor([lengths[r.group, r.member] for r in rows])
+        mask_BS = computed.mask_BS & (lengths_B > 0).to(device)[:, None]
+        old_BS = computed.logprobs_BS.detach()
+        frozen = [groups[row.group].old_logprobs for row in rows]
+        if any(of_group is not None for of_group in frozen):
+            known = [of_group[row.member] if of_group else () for of_group, row in zip(frozen, rows, strict=True)]
+            frozen_BS, known_BS = _right_aligned(known, old_BS)
+            old_BS = torch.where(known_BS, frozen_BS, old_BS)
+        importance_BS = self._importance(groups, rows, old_BS, mask_BS, mismatch)
+        weights_B = self.objective.sequence_weights(lengths_B, float(totals[0]), float(totals[1]))
+        inputs = LossInputs(
+            logprobs_BS=computed.logprobs_BS,
+            old_logprobs_BS=old_BS,
+            advantages_B=torch.stack([advantages[r.group][r.member] for r in rows]).to(computed.logprobs_BS),
+            mask_BS=mask_BS,
+            weights_B=weights_B.to(computed.logprobs_BS),
+            reference_logprobs_BS=reference_BS,
+            importance_BS=importance_BS,
+        )
+        return inputs, computed
+
+    def _importance(
+        self, groups: Sequence[Group], rows: Sequence[Row], old_BS: Tensor, mask_BS: Tensor, mismatch: Mismatch
+    ) -> Tensor | None:
+        """Compare with the engine's log-probs, which exist for sampled tokens only; weights of the loss tokens."""
+        if self.settings.importance_correction is None:
+            return None
+        logprobs = [groups[row.group].completions[row.member].logprobs for row in rows]
+        engine_BS, sampled_BS = _right_aligned(logprobs, old_BS)
+        sampled_BS &= mask_BS
+        difference_BS = torch.where(sampled_BS, old_BS - engine_BS, 0.0)
+        mismatch.add(difference_BS, sampled_BS)
+        return self.settings.importance_correction.weights(difference_BS, sampled_BS)
+
+    def _micro_batches(self, rows: Sequence[Row]) -> list[list[SharedRow]]:
+        limit, cost = self.settings.micro_batch_tokens, self._row_cost
+        return micro_batches(shared_rows(rows, limit, cost), limit, cost.longest_shared) if rows else []
+
+    def _logprobs(
+        self, model: PreTrainedModel, batch: Sequence[SharedRow], prefix_gradient: bool = True
+    ) -> TokenLogprobs:
+        return token_logprobs(
+            model, batch, self.settings.temperature, self.pad_id, self.policy.device, self._full_logits, prefix_gradient
+        )
+
+    def _loss_length(self, groups: Sequence[Group], row: Row) -> int:
+        finished = groups[row.group].completions[row.member].finished
+        return 0 if self.settings.mask_truncated and not finished else row.scope_length
+
+
+def _right_aligned(rows: Sequence[Sequence[float]], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers at the ends of the rows of a tensor like another, and where they are; made where lists are, sent once."""
+    values_BS, mask_BS = torch.zeros(like.shape, dtype=like.dtype), torch.zeros(like.shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        start = like.shape[1] - len(row)
+        values_BS[i, start:], mask_BS[i, start:] = torch.tensor(row, dtype=like.dtype), True
+    return values_BS.to(like.device), mask_BS.to(like.device)
+
+
+def _without_trunk_gradient(cost: RowCost) -> RowCost:
+    if not cost.shares or cost.longest_shared is not None:
+        raise UpdateError(
+            "model.prefix_gradient=false computes prefixes apart from suffixes, which needs shared rows of any length; "
+            "this model does not allow them (its warning says why): leave prefix_gradient at true"
+        )
+    return replace(cost, trunk=1 / 3)  # a forward pass is a third of forward and backward

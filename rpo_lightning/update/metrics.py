@@ -1,0 +1,144 @@
+"""What the logs say: of the rollouts, of an update, and of a whole iteration over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rpo_lightning.core.ranks import Ranks
+from rpo_lightning.core.types import Group
+from rpo_lightning.policy.prefix_sharing.logprobs import TokenLogprobs
+from rpo_lightning.update.mismatch import Mismatch
+from rpo_lightning.update.objectives.base import LossOutput
+
+_NAMES = ("tokens", "total", "policy", "entropy", "kl", "clip_share")
+
+
+class UpdateMetrics:
+    """Sums over micro-batches.
+
+    Attributes:
+        mismatch: What the engine's and the trainer's log-probs differ by.
+    """
+
+    def __init__(self) -> None:
+        self.mismatch = Mismatch()
+        self._sums = torch.zeros(len(_NAMES), dtype=torch.float64)
+        self._ratio_deviation_max = torch.zeros((), dtype=torch.float64)
+
+    def add(self, output: LossOutput, computed: TokenLogprobs, mask_BS: Tensor) -> None:
+        """Take in a micro-batch."""
+        entropy = (computed.entropy_BS * mask_BS).sum()
+        values = (mask_BS.sum(), output.loss, output.policy_loss, entropy, output.kl_sum, output.clipped_sum)
+        self._sums += torch.stack([v.detach().cpu().double() for v in values])
+        deviation = output.ratio_deviation_max.cpu().double()
+        self._ratio_deviation_max = torch.maximum(self._ratio_deviation_max, deviation)
+
+    def take(self, ranks: Ranks) -> dict[str, float]:
+        """Metrics of the whole update, ``loss/…`` and ``mismatch/…``; a collective."""
+        sums = dict(zip(_NAMES, ranks.sum(self._sums).tolist(), strict=True))
+        tokens = max(sums["tokens"], 1.0)
+        return {
+            "loss/total": sums["total"],
+            "loss/policy": sums["policy"],
+            "loss/tokens": sums["tokens"],
+            "loss/ratio_deviation_max": float(ranks.max(self._ratio_deviation_max)),
+            **{f"loss/{name}": sums[name] / tokens for name in ("entropy", "kl", "clip_share")},
+            **self.mismatch.metrics(ranks),
+        }
+
+
+@dataclass(frozen=True)
+class IterationRecord:
+    """Figures of an iteration.
+
+    Attributes:
+        metrics: What the logs say about its rollouts.
+        phase_seconds: Seconds of each phase.
+        phase_tokens: Tokens of each phase.
+        samples: Responses that were sampled.
+        killed: Gradings that were killed, or died.
+    """
+
+    metrics: dict[str, float]
+    phase_seconds: dict[str, float]
+    phase_tokens: dict[str, int]
+    samples: int
+    killed: int
+
+    def over(self, ranks: Ranks) -> IterationRecord:
+        """The same of all ranks together: counts and tokens add up, the rest is averaged; a collective."""
+        records = ranks.gather(self)
+        if len(records) == 1:
+            return self
+        metrics = _means([r.metrics for r in records])
+        if "reward/std" in metrics:
+            squares = _means(
+                [{"square": r.metrics["reward/std"] ** 2 + r.metrics["reward/mean"] ** 2} for r in records]
+            )
+            metrics["reward/std"] = max(squares["square"] - metrics["reward/mean"] ** 2, 0.0) ** 0.5
+        phases = dict.fromkeys(phase for r in records for phase in r.phase_tokens)
+        return IterationRecord(
+            metrics=metrics,
+            phase_seconds=_means([r.phase_seconds for r in records]),
+            phase_tokens={phase: sum(r.phase_tokens.get(phase, 0) for r in records) for phase in phases},
+            samples=sum(r.samples for r in records),
+            killed=sum(r.killed for r in records),
+        )
+
+    def logged(self) -> dict[str, float]:
+        """Everything for the logger."""
+        return {
+            **self.metrics,
+            "reward/grading_killed": float(self.killed),
+            **{f"time/{phase}": seconds for phase, seconds in self.phase_seconds.items()},
+            **{f"tokens/{phase}": float(tokens) for phase, tokens in self.phase_tokens.items()},
+        }
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of every key over the rows that have it."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: sum(values) / len(values) for key in keys if (values := [row[key] for row in rows if key in row])}
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What the logs say about freshly sampled groups.
+
+    ``rollout/decoded_tokens_per_sample`` counts sampled tokens only; ``rollout/response_tokens`` the
+    kept prefix too. The zero-variance share is split into groups that are all right, all wrong, and
+    equal for another reason.
+    """
+    count = len(groups)
+    members = [(g, c) for g in groups for c in g.completions]
+    equal = [g for g in groups if not g.has_variance]
+    rewards = [r for g in groups for r in g.rewards]
+    mean = sum(rewards) / len(rewards)
+    metrics = {
+        "reward/mean": mean,
+        "reward/std": (sum((r - mean) ** 2 for r in rewards) / len(rewards)) ** 0.5,
+        "reward/correct_share": sum(g.correct_count for g in groups) / len(members),
+        "rollout/decoded_tokens_per_sample": sum(len(c.token_ids) for _, c in members) / len(members),
+        "rollout/response_tokens": sum(sum(g.lengths) for g in groups) / len(members),
+        "rollout/kept_prefix_tokens": sum(len(g.request.prefix_ids) for g in groups) / count,
+        "rollout/full_path_share": sum(not g.request.prefix_ids for g in groups) / count,
+        "rollout/truncated_share": sum(not c.finished for _, c in members) / len(members),
+        "rollout/zero_variance_share": len(equal) / count,
+        "rollout/all_right_share": sum(g.correct_count == len(g.samples) for g in equal) / count,
+        "rollout/all_wrong_share": sum(g.correct_count == 0 for g in equal) / count,
+    }
+    for term in groups[0].reward_terms:
+        values = [v for g in groups for v in g.reward_terms[term]]
+        metrics[f"reward/{term}"] = sum(values) / len(values)
+    return metrics
+
+
+def rollout_tokens(groups: Sequence[Group]) -> dict[str, int]:
+    """Tokens of the phases of a rollout: prompts and prefixes once a group, and what was sampled."""
+    return {
+        "prefill": sum(len(g.request.prompt.token_ids) + len(g.request.prefix_ids) for g in groups),
+        "decode": sum(len(c.token_ids) for g in groups for c in g.completions),
+    }

@@ -1,0 +1,133 @@
+"""What an objective is: a loss per token, and a weight per sequence.
+
+The loss of an optimisation batch is ``Σ_i w_i Σ_t ℓ_it`` over its sequences i and their loss tokens
+t. The weights ``w_i`` are fixed from the lengths of the *whole* batch (all micro-batches, all ranks)
+before the first backward pass, so that the gradient does not depend on how the batch is split.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from rpo_lightning.core.errors import ConfigurationError
+
+Normalisation = Literal["token", "sequence"]
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """One micro-batch as the objectives see it.
+
+    Attributes:
+        logprobs_BS: Log-probs of the loss tokens under the policy, with gradient.
+        old_logprobs_BS: The same under the policy that sampled them.
+        reference_logprobs_BS: The same under the reference model, where ``beta`` > 0.
+        advantages_B: One advantage a sequence.
+        mask_BS: True at loss tokens.
+        weights_B: Weight of each token of a sequence, from :meth:`Objective.sequence_weights`.
+        importance_BS: Weights of the policy loss for what the engine sampled otherwise than the trainer
+            would, where they are known.
+    """
+
+    logprobs_BS: Tensor
+    old_logprobs_BS: Tensor
+    advantages_B: Tensor
+    mask_BS: Tensor
+    weights_B: Tensor
+    reference_logprobs_BS: Tensor | None = None
+    importance_BS: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Loss of a micro-batch, its share of the batch's loss, and sums over its tokens for the logs.
+
+    Attributes:
+        loss: Scalar with gradient; micro-batch losses add up to the batch's.
+        policy_loss: The clipped-surrogate part.
+        kl_sum: Sum of the k3 estimates over loss tokens.
+        clipped_sum: Number of loss tokens at which clipping stops the gradient.
+        ratio_deviation_max: Largest |ratio - 1|.
+    """
+
+    loss: Tensor
+    policy_loss: Tensor
+    kl_sum: Tensor
+    clipped_sum: Tensor
+    ratio_deviation_max: Tensor
+
+
+class Objective(ABC):
+    """Base class: clipping range, KL penalty and normalisation.
+
+    Args:
+        clip_low: The ratio is clipped at ``1 - clip_low``.
+        clip_high: The ratio is clipped at ``1 + clip_high``.
+        beta: Coefficient of the KL penalty to the reference model (k3 estimator; Schulman 2020). The
+            reference is loaded only when it is above 0.
+    """
+
+    normalisation: ClassVar[Normalisation]
+
+    def __init__(self, clip_low: float, clip_high: float, beta: float = 0.0) -> None:
+        if clip_low < 0 or clip_high < 0 or beta < 0:
+            raise ConfigurationError(
+                f"an objective needs clip_low, clip_high and beta >= 0; got {clip_low}, {clip_high}, {beta}"
+            )
+        self.clip_low = clip_low
+        self.clip_high = clip_high
+        self.beta = beta
+
+    def sequence_weights(self, lengths: Tensor, total_tokens: float, total_sequences: float) -> Tensor:
+        """Weight of each loss token of every sequence.
+
+        Args:
+            lengths: Loss tokens of each sequence, [B]; 0 for a sequence that is left out.
+            total_tokens: Loss tokens of the whole batch, all ranks.
+            total_sequences: Sequences of the whole batch, all ranks, that have loss tokens.
+        """
+        if self.normalisation == "token":
+            return torch.full_like(lengths, 1.0 / max(total_tokens, 1.0), dtype=torch.float64)
+        return 1.0 / (lengths.clamp(min=1).double() * max(total_sequences, 1.0))
+
+    @abstractmethod
+    def token_losses(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Policy loss [B, S], whether clipping stops the gradient [B, S], and the ratio [B, S]."""
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """Loss of a micro-batch."""
+        losses_BS, clipped_BS, ratio_BS = self.token_losses(inputs)
+        weights_BS = inputs.weights_B[:, None] * inputs.mask_BS
+        importance_BS = 1.0 if inputs.importance_BS is None else inputs.importance_BS
+        policy_loss = (weights_BS * importance_BS * losses_BS).sum()
+        loss, kl_sum = policy_loss, policy_loss.new_zeros(())
+        if inputs.reference_logprobs_BS is not None:
+            kl_BS = k3_divergence(inputs.logprobs_BS, inputs.reference_logprobs_BS)
+            loss = loss + self.beta * (weights_BS * kl_BS).sum()
+            kl_sum = (kl_BS.detach() * inputs.mask_BS).sum()
+        deviation_BS = (ratio_BS.detach() - 1).abs() * inputs.mask_BS
+        return LossOutput(
+            loss=loss,
+            policy_loss=policy_loss.detach(),
+            kl_sum=kl_sum,
+            clipped_sum=(clipped_BS & inputs.mask_BS).sum(),
+            ratio_deviation_max=deviation_BS.max(),
+        )
+
+
+def k3_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """The k3 estimate of KL(policy ‖ reference): ``exp(d) - d - 1`` with ``d = reference - policy``."""
+    difference = reference_logprobs - logprobs
+    return difference.exp() - difference - 1
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
+    """PPO's pessimistic surrogate, negated, and where clipping stops its gradient."""
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    surrogate, clipped_surrogate_ = ratio * advantages, clipped_ratio * advantages
+    return -torch.minimum(surrogate, clipped_surrogate_), clipped_surrogate_ < surrogate

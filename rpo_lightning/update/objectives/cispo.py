@@ -1,0 +1,29 @@
+"""CISPO: clip the importance weight, never the gradient."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from rpo_lightning.update.objectives.base import LossInputs, Normalisation, Objective
+
+
+class CISPO(Objective):
+    """Clipped IS-weight Policy Optimization (MiniMax-M1, arXiv 2506.13585).
+
+    ``-sg(clip(ratio)) · A · log π``: every token keeps its gradient, with a bounded weight. The
+    published setting has no lower bound, which ``clip_low`` = 1 expresses.
+    """
+
+    normalisation: ClassVar[Normalisation] = "token"
+
+    def __init__(self, clip_low: float = 1.0, clip_high: float = 0.28, beta: float = 0.0) -> None:
+        super().__init__(clip_low, clip_high, beta)
+
+    def token_losses(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted policy-gradient loss; ``clipped`` tells where the weight was bounded."""
+        ratio_BS = (inputs.logprobs_BS.detach() - inputs.old_logprobs_BS).exp()
+        weight_BS = ratio_BS.clamp(1 - self.clip_low, 1 + self.clip_high)
+        losses_BS = -weight_BS * inputs.advantages_B[:, None] * inputs.logprobs_BS
+        return losses_BS, weight_BS != ratio_BS, ratio_BS

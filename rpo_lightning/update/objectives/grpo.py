@@ -1,0 +1,65 @@
+"""GRPO and its closest relatives: one ratio per token, the clipped surrogate."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.update.objectives.base import LossInputs, Normalisation, Objective, clipped_surrogate
+
+
+class GRPO(Objective):
+    """Group Relative Policy Optimization (arXiv 2402.03300; eqs. 5 and 6 of the RPO paper).
+
+    Mean over the tokens of a sequence, then over sequences.
+    """
+
+    normalisation: ClassVar[Normalisation] = "sequence"
+
+    def __init__(self, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0) -> None:
+        super().__init__(clip_low, clip_high, beta)
+
+    def token_losses(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Clipped surrogate with a ratio per token."""
+        ratio_BS = (inputs.logprobs_BS - inputs.old_logprobs_BS).exp()
+        losses_BS, clipped_BS = clipped_surrogate(ratio_BS, inputs.advantages_B[:, None], self.clip_low, self.clip_high)
+        return losses_BS, clipped_BS, ratio_BS
+
+
+class DAPO(GRPO):
+    """DAPO's loss (arXiv 2503.14476): clip-higher, and the mean over all tokens of the batch.
+
+    Its other parts are settings of the module: dynamic sampling, overlong filtering, and the
+    ``SoftOverlongPenalty`` reward.
+    """
+
+    normalisation: ClassVar[Normalisation] = "token"
+
+    def __init__(self, clip_low: float = 0.2, clip_high: float = 0.28, beta: float = 0.0) -> None:
+        super().__init__(clip_low, clip_high, beta)
+
+
+class DrGRPO(GRPO):
+    """Dr. GRPO (arXiv 2503.20783): a constant normaliser instead of the response length.
+
+    Goes with ``advantage_scale: none``.
+
+    Args:
+        normaliser: Tokens that a sequence's loss is divided by: the response limit.
+        clip_low: See :class:`GRPO`.
+        clip_high: See :class:`GRPO`.
+        beta: See :class:`GRPO`.
+    """
+
+    def __init__(self, normaliser: int, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0) -> None:
+        if normaliser < 1:
+            raise ConfigurationError(f"DrGRPO.normaliser must be at least 1 token, got {normaliser}")
+        super().__init__(clip_low, clip_high, beta)
+        self.normaliser = normaliser
+
+    def sequence_weights(self, lengths: Tensor, total_tokens: float, total_sequences: float) -> Tensor:
+        """The same weight for every token of every sequence."""
+        return torch.full_like(lengths, 1.0 / (self.normaliser * max(total_sequences, 1.0)), dtype=torch.float64)

@@ -1,0 +1,30 @@
+"""GSPO: one ratio per sequence."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from rpo_lightning.update.objectives.base import LossInputs, Normalisation, Objective, clipped_surrogate
+
+
+class GSPO(Objective):
+    """Group Sequence Policy Optimization (arXiv 2507.18071).
+
+    The ratio is the geometric mean of a sequence's token ratios, over the tokens in the loss scope,
+    and is clipped as a whole; hence the narrow default range.
+    """
+
+    normalisation: ClassVar[Normalisation] = "sequence"
+
+    def __init__(self, clip_low: float = 3e-4, clip_high: float = 4e-4, beta: float = 0.0) -> None:
+        super().__init__(clip_low, clip_high, beta)
+
+    def token_losses(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """The sequence's surrogate at each of its tokens."""
+        difference_BS = (inputs.logprobs_BS - inputs.old_logprobs_BS) * inputs.mask_BS
+        lengths_B = inputs.mask_BS.sum(1).clamp(min=1)
+        ratio_BS = (difference_BS.sum(1) / lengths_B).exp()[:, None].expand_as(difference_BS)
+        losses_BS, clipped_BS = clipped_surrogate(ratio_BS, inputs.advantages_B[:, None], self.clip_low, self.clip_high)
+        return losses_BS, clipped_BS, ratio_BS

@@ -1,0 +1,154 @@
+"""One of the processes that update a policy on the same rollouts; run by torchrun from ``test_update_ranks.py``.
+
+Arguments: strategy (``single``, ``ddp``, ``fsdp2``), output folder. The first rank writes the parameters after every
+case of ``CASES``; every rank how many members the fullest row of each case had, and the parameters it ends with after
+50 iterations whose groups are dropped at random.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import DTensor
+
+import rpo_lightning.update.loss
+from rpo_lightning.core.types import Group
+from rpo_lightning.module import RPOModule
+from rpo_lightning.policy.lora import LoRA
+from rpo_lightning.policy.prefix_sharing.logprobs import token_logprobs
+from rpo_lightning.rewards import AccuracyReward, ExactMatchVerifier
+from rpo_lightning.update.dynamic_sampling import DynamicSampling
+from rpo_lightning.update.importance import NoCorrection
+from rpo_lightning.update.mismatch import MismatchBound
+from rpo_lightning.update.objectives import DAPO, GRPO
+from tests.conftest import make_data, make_group, make_trainer
+
+CASES: dict[str, dict[str, Any]] = {
+    "token-mean": {"objective": DAPO()},
+    "sequence-mean with KL": {"objective": GRPO(beta=0.1)},
+    "batch advantages, two passes": {"advantage_scale": "batch", "passes_per_rollout": 2},
+    "sharded accumulation": {"objective": DAPO(), "accumulate_sharded": True},
+    "adapter with KL": {"objective": GRPO(beta=0.1), "adapter": LoRA(rank=2)},
+}
+
+
+class GivenRollouts(RPOModule):
+    """Trains on groups that are given instead of sampled."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(
+            policy="embedded:arithmetic-reasoner",
+            rewards=[AccuracyReward()],
+            verifier=ExactMatchVerifier(),
+            micro_batch_tokens=128,
+            # Plain SGD: what is compared are gradients. Clipped, so that the norm counts.
+            max_grad_norm=0.05,
+            # The engine's log-probs are made up, so that nothing is to be compared with them.
+            importance_correction=NoCorrection(),
+            mismatch_bound=MismatchBound(largest=1e9, jump=1e9),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+            **settings,
+        )
+
+    def roll_out(self, *_: Any, **__: Any) -> list[Group]:
+        """This rank's groups."""
+        self.timer.move("decode", "prefill", 0.0)
+        return uneven_groups(self.iteration)[self.ranks.rank :: self.ranks.size]
+
+
+class DroppedGroups(GivenRollouts):
+    """Rollouts of which groups at random, and now and then all of a rank, have no variance."""
+
+    def roll_out(self, *_: Any, **__: Any) -> list[Group]:
+        """Groups that depend on rank and iteration."""
+        self.timer.move("decode", "prefill", 0.0)
+        rng = np.random.default_rng((self.ranks.rank, self.iteration))
+        share = rng.choice([0.0, 0.3, 1.0])
+        groups = uneven_groups(self.iteration * 2 + self.ranks.rank)[:4]
+        for group in groups:
+            if rng.random() >= share:
+                group.rewards = [1.0] * len(group.rewards)
+        return groups
+
+
+def uneven_groups(seed: int) -> list[Group]:
+    """Five groups, of which the first rank of two has three; lengths from 2 to 60 tokens, log-probs as they come."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for index in range(5):
+        members = 2 + index % 3
+        suffixes = [rng.integers(3, 48, rng.integers(2, 60)).tolist() for _ in range(members)]
+        rewards = rng.random(members).tolist()
+        prompt, prefix = rng.integers(3, 48, 6).tolist(), rng.integers(3, 48, rng.integers(0, 40)).tolist()
+        groups.append(make_group(rewards, suffixes, prompt, prefix, uid=f"q{index}"))
+    return groups
+
+
+def strategy(name: str) -> Any:
+    """Lightning's strategy by name."""
+    if name == "fsdp2":
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    return {"single": "auto", "ddp": "ddp"}[name]
+
+
+def parameters(module: RPOModule) -> dict[str, torch.Tensor]:
+    """The trained parameters, whole."""
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in module.policy.named_parameters()
+        if p.requires_grad
+    }
+
+
+def update(module: RPOModule, name: str, folder: Path, iterations: int) -> dict[str, torch.Tensor]:
+    """Train, and give the parameters."""
+    torch.manual_seed(0)
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    devices = 1 if name == "single" else 2
+    trainer = make_trainer(
+        folder, devices=devices, strategy=strategy(name), max_steps=-1, max_epochs=1, limit_train_batches=iterations,
+        enable_checkpointing=False, logger=False,
+    )  # fmt: skip
+    questions = [{"question": str(i), "answer": "1"} for i in range(128)]
+    trainer.fit(module, datamodule=make_data(batch_size=1, train=questions))
+    return parameters(module)
+
+
+def note_rows() -> list[int]:
+    """Has the update note how many members share each row that it computes."""
+    members: list[int] = []
+
+    def noted(model: Any, batch: Any, *rest: Any) -> Any:
+        members.extend(len(row.members) for row in batch)
+        return token_logprobs(model, batch, *rest)
+
+    rpo_lightning.update.loss.token_logprobs = noted
+    return members
+
+
+def main() -> None:
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    rank = int(os.environ.get("RANK", "0"))
+    found, fullest = {}, {}
+    members = note_rows()
+    for case, settings in CASES.items():
+        members.clear()
+        found[case] = update(GivenRollouts(**settings), name, folder, 2)
+        fullest[case] = max(members)
+    if rank == 0:
+        torch.save(found, folder / f"{name}.pt")
+    torch.save(fullest, folder / f"{name}-members-{rank}.pt")
+    if name != "single":
+        dropped = DroppedGroups(dynamic_sampling=DynamicSampling(max_refills=1))
+        torch.save(update(dropped, name, folder, 50), folder / f"{name}-dropped-{rank}.pt")
+        assert dropped.iteration == 50
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Rows packed for a GPU's kernels: which tokens meet, and the merged gradient, with dense kernels in fp64 instead."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from rpo_lightning.policy.prefix_sharing import attention as shared_attention
+from rpo_lightning.policy.prefix_sharing import compatibility as model_support
+from rpo_lightning.policy.prefix_sharing import gpu as packed_attention
+from rpo_lightning.policy.prefix_sharing import gpu_check as flash_support
+from rpo_lightning.policy.prefix_sharing.gpu import PackedRows
+from rpo_lightning.policy.prefix_sharing.rows import RowShape
+from rpo_lightning.update.objectives import DAPO
+from tests.conftest import passes_with_gradient
+from tests.policy.prefix_sharing.dense_kernels import dense_attend, dense_attend_backward
+from tests.policy.prefix_sharing.test_logprobs import assert_same, groups
+from tests.policy.prefix_sharing.test_shared_rows import GOAL, gradient
+
+
+@pytest.mark.parametrize("scope", ["suffix", "response"])
+@pytest.mark.parametrize("budget", [1000, 14])
+def test_packed_rows_give_the_gradient_of_plain_rows(exact_policy, packed, scope, budget):
+    plain, expected = gradient(exact_policy, DAPO(), scope=scope, share_prefixes=False)
+    packed.clear()
+    shared, metrics = gradient(exact_policy, DAPO(), scope=scope, micro_batch_tokens=budget)
+    assert_same(plain, shared, GOAL)
+    assert metrics["loss/total"] == pytest.approx(expected["loss/total"], abs=GOAL)
+    if budget == 1000:
+        # Both groups, of three members each, in one micro-batch: two calls a layer, two layers.
+        assert [len(s.query_bounds) - 1 for s in packed[-4:]] == [8, 2, 8, 2]
+        # Before that the trial's row, once more without gradient of its trunk, which is a pass of its own.
+        assert len(packed) == 4 + (2 + 4) + 4
+
+
+@pytest.mark.parametrize("budget", [1000, 14])
+def test_packed_rows_continue_frozen_trunks(exact_policy, monkeypatch, request, budget):
+    by_spans, expected = gradient(exact_policy, DAPO(), prefix_gradient=False)
+    request.getfixturevalue("packed")
+    shared, metrics = gradient(exact_policy, DAPO(), prefix_gradient=False, micro_batch_tokens=budget)
+    assert_same(by_spans, shared, GOAL)
+    assert metrics["loss/total"] == pytest.approx(expected["loss/total"], abs=GOAL)
+
+
+def test_packed_rows_keep_gradient_checkpointing(exact_policy, packed):
+    batch = groups()
+    plain, _ = gradient(exact_policy, DAPO(), batch=batch)
+    exact_policy.gradient_checkpointing_enable({"use_reentrant": False})
+    exact_policy.train()
+    layers = passes_with_gradient(exact_policy)
+    assert_same(plain, gradient(exact_policy, DAPO(), batch=batch)[0], GOAL)
+    assert layers == [0, 1, 1, 0]  # every layer once more, in the backward pass
+
+
+def test_rows_are_packed_as_the_sequences_they_consist_of():
+    """By hand: a row of 2 frozen + 1 trunk + 2 + 3 tokens, and one of 1 frozen + 2 trunk + 2 without branches."""
+    rows = PackedRows.of([RowShape(2, 1, (2, 3)), RowShape(1, 2, (2,))], torch.device("cpu"))
+    assert rows.own.query_index is None
+    assert rows.own.query_bounds.tolist() == [0, 1, 3, 6, 10]
+    # Of the frozen tokens 0-2 and the computed ones 3-12: each sequence's frozen part before its own.
+    assert rows.own.key_index.tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 2, 9, 10, 11, 12]
+    assert rows.own.key_bounds.tolist() == [0, 3, 5, 8, 13]
+    assert (rows.own.most_queries, rows.own.most_keys, rows.own.causal) == (4, 5, True)
+    assert rows.shared.query_index.tolist() == [1, 2, 3, 4, 5]
+    assert rows.shared.key_index.tolist() == [0, 1, 3]
+    assert not rows.shared.causal
+    assert PackedRows.of([RowShape(0, 5, ())], torch.device("cpu")).shared is None
+
+
+def agree():
+    return flash_support.kernels_agree.__wrapped__(torch.device("cpu"), torch.bfloat16, 6, 2, 16)
+
+
+class OnGPU(torch.Tensor):
+    """A tensor of the CPU that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def gpu(packed, monkeypatch):
+    """Has ``flash_support`` decide as on a GPU, whose kernels are the dense ones; no decision is remembered.
+
+    Returns:
+        The calls of the kernels, and how rows are asked about.
+    """
+
+    def takes(*tensors):
+        return flash_support.takes(*(x.as_subclass(OnGPU) for x in tensors))
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(shared_attention, "takes", takes)
+    flash_support.kernels_agree.cache_clear()
+    yield packed, takes
+    flash_support.kernels_agree.cache_clear()
+
+
+def of_trial(calls):
+    """Which calls of the kernels are the trial's."""
+    trial = PackedRows.of(flash_support._TRIAL, torch.device("cpu"))
+    return [any(torch.equal(call.key_bounds, x.key_bounds) for x in (trial.own, trial.shared)) for call in calls]
+
+
+def test_kernels_are_tried_before_their_first_use(gpu, exact_policy, caplog):
+    """By what a model's layers ask: once for all layers and updates, and the rows come after it."""
+    calls, _ = gpu
+    policy = exact_policy.bfloat16()
+    shared, metrics = gradient(policy, DAPO())
+    assert metrics["tokens"] == 31
+    # The trial's own and shared sequences, then two layers with ``model_support``'s row, with and without gradient of
+    # its trunk, and with one of both groups.
+    assert of_trial(calls) == [True] * 2 + [False] * (4 + 6 + 4)
+    calls.clear()
+    gradient(policy, DAPO())
+    assert of_trial(calls) == [False] * (4 + 6 + 4)
+    assert not caplog.records
+    plain, _ = gradient(policy, DAPO(), share_prefixes=False)
+    shared, plain = (torch.cat([g.flatten() for g in x.values()]).float() for x in (shared, plain))
+    assert torch.nn.functional.cosine_similarity(shared, plain, dim=0) > 0.99
+
+
+def test_kernels_whose_trial_fails_are_never_used(gpu, exact_policy, monkeypatch, caplog):
+    calls, _ = gpu
+    with monkeypatch.context() as patch:
+        patch.setattr(shared_attention, "takes", lambda *_: False)
+        by_spans, _ = gradient(exact_policy.bfloat16(), DAPO())
+    assert not calls
+    monkeypatch.setattr(packed_attention, "_attend_backward", without_trunks)
+    for _ in range(2):
+        assert_same(by_spans, gradient(exact_policy, DAPO())[0], 0.0)
+    assert of_trial(calls) == [True] * 2
+    assert len(caplog.records) == 1
+    assert "off by" in caplog.text
+
+
+def test_the_trial_is_the_same_in_whatever_surrounds_it(gpu, caplog):
+    calls, takes = gpu
+    query, key, value = (torch.zeros(1, heads, 4, 16, dtype=torch.bfloat16) for heads in (6, 2, 2))
+    state = torch.get_rng_state()
+    # As in a model's forward pass: without gradient, under autocast and Lightning's default device.
+    for surroundings in (torch.no_grad(), torch.inference_mode(), torch.device("meta")):
+        calls.clear()
+        flash_support.kernels_agree.cache_clear()
+        with surroundings, torch.autocast("cpu", dtype=torch.bfloat16):
+            assert takes(query, key, value)
+        assert of_trial(calls) == [True] * 2
+    assert not caplog.records
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_the_kernels_do_not_take_is_not_tried(gpu, monkeypatch):
+    calls, takes = gpu
+
+    def tensors(size=16, value_size=16, dtype=torch.bfloat16):
+        return [torch.zeros(1, 2, 4, n, dtype=dtype) for n in (size, size, value_size)]
+
+    assert not takes(*tensors(dtype=torch.float32))
+    assert not takes(*tensors(12, 12))
+    assert not takes(*tensors(264, 264))
+    assert not takes(*tensors(16, 24))
+    assert not flash_support.takes(*tensors())  # on the CPU after all
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert not takes(*tensors())
+    assert not calls
+
+
+def test_the_trial_within_a_checkpointed_layer_leaves_the_layer_alone(exact_policy, packed, monkeypatch):
+    batch = groups()
+    plain, _ = gradient(exact_policy, DAPO(), batch=batch)
+    exact_policy.gradient_checkpointing_enable({"use_reentrant": False})
+    exact_policy.train()
+    model_support.row_cost(exact_policy, shares=True, full_logits=False)
+    tried = []
+
+    def takes(query, key, value):
+        if torch.is_grad_enabled() and not tried:  # first in a layer that is computed again
+            tried.append(agree())
+        return True
+
+    monkeypatch.setattr(shared_attention, "takes", takes)
+    monkeypatch.setattr(model_support, "_trial", lambda *_, **__: torch.zeros(1))
+    assert_same(plain, gradient(exact_policy, DAPO(), batch=batch)[0], GOAL)
+    assert tried == [True]
+
+
+def top_left(q, k, v, sequences, scale):
+    """A kernel whose first query sees the first key only, as torch's SDPA has it."""
+    if not sequences.causal:
+        return dense_attend(q, k, v, sequences, scale)
+    pairs = torch.stack([sequences.query_bounds.diff(), sequences.key_bounds.diff()]).amin(0)
+    kept = torch.cat([first + torch.arange(n) for first, n in zip(sequences.key_bounds, pairs, strict=False)])
+    keys = kept if sequences.key_index is None else sequences.key_index[kept]
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int32), pairs.cumsum(0).int()])
+    return dense_attend(
+        q, k, v, replace(sequences, key_index=keys, key_bounds=bounds, most_keys=int(pairs.max())), scale
+    )
+
+
+def without_trunks(*arguments):
+    """A backward pass that leaves the keys' gradients out where suffixes share them."""
+    of_queries, of_keys, of_values = dense_attend_backward(*arguments)
+    return of_queries, of_keys * float(arguments[6].causal), of_values
+
+
+def missing(*arguments):
+    raise RuntimeError("no such operator")
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "reason"),
+    [
+        ("_attend", top_left, "off by"),
+        ("_attend_backward", without_trunks, "off by"),
+        ("_attend", missing, "no such operator"),
+    ],
+)
+def test_kernels_that_compute_something_else_are_not_used_and_a_warning_says_why(
+    packed, monkeypatch, caplog, name, kernel, reason
+):
+    monkeypatch.setattr(packed_attention, name, kernel)
+    assert not agree()
+    assert len(caplog.records) == 1
+    assert reason in caplog.text

@@ -1,0 +1,67 @@
+"""One of two ranks that roll out on vLLM; run by torchrun from ``test_vllm_ranks.py``.
+
+Arguments: tensor-parallel size, whether the policy is sharded (FSDP2), output folder. Writes what this rank
+sampled, and how far the engine's log-probs are from the policy's after a change of weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from rpo_lightning.core.seeds import SeedPurpose, derive_seed
+from rpo_lightning.policy.tokenizer import load_tokenizer
+from rpo_lightning.rollout import EngineContext, GenerationRequest, Sampling, VLLMEngine
+
+
+def main() -> None:
+    size, sharded, folder = int(sys.argv[1]), sys.argv[2] == "sharded", Path(sys.argv[3])
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo")
+    tokenizer = load_tokenizer("embedded:arithmetic-reasoner")
+    torch.manual_seed(0)
+    # Four heads, so that they can be shared by two ranks.
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+    policy = LlamaForCausalLM(config).eval()
+    policy.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    if sharded:
+        fully_shard(policy, mesh=init_device_mesh("cpu", (2,)))
+    engine = VLLMEngine(tensor_parallel_size=size, options={"max_num_seqs": 16, "block_size": 32})
+    engine.attach(policy, tokenizer, EngineContext(max_length=256, rank=rank, local_rank=rank, world_size=2))
+    engine.load_weights(policy, 0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.5)
+    engine.load_weights(policy, 1)
+    # The same questions on both ranks, except that the second has one more where ranks may differ in work.
+    requests = [GenerationRequest((5, 6, 7, 8 + i), 3, 20) for i in range(2 if sharded else 2 + rank)]
+    outputs = engine.generate(requests, Sampling(), derive_seed(SeedPurpose.TRAINING, rank, 0))
+    largest = 0.0
+    for request, completions in zip(requests, outputs, strict=True):
+        for completion in completions:
+            ids = torch.tensor([request.token_ids + completion.token_ids])
+            with torch.no_grad():
+                logprobs = (
+                    policy(ids, use_cache=False).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
+                )
+            difference = torch.tensor(completion.logprobs) - logprobs[-len(completion.token_ids) :]
+            largest = max(largest, difference.abs().max().item())
+    tokens = [[c.token_ids for c in completions] for completions in outputs]
+    (folder / f"{rank}.json").write_text(json.dumps({"tokens": tokens, "largest": largest}))
+    engine.shutdown()
+    assert torch.distributed.is_initialized()  # it was not the engine's
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""A vLLM engine on a GPU that follows a policy through changes of weights and sleep; run by ``test_gpu.py``.
+
+Arguments: ``tied`` or ``untied`` output head; level of sleep.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import cast
+
+import torch
+
+from rpo_lightning.policy.load import load_policy
+from rpo_lightning.policy.tokenizer import load_tokenizer
+from rpo_lightning.rollout import EngineContext, Sampling, VLLMEngine
+from rpo_lightning.rollout.vllm.engine import SleepLevel
+from tests.conftest import REASONER
+from tests.rollout.test_vllm_engine import change, differences, requests, untied
+
+
+def assert_in_sync(engine, policy, tokenizer):
+    """Log-probs as close to those of fp32 as a bf16 policy's are."""
+    asked = requests(tokenizer)
+    outputs = engine.generate(asked, Sampling(), seed=3)
+    rounded = copy.deepcopy(policy).cpu()
+    to_policy, to_exact = differences(asked, outputs, rounded, copy.deepcopy(rounded).float())
+    assert to_exact.abs().mean() < 2 * (to_policy - to_exact).abs().mean()
+
+
+def main() -> None:
+    head, level = sys.argv[1], cast(SleepLevel, int(sys.argv[2]))
+    tokenizer, policy = load_tokenizer(REASONER), load_policy(REASONER)
+    policy = (untied(policy) if head == "untied" else policy).bfloat16().cuda()
+    engine = VLLMEngine(gpu_memory_utilization=0.2, options={"max_num_seqs": 32}, sleep_level=level)
+    engine.attach(policy, tokenizer, EngineContext(max_length=512))
+    engine.load_weights(policy, version=0)
+    assert_in_sync(engine, policy, tokenizer)
+    for version in (1, 2):
+        free = torch.cuda.mem_get_info()[0]
+        engine.sleep()
+        freed = torch.cuda.mem_get_info()[0] - free
+        assert (freed > 2**30) == (level > 0), freed
+        change(policy.cpu(), seed=version)
+        policy.cuda()
+        engine.load_weights(policy, version)
+        assert_in_sync(engine, policy, tokenizer)
+    engine.sleep()
+    assert (engine.weights_version is None) == (level == 2)
+    if level == 2:
+        engine.load_weights(policy, 3)
+    engine.wake()  # the same policy
+    assert_in_sync(engine, policy, tokenizer)
+    engine.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The benchmarks run and end in JSON with the figures that are compared (minutes: run by ``make test-slow``).
+
+No figure is checked that depends on the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def last_line(folder: Path, script: str, *arguments: str) -> dict[str, Any]:
+    """What a script says at its end, called from another folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # this tree's package
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=1200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert "torch" in record["hardware"]
+    return record
+
+
+@pytest.mark.slow
+def test_the_update_benchmark_compares_shared_rows_with_plain_ones(tmp_path):
+    out = tmp_path / "update_phase.json"
+    record = last_line(
+        tmp_path, "update_phase.py", "--quick", "--model", "random:qwen2-tiny", "--dtype", "float32", "--out", str(out)
+    )
+    assert not out.exists()  # a quick run replaces no figures
+    found = [(cell["prefix"], cell["suffix"], cell["group"]) for cell in record["cells"]]
+    assert found == [(0, 64, 6), (256, 64, 6), (1024, 64, 6)]
+    for cell in (*record["cells"], *record["reasoner_cells"]):
+        assert math.isfinite(cell["time_ratio"])
+        assert cell["time_ratio"] > 0
+        # A small cell may stay within memory that the process holds already.
+        assert math.isfinite(cell["memory_ratio"])
+        assert cell["memory_ratio"] >= 0
+        # Trunks are a prompt of 32 tokens and the prefix.
+        trunk, suffix, group = 32 + cell["prefix"], cell["suffix"], cell["group"]
+        assert cell["token_ratio"] == pytest.approx(group * (trunk + suffix) / (trunk + group * suffix))
+        # To rounding in fp32; gradients relative to the largest.
+        assert 0 <= cell["max_logprob_diff"] < 1e-3
+        assert 0 <= cell["max_grad_diff"] < 1e-3
+
+
+@pytest.mark.slow
+def test_the_cost_model_predicts_the_papers_settings(tmp_path):
+    record = last_line(tmp_path, "cost_model.py", "--quick")
+    assert [gpu["name"] for gpu in record["gpus"]] == ["H20", "H100"]
+    settings = {(row["model"], row["gpu"], row["gpus"], row["L"]) for row in record["predictions"]}
+    assert len(settings) == len(record["predictions"]) == 2 * 2 * 2 * 3
+    # Sharing rows can only help, and a shorter suffix too.
+    assert all(row["rpo_seconds"] < row["rpo_plain_seconds"] < row["full_seconds"] for row in record["predictions"])
+    assert all(row["full_over_rpo"] > row["full_over_rpo_plain_rows"] > 1 for row in record["one_gpu"])

@@ -1,0 +1,114 @@
+"""Importance weights and the mismatch guard against hand-computed numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rpo_lightning.core.errors import ConfigurationError, EngineError
+from rpo_lightning.update.advantages import group_advantages
+from rpo_lightning.update.importance import NoCorrection, SequenceMasked, SequenceTruncated, TokenTruncated
+from rpo_lightning.update.loss import PolicyLoss
+from rpo_lightning.update.mismatch import Mismatch, MismatchBound, MismatchGuard
+from rpo_lightning.update.objectives import DAPO, GRPO
+from tests.policy.prefix_sharing.test_logprobs import ALGEBRA, groups, settings
+
+# Two sequences; the last was sampled from its second token on (a kept prefix is in the scope).
+DIFFERENCE = torch.tensor([[math.log(3.0), math.log(0.5), 0.0], [0.0, math.log(2.0), math.log(2.0)]])
+SAMPLED = torch.tensor([[True, True, True], [False, True, True]])
+
+
+@pytest.mark.parametrize(
+    ("correction", "expected"),
+    [
+        (NoCorrection(), [[1, 1, 1], [1, 1, 1]]),
+        (TokenTruncated(2.5), [[2.5, 0.5, 1], [1, 2, 2]]),
+        (SequenceTruncated(3.0), [[1.5, 1.5, 1.5], [1, 3, 3]]),
+        (SequenceMasked(3.0), [[1.5, 1.5, 1.5], [0, 0, 0]]),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_corrections_weigh_tokens_as_their_formula_says(correction, expected):
+    torch.testing.assert_close(correction.weights(DIFFERENCE, SAMPLED), torch.tensor(expected, dtype=torch.float32))
+
+
+def test_a_cap_below_one_is_refused():
+    with pytest.raises(ConfigurationError, match=r"TokenTruncated\.cap must be at least 1, got 0\.5"):
+        TokenTruncated(0.5)
+
+
+def with_engine_logprobs(policy, shift: float):
+    """The groups with log-probs that the engine would give if it were off by ``shift`` nats a token."""
+    batch = groups()
+    PolicyLoss(policy, None, DAPO(), settings(), pad_id=0).freeze_old_logprobs(batch)
+    for group in batch:
+        group.completions = [
+            type(c)(c.token_ids, tuple(x - shift for x in old), c.finished)
+            for c, old in zip(group.completions, group.old_logprobs, strict=True)
+        ]
+        group.old_logprobs = None
+    return batch
+
+
+def backward(policy, batch, correction, **changes):
+    policy.zero_grad()
+    # A mean over each sequence: in a mean over all tokens the members' prefix terms would cancel.
+    loss = PolicyLoss(policy, None, GRPO(), settings(importance_correction=correction, **changes), pad_id=0)
+    metrics = loss.backward(batch, group_advantages([g.rewards for g in batch]), lambda x, _: x.backward())
+    return {n: p.grad.clone() for n, p in policy.named_parameters()}, metrics
+
+
+@pytest.mark.parametrize("scope", ["suffix", "response"])
+def test_the_gradient_is_that_of_the_weighted_loss(policy, scope):
+    policy = policy.double()
+    batch = with_engine_logprobs(policy, shift=math.log(1.5))
+    plain, _ = backward(policy, batch, NoCorrection(), scope=scope)
+    weighted, metrics = backward(policy, batch, TokenTruncated(2.0), scope=scope)
+    capped, _ = backward(policy, batch, TokenTruncated(1.2), scope=scope)
+    if scope == "suffix":  # every loss token was sampled, so all weigh the same
+        for name, gradient in plain.items():
+            torch.testing.assert_close(weighted[name], 1.5 * gradient, atol=ALGEBRA, rtol=0)
+            torch.testing.assert_close(capped[name], 1.2 * gradient, atol=ALGEBRA, rtol=0)
+    else:  # weights of 1.5 and 1.2 for what was sampled, of 1 for the prefix
+        for name, gradient in plain.items():
+            of_sampled = (weighted[name] - capped[name]) / 0.3
+            torch.testing.assert_close(weighted[name], gradient + 0.5 * of_sampled, atol=10 * ALGEBRA, rtol=0)
+        assert any((weighted[n] - 1.5 * g).abs().max() > 1e-4 for n, g in plain.items())
+    assert metrics["mismatch/logprob_mean"] == pytest.approx(math.log(1.5), abs=1e-6)
+    assert metrics["mismatch/ratio_mean"] == pytest.approx(1.5, abs=1e-5)
+
+
+def test_without_comparable_log_probs_there_are_no_weights_and_no_statistics(policy):
+    _, metrics = backward(policy, with_engine_logprobs(policy, 1.0), None)
+    assert not [name for name in metrics if name.startswith("mismatch/")]
+
+
+def test_mismatch_statistics_are_those_of_the_sampled_tokens():
+    mismatch = Mismatch()
+    mismatch.add(DIFFERENCE[:1], SAMPLED[:1])
+    mismatch.add(DIFFERENCE[1:], SAMPLED[1:])
+    found = mismatch.metrics()
+    ratios = torch.tensor([3.0, 0.5, 1.0, 2.0, 2.0])
+    assert found["mismatch/logprob_mean"] == pytest.approx(ratios.log().abs().mean().item())
+    assert found["mismatch/logprob_max"] == pytest.approx(math.log(3.0))
+    assert found["mismatch/ratio_mean"] == pytest.approx(1.7)
+    assert found["mismatch/ratio_std"] == pytest.approx(ratios.std(correction=0).item())
+    assert (found["mismatch/ratio_min"], found["mismatch/ratio_max"]) == pytest.approx((0.5, 3.0))
+
+
+def test_the_guard_stops_at_a_jump_at_the_bound_and_at_nan_and_survives_a_checkpoint():
+    guard = MismatchGuard(MismatchBound(largest=0.2, jump=10, smallest=1e-4))
+    for mean in (0.01, 0.012, 0.011, 0.09):  # noise, and less than ten times the usual
+        guard.check(mean, 0)
+    restored = MismatchGuard(MismatchBound())
+    restored.load_state_dict(guard.state_dict())
+    for bad in (0.12, 0.5, float("nan")):
+        with pytest.raises(EngineError, match="stale or incomplete"):
+            restored.check(bad, 7)
+    fresh = MismatchGuard(MismatchBound())
+    fresh.check(1e-6, 0)
+    fresh.check(9e-5, 1)  # many times more, and still nothing
+    with pytest.raises(EngineError, match=r"update 2: .*0\.0015 nats"):
+        fresh.check(1.5e-3, 2)
