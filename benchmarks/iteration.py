@@ -36,6 +36,7 @@ from common.work import ModelWork
 from rpo_lightning import RPODataModule, RPOModule, VLLMEngine
 from rpo_lightning.core.timing import PHASES
 from rpo_lightning.rewards import ExactMatchVerifier, UniformRandomReward
+from rpo_lightning.update.settings import UpdateSettings
 
 ROOT = Path(__file__).parents[1]
 ARMS = ("full", "rpo", "rpo_plain_rows")
@@ -64,8 +65,11 @@ def run(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
     budget = arguments.micro_batch_tokens if arm == "rpo" or on_gpu else min(one_row, arguments.micro_batch_tokens)
     module = RPOModule(
         policy, [UniformRandomReward()], tokenizer, ExactMatchVerifier(), engine=VLLMEngine(**arguments.engine),
-        group_size=arguments.group, max_response_tokens=arguments.length, share_prefixes=arm != "rpo_plain_rows",
-        micro_batch_tokens=budget, gradient_checkpointing=arguments.gradient_checkpointing,
+        group_size=arguments.group, max_response_tokens=arguments.length,
+        update=UpdateSettings(
+            share_prefixes=arm != "rpo_plain_rows", micro_batch_tokens=budget,
+            gradient_checkpointing=arguments.gradient_checkpointing,
+        ),
     )  # fmt: skip
     data = RPODataModule(
         train=[{"question": tokenizer.decode(row.tolist()), "answer": "0"} for row in ids],

@@ -113,7 +113,7 @@ ARMS: dict[str, list[str]] = {
     "GRPO, full path, 32 x 4": [*OBJECTIVE, *FULL_PATH, *shape(32, 4)],
     "GRPO, full path, 8 x 16": [*OBJECTIVE, *FULL_PATH, *shape(8, 16)],
     "RPO, anchored, 32 x 4": [*OBJECTIVE, *shape(32, 4)],
-    "RPO, anchored, prefix without gradient": [*OBJECTIVE, "--model.prefix_gradient=false"],
+    "RPO, anchored, prefix without gradient": [*OBJECTIVE, "--model.update.prefix_gradient=false"],
 }
 
 
@@ -127,7 +127,7 @@ def run(length: int, arm: str, seed: int, updates: int, problems: int, shares_st
         command = [
             sys.executable, "-m", "rpo_lightning", "fit", f"--config={ROOT}/configs/quickstart.yaml",
             f"--model.policy={chains.policy}", f"--model.max_response_tokens={chains.longest}",
-            "--model.eval_samples=4",
+            "--model.evaluation.samples=4",
             f"--data.train.size={chains.questions}", f"--data.train.operations={chains.operations}",
             f"--data.val.operations={chains.operations}", f"--data.val.size={problems}",
             "--model.engine=TransformersEngine", f"--model.engine.max_sequences={chains.at_once}",

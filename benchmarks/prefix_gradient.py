@@ -28,8 +28,9 @@ from rpo_lightning.policy.tokenizer import decode, load_tokenizer
 from rpo_lightning.rollout.engine import GenerationRequest, Sampling
 from rpo_lightning.rollout.transformers.engine import TransformersEngine
 from rpo_lightning.update.advantages import group_advantages
-from rpo_lightning.update.loss import PolicyLoss, UpdateSettings
+from rpo_lightning.update.loss import PolicyLoss
 from rpo_lightning.update.objectives import DAPO
+from rpo_lightning.update.settings import UpdateSettings
 
 ROOT = Path(__file__).parents[1]
 REASONER = "embedded:arithmetic-reasoner"
@@ -76,7 +77,7 @@ def make_groups(policy: Any, problems: int, share: float, size: int) -> list[Gro
 
 def gradient(policy: Any, groups: list[Group], exact: bool) -> Tensor:
     """The gradient of DAPO's loss, flat."""
-    settings = UpdateSettings("suffix", 1.0, 8192, False, prefix_gradient=exact)
+    settings = UpdateSettings(micro_batch_tokens=8192, prefix_gradient=exact)
     policy.zero_grad(set_to_none=True)
     advantages = group_advantages([g.rewards for g in groups])
     PolicyLoss(policy, None, DAPO(), settings, pad_id=0).backward(groups, advantages, lambda x, _: x.backward())

@@ -32,8 +32,9 @@ from rpo_lightning.policy.prefix_sharing.attention import IMPLEMENTATION
 from rpo_lightning.policy.prefix_sharing.logprobs import token_logprobs
 from rpo_lightning.policy.prefix_sharing.rows import RowCost, rows_of, shared_rows
 from rpo_lightning.update.advantages import group_advantages
-from rpo_lightning.update.loss import PolicyLoss, UpdateSettings
+from rpo_lightning.update.loss import PolicyLoss
 from rpo_lightning.update.objectives import DAPO
+from rpo_lightning.update.settings import UpdateSettings
 
 ROOT = Path(__file__).parents[1]
 PROMPT = 32
@@ -85,7 +86,7 @@ def run(
 ) -> tuple[float, int, dict[str, torch.Tensor], PolicyLoss]:
     """One update's forward and backward passes: seconds, peak bytes, gradients."""
     policy.zero_grad(set_to_none=True)
-    settings = UpdateSettings("suffix", 1.0, max_tokens, False, share_prefixes=share)
+    settings = UpdateSettings(micro_batch_tokens=max_tokens, share_prefixes=share)
     loss = PolicyLoss(policy, None, DAPO(), settings, pad_id=0)
     if share:
         loss._row_cost = RowCost()  # share whatever it costs: cells where that loses are to be seen
@@ -125,7 +126,7 @@ def measure(
             batch = shared_rows(rows, 10**9, cost)
             computed.append(token_logprobs(policy, batch, 1.0, 0, policy.device).logprobs_BS)
     plain_work, shared_work = (ModelWork.of(policy).update(trunk, suffix, size, share) for share in (False, True))
-    automatic = PolicyLoss(policy, None, DAPO(), UpdateSettings("suffix", 1.0, max_tokens, False), 0)
+    automatic = PolicyLoss(policy, None, DAPO(), UpdateSettings(micro_batch_tokens=max_tokens), 0)
     chosen = max(len(row.members) for row in shared_rows(rows, max_tokens, automatic._row_cost))
     return Cell(
         prefix, suffix, size,

@@ -42,6 +42,7 @@ from rpo_lightning.rewards import ExactMatchVerifier, FunctionReward
 from rpo_lightning.rollout.engine import EngineContext, GenerationRequest, RolloutEngine, Sampling
 from rpo_lightning.rollout.transformers.engine import TransformersEngine
 from rpo_lightning.rollout.vllm.engine import VLLMEngine
+from rpo_lightning.update.settings import UpdateSettings
 
 ROOT = Path(__file__).parents[1]
 PROMPT = 64
@@ -126,8 +127,11 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         engine = ReplayEngine(replies)
     module = RPOModule(
         policy, [FunctionReward("versus_trl.reward")], tokenizer, ExactMatchVerifier(), engine=engine,
-        group_size=settings["group"], max_response_tokens=settings["length"], advantage_scale="none",
-        micro_batch_tokens=settings["rows"] * (PROMPT + PROMPT // 2 + settings["length"]),
+        group_size=settings["group"], max_response_tokens=settings["length"],
+        update=UpdateSettings(
+            advantage_scale="none",
+            micro_batch_tokens=settings["rows"] * (PROMPT + PROMPT // 2 + settings["length"]),
+        ),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
     )  # fmt: skip
     data = RPODataModule(

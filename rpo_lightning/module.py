@@ -6,12 +6,11 @@ pairs prompts with prefixes, and the cache callback takes ``module.groups`` back
 
 Optimisation is manual: the number of micro-batches, the normalisation over the whole batch, several
 updates per rollout and dynamic sampling are not what ``accumulate_grad_batches`` can express. Hence
-``max_grad_norm`` is a setting of the module, and ``trainer.gradient_clip_val`` is refused by Lightning.
+``model.update.max_grad_norm`` is a setting of the module, and ``trainer.gradient_clip_val`` is refused by Lightning.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 from contextlib import nullcontext
 from itertools import pairwise
@@ -29,23 +28,24 @@ from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.seeds import SeedPurpose, derive_seed, set_generator_states
 from rpo_lightning.core.types import Batch, Group, RolloutRequest
 from rpo_lightning.evaluation.module import PolicyModule, require_requests
-from rpo_lightning.policy.lora import LoRA, has_adapter
+from rpo_lightning.evaluation.settings import EvaluationSettings
+from rpo_lightning.policy.lora import LoRA
 from rpo_lightning.policy.parallel.base import GradientAccumulation
 from rpo_lightning.policy.parallel.strategies import accumulation_for
-from rpo_lightning.policy.prefix_sharing.rows import LossScope
 from rpo_lightning.rewards import Grader, GradingPool, MathVerifier, Reward, Verifier
 from rpo_lightning.rollout.engine import RolloutEngine, Sampling
 from rpo_lightning.rollout.transformers.engine import TransformersEngine
-from rpo_lightning.update.advantages import AdvantageScale, group_advantages
+from rpo_lightning.update.advantages import group_advantages
 from rpo_lightning.update.checkpoint import gathered_state, restore_state
 from rpo_lightning.update.dynamic_sampling import DynamicSampling, GroupBuffer, has_loss
-from rpo_lightning.update.importance import ImportanceCorrection, TokenTruncated
-from rpo_lightning.update.loss import PolicyLoss, UpdateSettings
+from rpo_lightning.update.importance import TokenTruncated
+from rpo_lightning.update.loss import PolicyLoss
 from rpo_lightning.update.metrics import IterationRecord, rollout_metrics, rollout_tokens
-from rpo_lightning.update.mismatch import MismatchBound, MismatchGuard
+from rpo_lightning.update.mismatch import MismatchGuard
 from rpo_lightning.update.objectives import DAPO, Objective
-from rpo_lightning.update.reference import FrozenCopy, ReferencePolicy, WithoutAdapter
+from rpo_lightning.update.reference import reference_of
 from rpo_lightning.update.schedule import LearningRateSchedule
+from rpo_lightning.update.settings import UpdateSettings
 
 log = logging.getLogger(__name__)
 
@@ -63,33 +63,15 @@ class RPOModule(PolicyModule):
         objective: The loss; :class:`~rpo_lightning.update.objectives.DAPO` if not given.
         engine: Generates rollouts; the transformers engine if not given.
         group_size: Responses per question (G), at least 2.
-        max_response_tokens: Limit of a whole response, kept prefix included.
+        max_response_tokens: Limit of a whole response, prefix included.
         sampling: How training rollouts are drawn.
-        eval_sampling: How evaluation answers are drawn; as in training if not given.
-        eval_samples: Answers per question in evaluation.
-        loss_scope: ``suffix`` (on-policy given the prefix) or ``response`` (eq. 5 of the paper).
-        advantage_scale: What advantages are divided by: ``group``, ``batch`` (all groups of a rollout that are
-            trained on) or ``none``.
-        mask_truncated: Leave unfinished responses out of the loss (DAPO's overlong filtering).
-        dynamic_sampling: Drop groups without variance and refill; off if not given.
-        passes_per_rollout: How often the groups of a rollout are trained on.
-        minibatches_per_pass: Updates that a pass is split into.
-        micro_batch_tokens: Tokens of one forward and backward pass, padding included.
-        share_prefixes: Compute the prompt and prefix of a group once in the update, and read their keys and values
-            once in the steps of ``TransformersEngine``, where that is cheaper.
-        prefix_gradient: Whether the update's gradient goes through prompt and prefix too. Without it the update
-            is cheaper and biased (benchmarks/README.md); needs ``loss_scope: suffix``.
-        importance_correction: Weights of the loss for what the rollout engine samples otherwise than the
-            trainer would; ``TokenTruncated(2.0)`` if not given.
-        mismatch_bound: Log-prob differences between engine and trainer that stop the run.
-        max_grad_norm: Gradient norm limit; infinite (``.inf``) for no clipping.
         optimizer: Makes the optimizer from the parameters; AdamW at 1e-6 if not given.
         lr_schedule: Learning-rate schedule over the updates.
-        gradient_checkpointing: Recompute activations in the backward pass.
-        grading: The pool of grading processes.
         adapter: Train a low-rank adapter instead of the policy's weights.
-        accumulate_sharded: With FSDP2, reduce gradients after every micro-batch instead of once an update: more
-            traffic, and no rank holds a whole gradient.
+        dynamic_sampling: Drop groups without variance and refill; off if not given.
+        update: How scored groups become a gradient.
+        evaluation: How evaluation answers are drawn.
+        grading: The pool of grading processes.
     """
 
     def __init__(
@@ -103,45 +85,23 @@ class RPOModule(PolicyModule):
         group_size: int = 6,
         max_response_tokens: int = 4096,
         sampling: Sampling = Sampling(),
-        eval_sampling: Sampling | None = None,
-        eval_samples: int = 1,
-        loss_scope: LossScope = "suffix",
-        advantage_scale: AdvantageScale = "group",
-        mask_truncated: bool = False,
-        dynamic_sampling: DynamicSampling | None = None,
-        passes_per_rollout: int = 1,
-        minibatches_per_pass: int = 1,
-        micro_batch_tokens: int = 16384,
-        share_prefixes: bool = True,
-        prefix_gradient: bool = True,
-        importance_correction: ImportanceCorrection | None = None,
-        mismatch_bound: MismatchBound = MismatchBound(),
-        max_grad_norm: float = 1.0,
         optimizer: OptimizerCallable | None = None,
         lr_schedule: LearningRateSchedule = LearningRateSchedule(),
-        gradient_checkpointing: bool = False,
-        grading: GradingPool | None = None,
         adapter: LoRA | None = None,
-        accumulate_sharded: bool = False,
+        dynamic_sampling: DynamicSampling | None = None,
+        update: UpdateSettings = UpdateSettings(),
+        evaluation: EvaluationSettings = EvaluationSettings(),
+        grading: GradingPool | None = None,
     ) -> None:
-        _require_at_least(2, group_size=group_size)
-        _require_at_least(
-            1,
-            max_response_tokens=max_response_tokens,
-            eval_samples=eval_samples,
-            passes_per_rollout=passes_per_rollout,
-            minibatches_per_pass=minibatches_per_pass,
-            micro_batch_tokens=micro_batch_tokens,
-        )
-        if not max_grad_norm > 0:
-            raise ConfigurationError(f"model.max_grad_norm must be above 0 (.inf: no clipping), got {max_grad_norm}")
+        if group_size < 2:
+            raise ConfigurationError(
+                f"model.group_size must be at least 2, got {group_size} (a group of 1 has no advantage)"
+            )
+        if max_response_tokens < 1:
+            raise ConfigurationError(f"model.max_response_tokens must be at least 1, got {max_response_tokens}")
         if sampling.temperature == 0:
             raise ConfigurationError(
                 "model.sampling.temperature=0 samples G times the same response; use a value above 0"
-            )
-        if not prefix_gradient and (loss_scope != "suffix" or not share_prefixes):
-            raise ConfigurationError(
-                "model.prefix_gradient=false needs model.loss_scope=suffix and model.share_prefixes=true"
             )
         super().__init__(
             policy=policy,
@@ -149,36 +109,22 @@ class RPOModule(PolicyModule):
             grader=Grader(verifier or MathVerifier(), rewards, grading or GradingPool()),
             engine=engine or TransformersEngine(),
             max_response_tokens=max_response_tokens,
-            eval_sampling=eval_sampling or sampling,
-            eval_samples=eval_samples,
+            sampling=sampling,
+            evaluation=evaluation,
             adapter=adapter,
         )
         self.automatic_optimization = False
         self.objective = objective or DAPO()
         self.group_size = group_size
-        self.advantage_scale = advantage_scale
-        self.sampling = sampling
-        self.passes_per_rollout = passes_per_rollout
-        self.minibatches_per_pass = minibatches_per_pass
-        self.max_grad_norm = max_grad_norm
         self.optimizer_factory = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-6))
         self.lr_schedule = lr_schedule
-        self.gradient_checkpointing = gradient_checkpointing
-        self.accumulate_sharded = accumulate_sharded
-        self.buffer = GroupBuffer(dynamic_sampling, mask_truncated) if dynamic_sampling else None
+        self.update = update
+        self.buffer = GroupBuffer(dynamic_sampling, update.mask_truncated) if dynamic_sampling else None
         caveat = self.engine.logprob_caveat(sampling)
         if caveat is not None:
             log.warning(f"{caveat}: neither importance_correction nor mismatch_bound is applied")
-        self.update_settings = UpdateSettings(
-            loss_scope,
-            sampling.temperature,
-            micro_batch_tokens,
-            mask_truncated,
-            share_prefixes,
-            prefix_gradient,
-            None if caveat else importance_correction or TokenTruncated(),
-        )
-        self.guard = MismatchGuard(mismatch_bound)
+        self._importance_correction = None if caveat else update.importance_correction or TokenTruncated()
+        self.guard = MismatchGuard(update.mismatch_bound)
         self.groups: list[Group] = []
         self.record = IterationRecord({}, {}, {}, 0, 0)
         self.iteration = 0
@@ -191,19 +137,21 @@ class RPOModule(PolicyModule):
     def prepare_policy(self) -> list[PreTrainedModel]:
         """Make the loss, and the reference policy where the objective needs one."""
         policy = cast(PreTrainedModel, self.policy)
-        copies: list[PreTrainedModel] = []
-        reference: ReferencePolicy | None = None
-        if self.objective.beta > 0 and has_adapter(policy):
-            reference = WithoutAdapter(policy)
-        elif self.objective.beta > 0:
-            # A copy, not a second load: "the starting policy" is what was loaded here.
-            copies = [copy.deepcopy(policy)]
-            reference = FrozenCopy(copies[0])
-        if self.gradient_checkpointing:
+        reference = reference_of(policy) if self.objective.beta > 0 else None
+        if self.update.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
-        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        self._loss = PolicyLoss(policy, reference, self.objective, self.update_settings, pad_id, self.timer, self.ranks)
-        return copies
+        self._loss = PolicyLoss(
+            policy,
+            reference,
+            self.objective,
+            self.update,
+            pad_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0,
+            temperature=self.sampling.temperature,
+            importance_correction=self._importance_correction,
+            timer=self.timer,
+            ranks=self.ranks,
+        )
+        return reference.own_models if reference else []
 
     def configure_callbacks(self) -> list[Callback]:
         """What every run needs, unless the trainer has its own: the engine's weights, and an end for failing ranks."""
@@ -218,7 +166,7 @@ class RPOModule(PolicyModule):
         trainer = self.trainer
         updates: float = trainer.max_steps if trainer.max_steps != -1 else float("inf")
         if self.lr_schedule.name != "constant":
-            of_epochs = trainer.estimated_stepping_batches * self.passes_per_rollout * self.minibatches_per_pass
+            of_epochs = trainer.estimated_stepping_batches * self.update.updates_per_rollout
             if self.buffer is not None and of_epochs < updates:
                 log.warning(
                     "dynamic sampling makes fewer updates than batches, so that the learning-rate schedule will not "
@@ -264,10 +212,10 @@ class RPOModule(PolicyModule):
 
     def _is_needed_anywhere(self, batch: list[Group]) -> bool:
         """Whether any rank has groups to train on: then all of them make the update."""
-        masked = self.update_settings.mask_truncated
+        masked = self.update.mask_truncated
         here = any(has_loss(group, masked) for group in batch)
         if batch and not here:
-            log.warning("all responses of an iteration are unfinished, and model.mask_truncated leaves them out")
+            log.warning("all responses of an iteration are unfinished, and model.update.mask_truncated leaves them out")
         return bool(self.trainer.strategy.reduce_boolean_decision(here, all=False))
 
     def _collect(self, groups: list[Group], size: int) -> tuple[list[Group], list[Group]]:
@@ -287,9 +235,9 @@ class RPOModule(PolicyModule):
         assert self._loss is not None
         with self.timer("sync"):
             self.engine.sleep()
-        parts = min(self.minibatches_per_pass, self.ranks.most(len(groups)))
-        advantages = group_advantages([g.rewards for g in groups], self.advantage_scale, self.ranks)
-        minibatches = _split(list(zip(groups, advantages, strict=True)), parts) * self.passes_per_rollout
+        parts = min(self.update.minibatches_per_pass, self.ranks.most(len(groups)))
+        advantages = group_advantages([g.rewards for g in groups], self.update.advantage_scale, self.ranks)
+        minibatches = _split(list(zip(groups, advantages, strict=True)), parts) * self.update.passes_per_rollout
         waiting = [*groups, *surplus] if len(minibatches) > 1 else surplus
         if len(minibatches) > 1 or self.buffer is not None:
             with self.timer("old_logprobs"):
@@ -312,7 +260,7 @@ class RPOModule(PolicyModule):
         metrics = self._loss.backward(groups, advantages, self._accumulation.backward, self._accumulation.forward)
         if "mismatch/logprob_mean" in metrics:
             self.guard.check(metrics["mismatch/logprob_mean"], self.global_step)
-        norm = self._accumulation.step(optimizer, self.max_grad_norm)
+        norm = self._accumulation.step(optimizer, self.update.max_grad_norm)
         self.policy_version += 1
         scheduler: Any = self.lr_schedulers()
         metrics |= {"loss/grad_norm": norm, "loss/learning_rate": scheduler.get_last_lr()[0]}
@@ -352,10 +300,3 @@ def _split(groups: list[T], parts: int) -> list[list[T]]:
     """Split into consecutive lists of nearly equal size, empty ones where there are fewer groups than parts."""
     bounds = [round(i * len(groups) / parts) for i in range(parts + 1)]
     return [groups[a:b] for a, b in pairwise(bounds)]
-
-
-def _require_at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            reason = " (a group of 1 has no advantage)" if name == "group_size" else ""
-            raise ConfigurationError(f"model.{name} must be at least {least}, got {value}{reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from rpo_lightning.policy.prefix_sharing import attention as shared_attention
 from rpo_lightning.policy.prefix_sharing import gpu as packed_attention
 from rpo_lightning.policy.tokenizer import load_tokenizer
 from rpo_lightning.rewards import AccuracyReward, ExactMatchVerifier
+from rpo_lightning.update.settings import UpdateSettings
 from tests.policy.prefix_sharing.dense_kernels import dense_attend, dense_attend_backward
 
 REASONER = "embedded:arithmetic-reasoner"
@@ -140,7 +142,7 @@ def cache_contents(cache: ExperienceCache) -> list[tuple[Any, ...]]:
 
 
 def make_module(**settings: Any) -> RPOModule:
-    """A module on the embedded reasoner, with small groups of short responses."""
+    """A module on the embedded reasoner, with small groups of short responses; takes fields of ``update`` too."""
     defaults: dict[str, Any] = {
         "policy": REASONER,
         "rewards": [AccuracyReward()],
@@ -149,7 +151,15 @@ def make_module(**settings: Any) -> RPOModule:
         "max_response_tokens": 256,
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
     }
-    return RPOModule(**{**defaults, **settings})
+    return RPOModule(**with_update({**defaults, **settings}))
+
+
+def with_update(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a module, those of the update among them gathered in one object."""
+    names = {field.name for field in dataclasses.fields(UpdateSettings)}
+    update = {name: settings[name] for name in names & settings.keys()}
+    rest = {name: value for name, value in settings.items() if name not in names}
+    return {"update": UpdateSettings(**update), **rest}
 
 
 def make_data(**settings: Any) -> RPODataModule:

@@ -136,8 +136,12 @@ def _refuse_automatic_optimization(trainer: Trainer) -> None:
         ConfigurationError: One of them is set.
     """
     for name, unset, instead in (
-        ("gradient_clip_val", (None, 0), "model.max_grad_norm"),
-        ("accumulate_grad_batches", (1,), "data.batch_size for the batch and model.micro_batch_tokens for its parts"),
+        ("gradient_clip_val", (None, 0), "model.update.max_grad_norm"),
+        (
+            "accumulate_grad_batches",
+            (1,),
+            "data.batch_size for the batch and model.update.micro_batch_tokens for its parts",
+        ),
     ):
         if getattr(trainer, name) not in unset:
             raise ConfigurationError(f"trainer.{name} has no effect on this module: use {instead}")

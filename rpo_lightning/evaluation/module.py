@@ -21,7 +21,8 @@ from rpo_lightning.core.ranks import Ranks
 from rpo_lightning.core.seeds import SeedPurpose, derive_seed, run_seed
 from rpo_lightning.core.timing import PhaseTimer
 from rpo_lightning.core.types import Batch, Group, RolloutRequest
-from rpo_lightning.evaluation import Evaluation
+from rpo_lightning.evaluation.evaluation import Evaluation
+from rpo_lightning.evaluation.settings import EvaluationSettings
 from rpo_lightning.policy.export import export_policy
 from rpo_lightning.policy.load import load_policy
 from rpo_lightning.policy.lora import LoRA
@@ -43,8 +44,8 @@ class PolicyModule(LightningModule):
         grader: Verifier, rewards and the processes they run in.
         engine: Generates responses.
         max_response_tokens: Limit of a whole response, kept prefix included.
-        eval_sampling: How evaluation answers are drawn.
-        eval_samples: Answers per question in evaluation.
+        sampling: How training rollouts are drawn.
+        evaluation: How evaluation answers are drawn.
         adapter: A low-rank adapter that is trained instead of the policy's weights.
 
     Attributes:
@@ -60,8 +61,8 @@ class PolicyModule(LightningModule):
         grader: Grader,
         engine: RolloutEngine,
         max_response_tokens: int,
-        eval_sampling: Sampling,
-        eval_samples: int,
+        sampling: Sampling,
+        evaluation: EvaluationSettings,
         adapter: LoRA | None = None,
     ) -> None:
         super().__init__()
@@ -74,8 +75,8 @@ class PolicyModule(LightningModule):
         self.engine = engine
         self.grader = grader
         self.max_response_tokens = max_response_tokens
-        self.eval_sampling = eval_sampling
-        self.eval_samples = eval_samples
+        self.sampling = sampling
+        self.evaluation = evaluation
         self.adapter = adapter
         # A checkpoint holds what trains: frozen weights are those of the starting policy.
         self.strict_loading = adapter is None
@@ -161,6 +162,11 @@ class PolicyModule(LightningModule):
         with self.timer("reward"):
             return score(self.grader, self.tokenizer, requests, completions, step=self.global_step)
 
+    @property
+    def evaluation_sampling(self) -> Sampling:
+        """How evaluation answers are drawn: as in training, unless the settings say otherwise."""
+        return self.evaluation.sampling or self.sampling
+
     # -- evaluation: always without a prefix -----------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
@@ -204,13 +210,13 @@ class PolicyModule(LightningModule):
         # The same seed at every evaluation: differences are the policy's.
         parts = (batch_idx, dataloader_idx) if dataloader_idx else (batch_idx,)
         seed = derive_seed(SeedPurpose.EVALUATION, self.global_rank, *parts)
-        return self.roll_out(requests, self.eval_samples, self.eval_sampling, seed)
+        return self.roll_out(requests, self.evaluation.samples, self.evaluation_sampling, seed)
 
     def _new_evaluations(self, split: str) -> list[Evaluation]:
         names = getattr(getattr(self.trainer, "datamodule", None), "evaluation_names", lambda _: [""])(split)
         votes = self.grader.finds_answers
         keeps_answers = self.trainer.state.fn != TrainerFn.FITTING
-        return [Evaluation(name, self.eval_samples, votes, self.device, keeps_answers) for name in names]
+        return [Evaluation(name, self.evaluation.samples, votes, self.device, keeps_answers) for name in names]
 
     def _evaluate(self, requests: Batch[RolloutRequest], batch_idx: int, dataloader_idx: int) -> None:
         before = self.decoded_tokens

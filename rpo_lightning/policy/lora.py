@@ -25,7 +25,7 @@ class LoRA:
         dropout: Dropout of the adapter's input. Above 0 members of a group cannot share rows in the update.
         quantization: Hold the frozen weights in 4 bits (NF4) or 8, by bitsandbytes. Products in 8 bits round their
             inputs too, some of them by what else is computed at once, so that a rollout's log-probs and the update's
-            differ by some 1e-2 now and then: raise ``model.mismatch_bound.jump`` with them.
+            differ by some 1e-2 now and then: raise ``model.update.mismatch_bound.jump`` with them.
         options: Anything else that ``peft.LoraConfig`` takes.
     """
 

@@ -8,7 +8,7 @@ tokens whose loss is zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -22,7 +22,6 @@ from rpo_lightning.core.types import Group
 from rpo_lightning.policy.prefix_sharing.compatibility import needs_full_logits, row_cost
 from rpo_lightning.policy.prefix_sharing.logprobs import TokenLogprobs, token_logprobs
 from rpo_lightning.policy.prefix_sharing.rows import (
-    LossScope,
     Row,
     RowCost,
     SharedRow,
@@ -35,35 +34,12 @@ from rpo_lightning.update.metrics import UpdateMetrics
 from rpo_lightning.update.mismatch import Mismatch
 from rpo_lightning.update.objectives.base import LossInputs, Objective
 from rpo_lightning.update.reference import ReferencePolicy
+from rpo_lightning.update.settings import UpdateSettings
 
 # Runs the backward pass of a loss; told whether it is the update's last.
 Backward = Callable[[Tensor, bool], None]
 # Has the loss of a micro-batch computed.
 Forward = Callable[[Callable[[], Tensor]], Tensor]
-
-
-@dataclass(frozen=True)
-class UpdateSettings:
-    """How groups become a loss.
-
-    Attributes:
-        scope: Which tokens are in the loss.
-        temperature: Sampling temperature.
-        micro_batch_tokens: Tokens of one forward and backward pass, padding included.
-        mask_truncated: Leave unfinished responses out of the loss (DAPO's overlong filtering).
-        share_prefixes: Compute the prompt and prefix of a group once where that is cheaper.
-        prefix_gradient: Whether the gradient goes through prompt and prefix too.
-        importance_correction: Weights for what the engine's policy and the trainer's differ by; ``None``
-            where the engine's log-probs cannot be compared with the trainer's.
-    """
-
-    scope: LossScope
-    temperature: float
-    micro_batch_tokens: int
-    mask_truncated: bool
-    share_prefixes: bool = True
-    prefix_gradient: bool = True
-    importance_correction: ImportanceCorrection | None = None
 
 
 class PolicyLoss:
@@ -75,6 +51,9 @@ class PolicyLoss:
         objective: Per-token loss and normalisation.
         settings: See :class:`UpdateSettings`.
         pad_id: Padding token.
+        temperature: Sampling temperature of the rollouts.
+        importance_correction: Weights for what the engine's policy and the trainer's differ by; ``None`` where the
+            engine's log-probs cannot be compared with the trainer's.
         timer: Where the seconds of the reference's log-probs are booked.
         ranks: Who has the rest of the batch.
 
@@ -90,6 +69,8 @@ class PolicyLoss:
         objective: Objective,
         settings: UpdateSettings,
         pad_id: int,
+        temperature: float = 1.0,
+        importance_correction: ImportanceCorrection | None = None,
         timer: PhaseTimer | None = None,
         ranks: Ranks | None = None,
     ) -> None:
@@ -98,6 +79,8 @@ class PolicyLoss:
         self.objective = objective
         self.settings = settings
         self.pad_id = pad_id
+        self.temperature = temperature
+        self.importance_correction = importance_correction
         self._full_logits = needs_full_logits(policy)
         self.timer = timer or PhaseTimer()
         self.ranks = ranks or Ranks()
@@ -112,7 +95,7 @@ class PolicyLoss:
         """Store the current policy's log-probs with groups that outlive the current weights; a collective."""
         pending = [g for g in groups if g.old_logprobs is None]
         stores: list[list[list[float]]] = [[[] for _ in group.completions] for group in pending]
-        for batch, _ in self._passes(self._micro_batches(rows_of(pending, self.settings.scope))):
+        for batch, _ in self._passes(self._micro_batches(rows_of(pending, self.settings.loss_scope))):
             with torch.no_grad():
                 computed = self._logprobs(self.policy, batch or self._idle_batch)
             if batch is None:
@@ -141,7 +124,7 @@ class PolicyLoss:
         Returns:
             Metrics of the update over all ranks, ``loss/…`` and ``mismatch/…``.
         """
-        rows = rows_of(groups, self.settings.scope)
+        rows = rows_of(groups, self.settings.loss_scope)
         lengths = {(r.group, r.member): self._loss_length(groups, r) for r in rows}
         counts = [float(sum(lengths.values())), float(sum(n > 0 for n in lengths.values()))]
         totals = self.ranks.sum(torch.tensor(counts, dtype=torch.float64))
@@ -218,14 +201,14 @@ class PolicyLoss:
         self, groups: Sequence[Group], rows: Sequence[Row], old_BS: Tensor, mask_BS: Tensor, mismatch: Mismatch
     ) -> Tensor | None:
         """Compare with the engine's log-probs, which exist for sampled tokens only; weights of the loss tokens."""
-        if self.settings.importance_correction is None:
+        if self.importance_correction is None:
             return None
         logprobs = [groups[row.group].completions[row.member].logprobs for row in rows]
         engine_BS, sampled_BS = _right_aligned(logprobs, old_BS)
         sampled_BS &= mask_BS
         difference_BS = torch.where(sampled_BS, old_BS - engine_BS, 0.0)
         mismatch.add(difference_BS, sampled_BS)
-        return self.settings.importance_correction.weights(difference_BS, sampled_BS)
+        return self.importance_correction.weights(difference_BS, sampled_BS)
 
     def _micro_batches(self, rows: Sequence[Row]) -> list[list[SharedRow]]:
         limit, cost = self.settings.micro_batch_tokens, self._row_cost
@@ -235,7 +218,7 @@ class PolicyLoss:
         self, model: PreTrainedModel, batch: Sequence[SharedRow], prefix_gradient: bool = True
     ) -> TokenLogprobs:
         return token_logprobs(
-            model, batch, self.settings.temperature, self.pad_id, self.policy.device, self._full_logits, prefix_gradient
+            model, batch, self.temperature, self.pad_id, self.policy.device, self._full_logits, prefix_gradient
         )
 
     def _loss_length(self, groups: Sequence[Group], row: Row) -> int:
@@ -255,7 +238,7 @@ def _right_aligned(rows: Sequence[Sequence[float]], like: Tensor) -> tuple[Tenso
 def _without_trunk_gradient(cost: RowCost) -> RowCost:
     if not cost.shares or cost.longest_shared is not None:
         raise UpdateError(
-            "model.prefix_gradient=false computes prefixes apart from suffixes, which needs shared rows of any length; "
-            "this model does not allow them (its warning says why): leave prefix_gradient at true"
+            "model.update.prefix_gradient=false computes prefixes apart from suffixes, which needs shared rows of any "
+            "length; this model does not allow them (its warning says why): leave prefix_gradient at true"
         )
     return replace(cost, trunk=1 / 3)  # a forward pass is a third of forward and backward

@@ -74,8 +74,8 @@ class MismatchBound:
     def __post_init__(self) -> None:
         if self.largest <= 0 or self.jump <= 1 or self.smallest < 0:
             raise ConfigurationError(
-                f"model.mismatch_bound needs largest > 0, jump > 1 and smallest >= 0; got {self.largest}, {self.jump} "
-                f"and {self.smallest}"
+                "model.update.mismatch_bound needs largest > 0, jump > 1 and smallest >= 0; got "
+                f"{self.largest}, {self.jump} and {self.smallest}"
             )
 
 
@@ -106,8 +106,8 @@ class MismatchGuard:
             raise EngineError(
                 f"update {step}: the rollout engine's log-probs differ from the trainer's by {mean:.2g} nats a token "
                 f"on average{before}, more than {limit:.2g}: its weights are stale or incomplete, or its precision is "
-                "too low; the policy was left as it was. Resume from a checkpoint, or raise model.mismatch_bound if "
-                "this is expected"
+                "too low; the policy was left as it was. Resume from a checkpoint, or raise "
+                "model.update.mismatch_bound if this is expected"
             )
         self._means = [*self._means, mean][-_HISTORY:]
 

@@ -5,12 +5,15 @@ A policy with an adapter *is* its starting policy once the adapter is switched o
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
+
+from rpo_lightning.policy.lora import has_adapter
 
 
 class ReferencePolicy(ABC):
@@ -19,6 +22,11 @@ class ReferencePolicy(ABC):
     @abstractmethod
     def __call__(self) -> Any:
         """Context manager that gives the model."""
+
+    @property
+    def own_models(self) -> list[PreTrainedModel]:
+        """Models beside the policy that have to be laid over the ranks."""
+        return []
 
     def prepare(self, attention: str, device: Any) -> None:  # noqa: B027 (optional)
         """Have it attend as the policy does, on the policy's device."""
@@ -33,6 +41,11 @@ class FrozenCopy(ReferencePolicy):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval().requires_grad_(False)
+
+    @property
+    def own_models(self) -> list[PreTrainedModel]:
+        """The copy."""
+        return [self.model]
 
     @contextmanager
     def __call__(self) -> Iterator[PreTrainedModel]:
@@ -62,3 +75,9 @@ class WithoutAdapter(ReferencePolicy):
         """The policy without its adapter, while the context lasts."""
         with self.policy.disable_adapter():
             yield self.policy
+
+
+def reference_of(policy: Any) -> ReferencePolicy:
+    """The reference of a policy that has just been loaded."""
+    # A copy, not a second load: the starting policy is what was loaded.
+    return WithoutAdapter(policy) if has_adapter(policy) else FrozenCopy(copy.deepcopy(policy))

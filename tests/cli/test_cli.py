@@ -285,11 +285,11 @@ def test_validate_test_and_predict_answer_without_a_prefix(capsys):
     source = '{"class_path": "ArithmeticChain", "init_args": {"size": 4}}'
     questions = ["--data.test", source, "--data.predict", source]
     main(["validate", *SMALL, *questions])
-    main(["test", *SMALL, *questions, "--model.eval_samples", "2"])
+    main(["test", *SMALL, *questions, "--model.evaluation.samples", "2"])
     printed = capsys.readouterr().out
     validated, tested = (line.split(" | ") for line in printed.splitlines() if line.startswith("| all | "))
     assert (validated[1], tested[1]) == ("8", "4")  # questions
-    main(["predict", *SMALL, *questions, "--model.eval_samples", "2"])
+    main(["predict", *SMALL, *questions, "--model.evaluation.samples", "2"])
     answers = [json.loads(line) for line in (last_run() / "predictions.jsonl").read_text().splitlines()]
     assert len(answers) == 8
     assert {"uid", "prompt", "response", "answer", "correct", "length", "finished"} <= answers[0].keys()
@@ -348,9 +348,9 @@ def test_importing_the_package_imports_no_optional_package():
         (["--data.train", "table.csv"], "table.csv: questions are read from .jsonl"),
         (["--ckpt_path", "not/there.ckpt"], "--ckpt_path not/there.ckpt: no such file"),
         (["--trainer.strategy", "nonsense"], "trainer: "),
-        (["--trainer.gradient_clip_val", "1.0"], "use model.max_grad_norm"),
+        (["--trainer.gradient_clip_val", "1.0"], "use model.update.max_grad_norm"),
         (["--trainer.accumulate_grad_batches", "2"], "use data.batch_size"),
-        (["--model.max_grad_norm", "0"], "model.max_grad_norm must be above 0"),
+        (["--model.update.max_grad_norm", "0"], "model.update.max_grad_norm must be above 0"),
         (["--model.lr_schedule.warmup_share", "0.1"], "constant has no warm-up: use constant_with_warmup"),
         (["--model.lr_schedule.warmup_share", "10"], "warmup_share must be from 0 to 1"),
         (["--cache.path", "foreign.parquet"], "foreign.parquet: made with another tokenizer"),

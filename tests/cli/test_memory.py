@@ -281,7 +281,7 @@ def test_remedies_lower_the_peak_and_name_their_settings():
     found = estimate(shape, plan, device_bytes=24 * GIB)
     assert not found.fits
     tried = remedies(found)
-    assert tried[0][0] == "model.gradient_checkpointing: true"
+    assert tried[0][0] == "model.update.gradient_checkpointing: true"
     assert all(other.peak < found.peak for _, other in tried)
 
 

@@ -238,7 +238,9 @@ EVALUATE = [
 @pytest.mark.usefixtures("_shapes")
 def test_the_command_line_evaluates_several_sets_and_lists_what_it_cannot_read(capsys):
     sets = json.dumps({name: f"{name}.jsonl" for name in SHAPES})
-    main(["test", *EVALUATE, "--model.verifier", "MathVerifier", "--model.eval_samples", "4", "--data.test", sets])
+    main(
+        ["test", *EVALUATE, "--model.verifier", "MathVerifier", "--model.evaluation.samples", "4", "--data.test", sets]
+    )
     table, screen = Path("evaluation.md").read_text(), capsys.readouterr().out
     assert table in screen + "\n"
     assert "Test metric" not in screen  # one table, not Lightning's beside it
@@ -263,7 +265,7 @@ def test_greedy_answers_give_the_same_table_on_one_rank_and_on_two():
     Path("sums.jsonl").write_text(
         "".join(json.dumps({"question": f"{i}a+1b*2=", "answer": f"{(i + 1) * 2}"}) + "\n" for i in range(5))
     )
-    settings = [*EVALUATE, "--model.verifier", "ExactMatchVerifier", "--model.eval_sampling.temperature", "0",
+    settings = [*EVALUATE, "--model.verifier", "ExactMatchVerifier", "--model.evaluation.sampling.temperature", "0",
                 "--data.test", "sums.jsonl", "--data.eval_batch_size", "2"]  # fmt: skip
     tables = []
     for devices in (1, 2):

@@ -91,16 +91,16 @@ def test_torchs_kernels_pass_the_trial(dtype, heads, key_heads, size):
 @pytest.mark.parametrize("make", [grouped_heads, lambda: load_policy(REASONER)], ids=["grouped heads", "reasoner"])
 def test_packed_rows_are_as_exact_as_plain_rows_in_bf16(make, scope, checkpointing, kernel_calls):
     policy, batch = make().cuda(), long_groups()
-    exact, _ = gradient(policy, DAPO(), batch=batch, scope=scope, share_prefixes=False)
-    masked, _ = gradient(policy, DAPO(), batch=batch, scope=scope)
+    exact, _ = gradient(policy, DAPO(), batch=batch, loss_scope=scope, share_prefixes=False)
+    masked, _ = gradient(policy, DAPO(), batch=batch, loss_scope=scope)
     assert (flat(masked) - flat(exact)).norm() < 1e-4 * flat(exact).norm()  # fp32: SDPA with a mask
     assert not kernel_calls
     if checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        plain, _ = gradient(policy, DAPO(), batch=batch, scope=scope, share_prefixes=False)
-        packed, metrics = gradient(policy, DAPO(), batch=batch, scope=scope)
-        split, _ = gradient(policy, DAPO(), batch=batch, scope=scope, micro_batch_tokens=420)
+        plain, _ = gradient(policy, DAPO(), batch=batch, loss_scope=scope, share_prefixes=False)
+        packed, metrics = gradient(policy, DAPO(), batch=batch, loss_scope=scope)
+        split, _ = gradient(policy, DAPO(), batch=batch, loss_scope=scope, micro_batch_tokens=420)
     assert metrics["tokens"] == 301 + 160 + 70 + 182 + 1 + 138  # every trunk once
     assert kernel_calls
     rounding = (flat(plain) - flat(exact)).norm()

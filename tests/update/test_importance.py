@@ -55,7 +55,7 @@ def with_engine_logprobs(policy, shift: float):
 def backward(policy, batch, correction, **changes):
     policy.zero_grad()
     # A mean over each sequence: in a mean over all tokens the members' prefix terms would cancel.
-    loss = PolicyLoss(policy, None, GRPO(), settings(importance_correction=correction, **changes), pad_id=0)
+    loss = PolicyLoss(policy, None, GRPO(), settings(**changes), pad_id=0, importance_correction=correction)
     metrics = loss.backward(batch, group_advantages([g.rewards for g in batch]), lambda x, _: x.backward())
     return {n: p.grad.clone() for n, p in policy.named_parameters()}, metrics
 

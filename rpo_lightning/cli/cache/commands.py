@@ -24,6 +24,7 @@ from rpo_lightning.data.datamodule import RPODataModule
 from rpo_lightning.data.prompts import QUESTION_COLUMNS
 from rpo_lightning.data.sources import as_source
 from rpo_lightning.evaluation.module import PolicyModule
+from rpo_lightning.evaluation.settings import EvaluationSettings
 from rpo_lightning.module import RPOModule
 from rpo_lightning.policy.tokenizer import decode, load_tokenizer, tokenizer_fingerprint
 
@@ -35,7 +36,7 @@ class BuildCacheCallback(Callback):
     """Makes a cache of the best answers that ``predict`` samples to the training questions.
 
     ``cache.initial_samples``, ``cache.initial_sampling`` and ``cache.keep_unfinished`` say how, as they do for eager
-    initialisation; without ``cache`` in the config ``model.eval_samples`` and ``model.eval_sampling``.
+    initialisation; without ``cache`` in the config ``model.evaluation``.
 
     Args:
         out: The cache file.
@@ -272,8 +273,8 @@ def cache(arguments: list[str]) -> None:
         cli = ToolCLI("cache build", RPOModule, BuildCacheCallback, arguments[1:])
         settings = cli.config_init.get("cache")
         if settings is not None:
-            cli.model.eval_samples = settings.initial_samples
-            cli.model.eval_sampling = settings.initial_sampling or cli.model.sampling
+            sampling = settings.initial_sampling or cli.model.sampling
+            cli.model.evaluation = EvaluationSettings(sampling, settings.initial_samples)
             cli.added.keep_unfinished = cli.added.keep_unfinished or settings.keep_unfinished
         cli.predict_on("train")
     elif arguments[:1] == ["export"]:

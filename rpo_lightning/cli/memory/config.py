@@ -64,14 +64,15 @@ def read_run(config: Mapping[str, Any], has_gpu_memory: bool) -> Run:
     states = ADAMW if optimizer is None else optimizer_state(optimizer["class_path"], optimizer.get("init_args"))
     if not states.is_known:
         assumptions.append(f"what {states.name} keeps is not known: taken to be AdamW")
+    update = model["update"]
     objective = (model.get("objective") or {}).get("init_args", {})
     plan = Plan(
         devices=devices, nodes=nodes, on_gpu=on_gpu, precision=_precision(trainer["precision"]),
-        optimizer=states, micro_batch_tokens=model["micro_batch_tokens"], prompt_tokens=int(prompt),
+        optimizer=states, micro_batch_tokens=update["micro_batch_tokens"], prompt_tokens=int(prompt),
         response_tokens=model["max_response_tokens"], group_size=model["group_size"],
-        shares_prefixes=model["share_prefixes"], has_cache=config.get("cache") is not None,
-        temperature=model["sampling"]["temperature"], checkpointing=model["gradient_checkpointing"],
-        accumulate_sharded=model["accumulate_sharded"], has_reference=objective.get("beta", 0.0) > 0,
+        shares_prefixes=update["share_prefixes"], has_cache=config.get("cache") is not None,
+        temperature=model["sampling"]["temperature"], checkpointing=update["gradient_checkpointing"],
+        accumulate_sharded=update["accumulate_sharded"], has_reference=objective.get("beta", 0.0) > 0,
         engine=_engine(model.get("engine"), devices * nodes), **_strategy(trainer["strategy"], devices * nodes),
     )  # fmt: skip
     adapter = model.get("adapter")

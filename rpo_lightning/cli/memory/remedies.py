@@ -32,15 +32,15 @@ def remedies(found: Estimate, quantization: str | None = None) -> list[tuple[str
 
 def _changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
     if not plan.checkpointing:
-        yield "model.gradient_checkpointing: true", replace(plan, checkpointing=True)
+        yield "model.update.gradient_checkpointing: true", replace(plan, checkpointing=True)
     smaller = max(plan.longest, plan.tokens // 2)
     if smaller < plan.tokens:
-        yield f"model.micro_batch_tokens: {smaller}", replace(plan, micro_batch_tokens=smaller)
+        yield f"model.update.micro_batch_tokens: {smaller}", replace(plan, micro_batch_tokens=smaller)
     if plan.sharding is Sharding.FSDP2 and not plan.accumulate_sharded:
-        yield "model.accumulate_sharded: true", replace(plan, accumulate_sharded=True)
+        yield "model.update.accumulate_sharded: true", replace(plan, accumulate_sharded=True)
     if plan.ranks > 1 and plan.sharding in (Sharding.DDP, Sharding.ZERO1, Sharding.ZERO2):
         yield (
-            "FSDP2 (ModelParallelStrategy) with model.accumulate_sharded: true",
+            "FSDP2 (ModelParallelStrategy) with model.update.accumulate_sharded: true",
             replace(plan, sharding=Sharding.FSDP2, accumulate_sharded=True, offloads_optimizer=False),
         )
     if plan.sharding is Sharding.DDP and not plan.bucket_view:

@@ -44,10 +44,13 @@ class SegmentAnalysis(RPOModule):
         """One record for each question and cut."""
         require_requests(requests)
         seeds = [derive_seed(SeedPurpose.EVALUATION, self.global_rank, batch_idx, part) for part in (0, 1)]
-        firsts = self.roll_out(requests, 1, self.eval_sampling, seeds[0])
+        firsts = self.roll_out(requests, 1, self.evaluation_sampling, seeds[0])
         cuts = [(first, share, kept) for first in firsts for kept, share in self._cuts(first).items()]
         groups = self.roll_out(
-            [self._continue(first, kept) for first, _, kept in cuts], self.continuations, self.eval_sampling, seeds[1]
+            [self._continue(first, kept) for first, _, kept in cuts],
+            self.continuations,
+            self.evaluation_sampling,
+            seeds[1],
         )
         rows = [self._row(first, share, kept, group) for (first, share, kept), group in zip(cuts, groups, strict=True)]
         return rows + [self._row(first, 1.0, first.lengths[0], first) for first in firsts]

@@ -51,7 +51,7 @@ def prepare_settings(config: dict[str, Any], max_norm: float | None) -> None:
 
     Args:
         config: The configuration; changed in place.
-        max_norm: ``model.max_grad_norm``; ``None`` for a module that does not train.
+        max_norm: ``model.update.max_grad_norm``; ``None`` for a module that does not train.
 
     Raises:
         ConfigurationError: A setting that the module's update cannot work with.
@@ -71,8 +71,8 @@ def prepare_settings(config: dict[str, Any], max_norm: float | None) -> None:
     clipping = config.get("gradient_clipping") or max_norm
     if clipping != max_norm:
         raise ConfigurationError(
-            f"DeepSpeed's configuration has gradient_clipping={clipping}, but model.max_grad_norm is {max_norm}: "
-            "leave gradient_clipping out"
+            f"DeepSpeed's configuration has gradient_clipping={clipping}, but model.update.max_grad_norm is "
+            f"{max_norm}: leave gradient_clipping out"
         )
     config["gradient_clipping"] = max_norm
 
@@ -195,7 +195,8 @@ class DeepSpeedPlacement(Placement):
 
     def __init__(self, trainer: Any) -> None:
         self.strategy = trainer.strategy
-        prepare_settings(self.strategy.config, getattr(trainer.lightning_module, "max_grad_norm", None))
+        update = getattr(trainer.lightning_module, "update", None)
+        prepare_settings(self.strategy.config, None if update is None else update.max_grad_norm)
 
     def loading(self) -> AbstractContextManager[Any]:
         """As without DeepSpeed: on the CPU if the policy is to be partitioned."""

@@ -81,12 +81,12 @@ def whole_shards(model: nn.Module) -> Iterator[None]:
 class ShardedAccumulation(GradientAccumulation):
     """FSDP2: every rank has a shard of each parameter.
 
-    Until the last pass gradients stay whole on every rank, unless ``module.accumulate_sharded`` has each pass
+    Until the last pass gradients stay whole on every rank, unless ``model.update.accumulate_sharded`` has each pass
     reduce its own: as much traffic as there are passes, and the memory of a shard.
     """
 
     def _synchronising(self, is_last: bool) -> AbstractContextManager[Any]:
-        self.module.policy.set_requires_gradient_sync(is_last or self.module.accumulate_sharded)
+        self.module.policy.set_requires_gradient_sync(is_last or self.module.update.accumulate_sharded)
         self.module.policy.set_is_last_backward(is_last)
         return nullcontext()
 

@@ -45,7 +45,7 @@ class DAPO(GRPO):
 class DrGRPO(GRPO):
     """Dr. GRPO (arXiv 2503.20783): a constant normaliser instead of the response length.
 
-    Goes with ``advantage_scale: none``.
+    Goes with ``model.update.advantage_scale: none``.
 
     Args:
         normaliser: Tokens that a sequence's loss is divided by: the response limit.

@@ -27,7 +27,7 @@ from rpo_lightning.update.dynamic_sampling import DynamicSampling
 from rpo_lightning.update.importance import NoCorrection
 from rpo_lightning.update.mismatch import MismatchBound
 from rpo_lightning.update.objectives import DAPO, GRPO
-from tests.conftest import make_data, make_group, make_trainer
+from tests.conftest import make_data, make_group, make_trainer, with_update
 
 CASES: dict[str, dict[str, Any]] = {
     "token-mean": {"objective": DAPO()},
@@ -42,19 +42,19 @@ class GivenRollouts(RPOModule):
     """Trains on groups that are given instead of sampled."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(
-            policy="embedded:arithmetic-reasoner",
-            rewards=[AccuracyReward()],
-            verifier=ExactMatchVerifier(),
-            micro_batch_tokens=128,
+        defaults: dict[str, Any] = {
+            "policy": "embedded:arithmetic-reasoner",
+            "rewards": [AccuracyReward()],
+            "verifier": ExactMatchVerifier(),
+            "micro_batch_tokens": 128,
             # Plain SGD: what is compared are gradients. Clipped, so that the norm counts.
-            max_grad_norm=0.05,
+            "max_grad_norm": 0.05,
             # The engine's log-probs are made up, so that nothing is to be compared with them.
-            importance_correction=NoCorrection(),
-            mismatch_bound=MismatchBound(largest=1e9, jump=1e9),
-            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
-            **settings,
-        )
+            "importance_correction": NoCorrection(),
+            "mismatch_bound": MismatchBound(largest=1e9, jump=1e9),
+            "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+        }
+        super().__init__(**with_update({**defaults, **settings}))
 
     def roll_out(self, *_: Any, **__: Any) -> list[Group]:
         """This rank's groups."""

@@ -23,9 +23,9 @@ from tests.policy.prefix_sharing.test_shared_rows import GOAL, gradient
 @pytest.mark.parametrize("scope", ["suffix", "response"])
 @pytest.mark.parametrize("budget", [1000, 14])
 def test_packed_rows_give_the_gradient_of_plain_rows(exact_policy, packed, scope, budget):
-    plain, expected = gradient(exact_policy, DAPO(), scope=scope, share_prefixes=False)
+    plain, expected = gradient(exact_policy, DAPO(), loss_scope=scope, share_prefixes=False)
     packed.clear()
-    shared, metrics = gradient(exact_policy, DAPO(), scope=scope, micro_batch_tokens=budget)
+    shared, metrics = gradient(exact_policy, DAPO(), loss_scope=scope, micro_batch_tokens=budget)
     assert_same(plain, shared, GOAL)
     assert metrics["loss/total"] == pytest.approx(expected["loss/total"], abs=GOAL)
     if budget == 1000:

@@ -11,8 +11,9 @@ from rpo_lightning.policy.prefix_sharing.attention import IMPLEMENTATION
 from rpo_lightning.policy.prefix_sharing.logprobs import token_logprobs
 from rpo_lightning.policy.prefix_sharing.rows import Row, SharedRow, rows_of
 from rpo_lightning.update.advantages import group_advantages
-from rpo_lightning.update.loss import PolicyLoss, UpdateSettings
+from rpo_lightning.update.loss import PolicyLoss
 from rpo_lightning.update.objectives import CISPO, DAPO, GRPO, GSPO, Objective
+from rpo_lightning.update.settings import UpdateSettings
 from tests.conftest import make_group
 
 # Two groups of different prompts, prefixes and suffix lengths; ids are those of the arithmetic tokenizer.
@@ -40,13 +41,7 @@ def reference_logprobs(policy, token_ids: tuple[int, ...], count: int, temperatu
 
 
 def settings(**changes) -> UpdateSettings:
-    defaults = {
-        "scope": "suffix",
-        "temperature": 1.0,
-        "micro_batch_tokens": 10**6,
-        "mask_truncated": False,
-    }
-    return UpdateSettings(**{**defaults, **changes})
+    return UpdateSettings(**{"micro_batch_tokens": 10**6, **changes})
 
 
 def gradient(policy, objective: Objective, batch=None, **changes) -> dict[str, Tensor]:
@@ -126,7 +121,7 @@ def test_with_a_token_mean_the_prefix_terms_cancel(policy):
     policy = policy.double()
     batch = groups()[:1]
     suffix = gradient(policy, DAPO(), batch)
-    response = gradient(policy, DAPO(), batch, scope="response")
+    response = gradient(policy, DAPO(), batch, loss_scope="response")
     assert_same(suffix, {n: g * (9 + 9) / 9 for n, g in response.items()}, tolerance=ALGEBRA)
 
 
@@ -134,7 +129,7 @@ def test_with_sequence_means_the_prefix_leaves_a_length_artefact(policy):
     policy = policy.double()
     batch = groups()[:1]
     suffix = gradient(policy, GRPO(), batch)
-    response = gradient(policy, GRPO(), batch, scope="response")
+    response = gradient(policy, GRPO(), batch, loss_scope="response")
     prompt, prefix, suffixes = GROUPS[0][2], GROUPS[0][3], GROUPS[0][1]
     rewards = torch.tensor(GROUPS[0][0], dtype=torch.float64)
     advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)

@@ -80,15 +80,15 @@ def test_shared_rows_give_the_gradient_of_plain_rows(exact_policy, objective, sc
         reference = copy.deepcopy(exact_policy)
         with torch.no_grad():
             reference.lm_head.weight.mul_(1.1)
-    plain, expected = gradient(exact_policy, objective, reference, scope=scope, share_prefixes=False)
-    shared, metrics = gradient(exact_policy, objective, reference, scope=scope)
+    plain, expected = gradient(exact_policy, objective, reference, loss_scope=scope, share_prefixes=False)
+    shared, metrics = gradient(exact_policy, objective, reference, loss_scope=scope)
     assert_same(plain, shared, GOAL)
     # Trunks of 7 and 3 tokens, suffixes of 9 and 12: nothing here is shared by accident or not at all.
     assert (expected["tokens"], metrics["tokens"]) == (3 * 7 + 9 + 3 * 3 + 12, 7 + 9 + 3 + 12)
     for name in ("loss/total", "loss/entropy", "loss/kl"):
         assert metrics[name] == pytest.approx(expected[name], abs=GOAL)
     # A budget that the first group (16 tokens) exceeds: its trunk is repeated.
-    split, metrics = gradient(exact_policy, objective, reference, scope=scope, micro_batch_tokens=14)
+    split, metrics = gradient(exact_policy, objective, reference, loss_scope=scope, micro_batch_tokens=14)
     assert metrics["tokens"] == 2 * 7 + 9 + 2 * 3 + 12
     assert_same(plain, split, GOAL)
 
@@ -159,7 +159,7 @@ def test_old_log_probs_come_from_shared_rows_too(exact_policy, monkeypatch, scop
     monkeypatch.setattr(update, "token_logprobs", note)
     plain, shared = groups(), groups()
     for batch, share, members in ((plain, False, [1] * 6), (shared, True, [3, 3])):
-        loss = PolicyLoss(exact_policy, None, DAPO(), settings(share_prefixes=share, scope=scope), pad_id=0)
+        loss = PolicyLoss(exact_policy, None, DAPO(), settings(share_prefixes=share, loss_scope=scope), pad_id=0)
         computed.clear()
         sharing_wherever_it_may(loss).freeze_old_logprobs(batch)
         assert members_per_row(computed) == members

@@ -1,0 +1,75 @@
+"""``model.update``: how scored groups become a gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.policy.prefix_sharing.rows import LossScope
+from rpo_lightning.update.advantages import AdvantageScale
+from rpo_lightning.update.importance import ImportanceCorrection
+from rpo_lightning.update.mismatch import MismatchBound
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """How scored groups become a gradient.
+
+    Attributes:
+        loss_scope: ``suffix`` (on-policy given the prefix) or ``response`` (eq. 5 of the paper).
+        advantage_scale: What advantages are divided by: the standard deviation of the ``group``, of the ``batch`` (all
+            groups of a rollout that are trained on), or nothing (``none``).
+        mask_truncated: Leave unfinished responses out of the loss (DAPO's overlong filtering).
+        passes_per_rollout: How often the groups of a rollout are trained on.
+        minibatches_per_pass: Updates that a pass is split into.
+        micro_batch_tokens: Tokens of one forward and backward pass, padding included.
+        share_prefixes: Compute the prompt and prefix of a group once in the update, and read their keys and values
+            once in the steps of ``TransformersEngine``, where that is cheaper.
+        prefix_gradient: Let the gradient go through prompt and prefix too. Without it the update is cheaper and
+            biased (``benchmarks/README.md``); needs ``loss_scope: suffix`` and ``share_prefixes``.
+        importance_correction: Weights of the loss for what the rollout engine samples otherwise than the trainer
+            would; ``TokenTruncated(2.0)`` if not given.
+        mismatch_bound: Log-prob differences between engine and trainer that stop the run.
+        max_grad_norm: Gradient norm limit; infinite (``.inf``) for no clipping.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        accumulate_sharded: With FSDP2, reduce gradients after every micro-batch instead of once an update: more
+            traffic, and no rank holds a whole gradient.
+    """
+
+    loss_scope: LossScope = "suffix"
+    advantage_scale: AdvantageScale = "group"
+    mask_truncated: bool = False
+    passes_per_rollout: int = 1
+    minibatches_per_pass: int = 1
+    micro_batch_tokens: int = 16384
+    share_prefixes: bool = True
+    prefix_gradient: bool = True
+    importance_correction: ImportanceCorrection | None = None
+    mismatch_bound: MismatchBound = MismatchBound()
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    accumulate_sharded: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("passes_per_rollout", "minibatches_per_pass", "micro_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"model.update.{name} must be at least 1, got {getattr(self, name)}")
+        for name, allowed in (("loss_scope", ("suffix", "response")), ("advantage_scale", ("group", "batch", "none"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigurationError(
+                    f"model.update.{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
+                )
+        if not self.max_grad_norm > 0:
+            raise ConfigurationError(
+                f"model.update.max_grad_norm must be above 0 (.inf: no clipping), got {self.max_grad_norm}"
+            )
+        if not self.prefix_gradient and (self.loss_scope != "suffix" or not self.share_prefixes):
+            raise ConfigurationError(
+                "model.update.prefix_gradient=false needs model.update.loss_scope=suffix and "
+                "model.update.share_prefixes=true"
+            )
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps that are made on the groups of one rollout."""
+        return self.passes_per_rollout * self.minibatches_per_pass
