@@ -25,19 +25,13 @@ from rpo_lightning.callbacks import (
     RunSummaryCallback,
 )
 from rpo_lightning.callbacks.run_folder import last_checkpoint, run_folder
+from rpo_lightning.cli.parser import RPOArgumentParser
 from rpo_lightning.core.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 
 # Whole numbers given for these arrive as floats, of which 1.0 means all.
 _LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches")
-
-
-class RPOArgumentParser(LightningArgumentParser):
-    """Lightning's parser, except that a path given for an argument is a path, not a file of settings to be read."""
-
-    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        return super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
 
 
 class RPOCLI(LightningCLI):

@@ -17,6 +17,7 @@ from rpo_lightning.cache.cuts import CutStrategy, FractionOfShortestCut
 from rpo_lightning.cache.parquet import read_cache, write_cache
 from rpo_lightning.cache.prefixes import drawn_prefix, initial_response
 from rpo_lightning.cli.cache.exchange import exported_rows, import_responses, write_rows
+from rpo_lightning.cli.parser import PlainArgumentParser
 from rpo_lightning.cli.tool_cli import ToolCLI
 from rpo_lightning.core.errors import CacheError, ConfigurationError
 from rpo_lightning.core.ranks import gather_rows
@@ -289,6 +290,7 @@ def cache(arguments: list[str]) -> None:
             as_positional=False,
             args=arguments,
             prog="rpo-lightning cache",
+            parser_class=PlainArgumentParser,
         )
     elif arguments[:1] in (["-h"], ["--help"]):
         print(_CACHE_HELP)

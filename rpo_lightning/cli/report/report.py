@@ -18,6 +18,7 @@ from jsonargparse import auto_cli
 
 from rpo_lightning.callbacks.completions import COMPLETIONS_FILE
 from rpo_lightning.callbacks.run_summary import SUMMARY_FILE
+from rpo_lightning.cli.parser import PlainArgumentParser
 from rpo_lightning.core.errors import DataError, require_modules
 from rpo_lightning.core.files import replacing
 
@@ -156,4 +157,4 @@ def read_completions(folder: Path, limit: int = 6) -> list[dict[str, Any]]:
 
 def report(arguments: list[str]) -> None:
     """Write the page of a run."""
-    auto_cli(write_report, args=arguments, prog="rpo-lightning report")
+    auto_cli(write_report, args=arguments, prog="rpo-lightning report", parser_class=PlainArgumentParser)
