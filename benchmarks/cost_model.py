@@ -80,16 +80,16 @@ def predict(
 ) -> Iteration:
     """An iteration of ``SAMPLES`` responses of ``prefix`` kept and ``suffix`` sampled tokens."""
     groups = SAMPLES / GROUP
-    trunk = PROMPT + prefix
-    prefill = 2 * model.weights * groups * trunk / (gpu.flops * PREFILL_EFFICIENCY * samplers)
+    context = PROMPT + prefix
+    prefill = 2 * model.weights * groups * context / (gpu.flops * PREFILL_EFFICIENCY * samplers)
     concurrent = min(CONCURRENT, SAMPLES / samplers)
-    step_bytes = 2 * model.weights + concurrent * (trunk + suffix / 2) * model.cache_bytes
+    step_bytes = 2 * model.weights + concurrent * (context + suffix / 2) * model.cache_bytes
     step = max(
         step_bytes / (gpu.bandwidth * BANDWIDTH_EFFICIENCY),
         2 * model.weights * concurrent / (gpu.flops * PREFILL_EFFICIENCY),
     )
     decode = step * SAMPLES * suffix / (concurrent * samplers)
-    tokens = groups * (trunk + GROUP * suffix) if shared else SAMPLES * (trunk + suffix)
+    tokens = groups * (context + GROUP * suffix) if shared else SAMPLES * (context + suffix)
     update = 8 * model.weights * tokens / (gpu.flops * TRAIN_EFFICIENCY * trainers)
     return Iteration(prefill, decode, update)
 
@@ -136,9 +136,9 @@ def on_one_gpu(gpu: Gpu, work: ModelWork, setting: Setting) -> dict[str, float]:
     rate, sequences = gpu.flops / 2, setting.questions * setting.group
 
     def seconds(suffix: int, share: bool) -> float:
-        trunk = setting.prompt + setting.length - suffix
-        operations = work.prefill(trunk) + work.update(trunk, suffix, setting.group, share)
-        return setting.questions * operations / rate + work.decoding(trunk, suffix, sequences) / gpu.bandwidth
+        context = setting.prompt + setting.length - suffix
+        operations = work.prefill(context) + work.update(context, suffix, setting.group, share)
+        return setting.questions * operations / rate + work.decoding(context, suffix, sequences) / gpu.bandwidth
 
     full, rpo, plain = seconds(setting.length, True), seconds(setting.suffix, True), seconds(setting.suffix, False)
     return {"full_over_rpo": full / rpo, "full_over_rpo_plain_rows": full / plain, "plain_over_shared": plain / rpo}
@@ -165,24 +165,24 @@ def check(record: dict[str, Any]) -> dict[str, Any]:
     full, setting = record["full"], Setting(**record["lengths"])
     work = ModelWork(**full["work"])
     prompt = round(full["tokens"]["prefill"] / setting.questions)
-    trunk = prompt + setting.length - setting.suffix
+    context = prompt + setting.length - setting.suffix
     alone = setting.questions * setting.group * (prompt + setting.length)
     shares = full["tokens"]["update"] < alone  # next to no prompt may not be worth a shared row
 
-    def update(trunk: int, suffix: int, share: bool) -> float:
-        return setting.questions * work.update(trunk, suffix, setting.group, share)
+    def update(context: int, suffix: int, share: bool) -> float:
+        return setting.questions * work.update(context, suffix, setting.group, share)
 
-    def decoding(trunk: int, suffix: int) -> float:
-        return work.decoding(trunk, suffix, setting.questions * setting.group)
+    def decoding(context: int, suffix: int) -> float:
+        return work.decoding(context, suffix, setting.questions * setting.group)
 
     rate = update(prompt, setting.length, shares) / full["phases"]["update"]
     bandwidth = decoding(prompt, setting.length) / full["phases"]["decode"]
-    same = {"prefill": setting.questions * work.prefill(trunk) / rate}
-    same["decode"] = decoding(trunk, setting.suffix) / bandwidth
+    same = {"prefill": setting.questions * work.prefill(context) / rate}
+    same["decode"] = decoding(context, setting.suffix) / bandwidth
     same["rest"] = full["seconds"] - sum(full["phases"][phase] for phase in ("prefill", "decode", "update"))
     checked: dict[str, Any] = {}
     for arm, share in (("rpo", True), ("rpo_plain_rows", False)):
-        predicted = {**same, "update": update(trunk, setting.suffix, share) / rate}
+        predicted = {**same, "update": update(context, setting.suffix, share) / rate}
         allowed, measured = (full["seconds"] / s for s in (sum(predicted.values()), record[arm]["seconds"]))
         checked[arm] = {
             "predicted": predicted, "measured": {phase: record[arm]["phases"].get(phase) for phase in predicted},

@@ -91,9 +91,9 @@ def run(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = {p: mean("seconds", p) for p in PHASES if any(p in i["seconds"] for i in measured)}
     tokens = {p: mean("tokens", p) for p in ("prefill", "decode", "update")}
     suffix = arguments.length if arm == "full" else arguments.suffix
-    trunk = arguments.prompt + arguments.length - suffix
-    operations = arguments.questions * work.update(trunk, suffix, arguments.group, arm != "rpo_plain_rows")
-    read = work.decoding(trunk, suffix, arguments.questions * arguments.group, 2 if on_gpu else 4)
+    context = arguments.prompt + arguments.length - suffix
+    operations = arguments.questions * work.update(context, suffix, arguments.group, arm != "rpo_plain_rows")
+    read = work.decoding(context, suffix, arguments.questions * arguments.group, 2 if on_gpu else 4)
     return {
         "seconds": sum(seconds.values()), "phases": seconds, "tokens": tokens,
         "each": [sum(i["seconds"].values()) for i in measured], "work": asdict(work),

@@ -26,7 +26,7 @@ from common.endless import load_endless
 from common.machine import ceilings, hardware
 from common.work import ModelWork
 from rpo_lightning.rollout import (
-    EngineContext,
+    EngineSetup,
     GenerationRequest,
     RolloutEngine,
     Sampling,
@@ -67,11 +67,11 @@ def measure(
 ) -> Cell:
     """Measure a cell; what is prefill is told by asking for a single token of the same prompts' like."""
     figures = []
-    groups, group, trunk = arguments.groups, arguments.group, PROMPT + prefix
-    to_read = ModelWork.of(policy).decoding(trunk, suffix, groups * group, policy.dtype.itemsize)
+    groups, group, context = arguments.groups, arguments.group, PROMPT + prefix
+    to_read = ModelWork.of(policy).decoding(context, suffix, groups * group, policy.dtype.itemsize)
     for repetition in range(arguments.repetitions):
         generator = np.random.default_rng([prefix, suffix, repetition])
-        ids = generator.integers(100, 40_000, size=(2, groups, trunk)).tolist()
+        ids = generator.integers(100, 40_000, size=(2, groups, context)).tolist()
         one = [GenerationRequest(tuple(row), group, 1) for row in ids[0]]
         all_ = [GenerationRequest(tuple(row), group, suffix) for row in ids[1]]
         prefill, _ = timed(engine.generate, one, Sampling(), repetition)
@@ -148,7 +148,7 @@ def main() -> None:
         arguments.cells, arguments.groups, arguments.repetitions = [(0, 64), (448, 32), (960, 32)], 1, 1
     policy, tokenizer = load_endless(arguments.model)
     policy.to(device="cuda" if on_gpu else "cpu", dtype=getattr(torch, arguments.dtype))
-    context = EngineContext(max_length=PROMPT + max(sum(c) for c in arguments.cells), dtype=policy.dtype)
+    context = EngineSetup(max_length=PROMPT + max(sum(c) for c in arguments.cells), dtype=policy.dtype)
     results, sync = [], None
     for name in arguments.engines:
         at_once = arguments.groups * arguments.group

@@ -103,8 +103,8 @@ def measure(
     policy: Any, prefix: int, suffix: int, size: int, repetitions: int, max_tokens: int, small_passes: bool
 ) -> Cell:
     """Measure a cell."""
-    trunk = PROMPT + prefix
-    budgets = {True: max_tokens, False: max(trunk + suffix, SMALL_PASS) if small_passes else max_tokens}
+    context = PROMPT + prefix
+    budgets = {True: max_tokens, False: max(context + suffix, SMALL_PASS) if small_passes else max_tokens}
     group = make_group(prefix, suffix, size, policy.config.vocab_size)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     memory: dict[bool, list[int]] = {True: [], False: []}
@@ -125,12 +125,12 @@ def measure(
         for cost in (RowCost(shares=False), RowCost()):
             batch = shared_rows(rows, 10**9, cost)
             computed.append(token_logprobs(policy, batch, 1.0, 0, policy.device).logprobs_BS)
-    plain_work, shared_work = (ModelWork.of(policy).update(trunk, suffix, size, share) for share in (False, True))
+    plain_work, shared_work = (ModelWork.of(policy).update(context, suffix, size, share) for share in (False, True))
     automatic = PolicyLoss(policy, None, DAPO(), UpdateSettings(micro_batch_tokens=max_tokens), 0)
     chosen = max(len(row.members) for row in shared_rows(rows, max_tokens, automatic._row_cost))
     return Cell(
         prefix, suffix, size,
-        token_ratio=size * (trunk + suffix) / (trunk + size * suffix),
+        token_ratio=size * (context + suffix) / (context + size * suffix),
         work_ratio=plain_work / shared_work,
         time_ratio=median(seconds[False]) / median(seconds[True]),
         memory_ratio=median(memory[False]) / max(median(memory[True]), 1),

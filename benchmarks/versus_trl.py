@@ -39,7 +39,7 @@ from rpo_lightning.core.types import Completion
 from rpo_lightning.policy.load import load_policy
 from rpo_lightning.policy.tokenizer import load_tokenizer
 from rpo_lightning.rewards import ExactMatchVerifier, FunctionReward
-from rpo_lightning.rollout.engine import EngineContext, GenerationRequest, RolloutEngine, Sampling
+from rpo_lightning.rollout.engine import EngineSetup, GenerationRequest, RolloutEngine, Sampling
 from rpo_lightning.rollout.transformers.engine import TransformersEngine
 from rpo_lightning.rollout.vllm.engine import VLLMEngine
 from rpo_lightning.update.settings import UpdateSettings
@@ -63,7 +63,7 @@ class ReplayEngine(RolloutEngine):
         super().__init__()
         self.responses = responses
 
-    def attach(self, policy: Any, tokenizer: Any, context: EngineContext = EngineContext()) -> None:
+    def attach(self, policy: Any, tokenizer: Any, context: EngineSetup = EngineSetup()) -> None:
         """Nothing to bind."""
 
     def _copy_weights(self, policy: Any) -> None:

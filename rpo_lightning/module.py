@@ -136,7 +136,7 @@ class RPOModule(PolicyModule):
 
     def prepare_policy(self) -> list[PreTrainedModel]:
         """Make the loss, and the reference policy where the objective needs one."""
-        policy = cast(PreTrainedModel, self.policy)
+        policy = self.loaded_policy
         reference = reference_of(policy) if self.objective.beta > 0 else None
         if self.update.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -161,8 +161,7 @@ class RPOModule(PolicyModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer and the schedule over the run's updates."""
-        assert self.policy is not None
-        optimizer = self.optimizer_factory(p for p in self.policy.parameters() if p.requires_grad)
+        optimizer = self.optimizer_factory(p for p in self.loaded_policy.parameters() if p.requires_grad)
         trainer = self.trainer
         updates: float = trainer.max_steps if trainer.max_steps != -1 else float("inf")
         if self.lr_schedule.name != "constant":
@@ -197,9 +196,9 @@ class RPOModule(PolicyModule):
         self.iteration += 1  # not before: a checkpoint of an exception makes this iteration again
         processed = {phase: n - before[phase] for phase, n in self._loss.processed_tokens.items()}
         tokens = rollout_tokens(self.groups) | {p: n for p, n in processed.items() if n or p == "update"}
-        samples = sum(len(g.completions) for g in self.groups)
+        responses = sum(len(g.completions) for g in self.groups)
         killed = self.grader.pool.killed - killed
-        self.record = IterationRecord(metrics, self.timer.take(), tokens, samples, killed).over(self.ranks)
+        self.record = IterationRecord(metrics, self.timer.take(), tokens, responses, killed).over(self.ranks)
         self._log(of_update, len(requests))
 
     def _log(self, of_update: dict[str, float], size: int) -> None:
@@ -241,7 +240,7 @@ class RPOModule(PolicyModule):
         waiting = [*groups, *surplus] if len(minibatches) > 1 else surplus
         if len(minibatches) > 1 or self.buffer is not None:
             with self.timer("old_logprobs"):
-                self._loss.freeze_old_logprobs(waiting)
+                self._loss.store_old_logprobs(waiting)
         metrics: dict[str, float] = {}
         with self.timer("update"):
             for minibatch in minibatches:
@@ -272,7 +271,7 @@ class RPOModule(PolicyModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the state dict does not hold, and leave out what does not train."""
         if self.adapter is not None:
-            trained = {f"policy.{name}" for name, p in cast(Any, self.policy).named_parameters() if p.requires_grad}
+            trained = {f"policy.{name}" for name, p in self.loaded_policy.named_parameters() if p.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["rpo"] = gathered_state(self.iteration, self.guard, self.buffer, self.ranks)
 

@@ -19,7 +19,7 @@ class FixedCut(CutStrategy):
     def __init__(self, cut: int) -> None:
         self.cut = cut
 
-    def kept_tokens(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
+    def prefix_length(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
         """All but the cut."""
         return len(response) - self.cut
 

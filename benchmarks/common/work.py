@@ -34,26 +34,26 @@ class ModelWork:
             cache=2 * config.num_hidden_layers * config.num_key_value_heads * size,
         )
 
-    def prefill(self, trunk: int) -> float:
+    def prefill(self, context: int) -> float:
         """Operations of a forward pass over a prompt and its kept prefix, of which nothing is scored."""
-        return 2 * self.matrices * trunk + self.pair * trunk**2 / 2
+        return 2 * self.matrices * context + self.pair * context**2 / 2
 
-    def update(self, trunk: int, suffix: int, group: int, share: bool) -> float:
+    def update(self, context: int, suffix: int, group: int, share: bool) -> float:
         """Operations of a group's forward and backward pass, nothing recomputed; the head scores suffixes only.
 
         Args:
-            trunk: Tokens of prompt and kept prefix.
+            context: Tokens of prompt and kept prefix.
             suffix: Tokens of each suffix.
             group: Suffixes.
-            share: Whether the trunk is computed once.
+            share: Whether the context is computed once.
         """
-        trunks = 1 if share else group
-        tokens = trunks * trunk + group * suffix
-        pairs = trunks * trunk**2 / 2 + group * (suffix * trunk + suffix**2 / 2)
+        contexts = 1 if share else group
+        tokens = contexts * context + group * suffix
+        pairs = contexts * context**2 / 2 + group * (suffix * context + suffix**2 / 2)
         # Flash attention computes the scores again: two and a half times the forward pass's operations backward.
         return 6 * self.matrices * tokens + 6 * self.head * group * suffix + 3.5 * self.pair * pairs
 
-    def decoding(self, trunk: int, suffix: int, sequences: int, number_bytes: int = 2) -> float:
+    def decoding(self, context: int, suffix: int, sequences: int, number_bytes: int = 2) -> float:
         """Bytes that are read while all sequences decode together: weights and the cache so far, at every step."""
-        numbers = self.matrices + self.head + sequences * (trunk + suffix / 2) * self.cache
+        numbers = self.matrices + self.head + sequences * (context + suffix / 2) * self.cache
         return suffix * numbers * number_bytes

@@ -11,8 +11,8 @@ class SuffixBudget(ABC):
     """Decides how many tokens a suffix may have."""
 
     @abstractmethod
-    def tokens(self, kept: int, cut: int, response_limit: int) -> int:
-        """Budget of a suffix that follows ``kept`` tokens, ``cut`` of which were dropped after them.
+    def tokens(self, prefix_length: int, cut: int, response_limit: int) -> int:
+        """Budget of a suffix that follows a prefix, after which ``cut`` tokens of the cached response were dropped.
 
         The response limit is enforced around it. Full-path groups always get the whole limit.
         """
@@ -21,9 +21,9 @@ class SuffixBudget(ABC):
 class FullBudget(SuffixBudget):
     """Up to the response limit, so that a response may grow past the cached one."""
 
-    def tokens(self, kept: int, cut: int, response_limit: int) -> int:
+    def tokens(self, prefix_length: int, cut: int, response_limit: int) -> int:
         """Whatever the prefix leaves of the limit."""
-        return response_limit - kept
+        return response_limit - prefix_length
 
 
 class CutPlusSlackBudget(SuffixBudget):
@@ -40,6 +40,6 @@ class CutPlusSlackBudget(SuffixBudget):
             )
         self.slack = slack
 
-    def tokens(self, kept: int, cut: int, response_limit: int) -> int:
+    def tokens(self, prefix_length: int, cut: int, response_limit: int) -> int:
         """The cut and the slack."""
         return cut + self.slack

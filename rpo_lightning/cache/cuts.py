@@ -25,14 +25,14 @@ class GroupOutcome:
     """What came of a cut.
 
     Attributes:
-        kept: Prefix length in tokens; 0 means that the group took the full path.
+        prefix_length: Tokens of the prefix; 0 means that the group took the full path.
         cut: Tokens of the cached response that had been dropped; 0 where there was no response.
         rewards: Total rewards of the members.
         correct: The verifier's verdicts.
         lengths: Whole response lengths in tokens.
     """
 
-    kept: int
+    prefix_length: int
     cut: int
     rewards: Sequence[float]
     correct: Sequence[bool]
@@ -43,8 +43,8 @@ class CutStrategy(ABC):
     """Decides how much of a cached response is kept."""
 
     @abstractmethod
-    def kept_tokens(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
-        """Number of tokens to keep from the front of ``response``.
+    def prefix_length(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
+        """Tokens to keep from the front of ``response``: the length of the prefix.
 
         Args:
             entry: The question's entry, with whatever the strategy stored in its ``state``.
@@ -68,7 +68,7 @@ class UniformCut(CutStrategy):
             raise ConfigurationError(f"cache.cut.max_cut must be at least 1 token, got {max_cut}")
         self.max_cut = max_cut
 
-    def kept_tokens(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
+    def prefix_length(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
         """Length minus a uniform draw; nothing where the draw exceeds the length."""
         return max(0, len(response) - int(rng.integers(0, self.max_cut + 1)))
 
@@ -88,7 +88,7 @@ class FractionOfShortestCut(CutStrategy):
             raise ConfigurationError(f"cache.cut.fraction must lie in (0, 1], got {fraction}")
         self.fraction = fraction
 
-    def kept_tokens(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
+    def prefix_length(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
         """Length minus a uniform draw up to the share of ℓ."""
         shortest = entry.state.get("shortest_length", len(response))
         return max(0, len(response) - int(rng.integers(0, int(self.fraction * shortest) + 1)))
@@ -116,7 +116,7 @@ class AnchoredCut(CutStrategy):
         self.low = low
         self.high = high
 
-    def kept_tokens(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
+    def prefix_length(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
         """A random share of a correct response, or nothing."""
         if not response.correct:
             return 0

@@ -8,7 +8,6 @@ questions nor on the process, and a resumed run draws what the uninterrupted one
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from rpo_lightning.cache.cuts import CutStrategy, GroupOutcome
 from rpo_lightning.cache.refresh import RefreshRule
 from rpo_lightning.cache.spans import cut_spans, extend_spans
 from rpo_lightning.core.errors import CacheError, ConfigurationError
+from rpo_lightning.core.hashing import stable_hash
 from rpo_lightning.core.seeds import SeedPurpose, derive_generator
 from rpo_lightning.core.types import Group, Prompt, RolloutRequest, full_path_request
 
@@ -87,22 +87,22 @@ class CachedPrefixes:
         if entry is None or entry.response is None or entry.restart:
             return full_path_request(prompt, self.response_limit)
         response = entry.response
-        kept = min(drawn_prefix(self.cut, entry, response), self.response_limit - 1)
-        if kept == 0:
+        prefix_length = min(drawn_prefix(self.cut, entry, response), self.response_limit - 1)
+        if prefix_length == 0:
             return full_path_request(prompt, self.response_limit)
-        cut = len(response) - kept
-        tokens = min(self.budget.tokens(kept, cut, self.response_limit), self.response_limit - kept)
+        cut = len(response) - prefix_length
+        tokens = min(self.budget.tokens(prefix_length, cut, self.response_limit), self.response_limit - prefix_length)
         if tokens < 1:
             raise ConfigurationError(
                 f"{type(self.budget).__name__} gives question {prompt.uid} a suffix budget of {tokens} tokens "
-                f"(kept {kept}, cut {cut}): budgets must be at least 1"
+                f"(prefix {prefix_length}, cut {cut}): budgets must be at least 1"
             )
         return RolloutRequest(
             prompt=prompt,
-            prefix_ids=tuple(response.token_ids[:kept].tolist()),
+            prefix_ids=tuple(response.token_ids[:prefix_length].tolist()),
             max_new_tokens=tokens,
             cached_length=len(response),
-            prefix_spans=cut_spans(response.spans, kept),
+            prefix_spans=cut_spans(response.spans, prefix_length),
         )
 
     def record(self, group: Group) -> None:
@@ -121,7 +121,7 @@ class CachedPrefixes:
             uid=uid,
             response=None if chosen is None else cached_response(group, chosen),
             outcome=GroupOutcome(
-                kept=len(request.prefix_ids),
+                prefix_length=len(request.prefix_ids),
                 cut=request.cut,
                 rewards=group.rewards,
                 correct=[sample.is_correct for sample in group.samples],
@@ -159,8 +159,8 @@ class CachedPrefixes:
 
 def drawn_prefix(cut: CutStrategy, entry: CacheEntry, response: CachedResponse) -> int:
     """Tokens of an entry's response that a cut keeps at the next visit; at least one is always regenerated."""
-    kept = cut.kept_tokens(entry, response, question_generator(SeedPurpose.CUT, entry.uid, entry.visits))
-    return max(min(kept, len(response) - 1), 0)
+    prefix_length = cut.prefix_length(entry, response, question_generator(SeedPurpose.CUT, entry.uid, entry.visits))
+    return max(min(prefix_length, len(response) - 1), 0)
 
 
 def require_same_questions(cache: ExperienceCache, prompts: list[Prompt], where: str | Path) -> None:
@@ -203,8 +203,7 @@ def cached_response(group: Group, member: int) -> CachedResponse:
 
 def question_generator(purpose: SeedPurpose, uid: str, visit: int) -> np.random.Generator:
     """The generator of the run for a visit of a question."""
-    digest = hashlib.blake2b(uid.encode(), digest_size=8).digest()
-    return derive_generator(purpose, int.from_bytes(digest, "big"), visit)
+    return derive_generator(purpose, stable_hash(uid), visit)
 
 
 def _candidates(group: Group, keep_unfinished: bool) -> list[int]:

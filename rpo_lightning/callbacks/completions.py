@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from rpo_lightning.callbacks.run_folder import RunFolderCallback
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.types import Group
 from rpo_lightning.policy.tokenizer import decode
+
+if TYPE_CHECKING:
+    from rpo_lightning.module import RPOModule
 
 COMPLETIONS_FILE = "completions.jsonl"
 COLUMNS = ("step", "uid", "prompt", "answer", "prefix", "suffix", "reward", "correct", "finished")
@@ -37,20 +40,19 @@ class CompletionsCallback(RunFolderCallback):
         self.members = members
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: RPOModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log a table."""
-        module: Any = pl_module
-        if not self.writes(trainer) or (module.iteration - 1) % self.every_n_batches:
+        if not self.writes(trainer) or (pl_module.iteration - 1) % self.every_n_batches:
             return
-        rows = [row for g in module.groups[: self.groups] for row in self._rows(g, module.tokenizer)]
+        rows = [row for g in pl_module.groups[: self.groups] for row in self._rows(g, pl_module.tokenizer)]
         path = self.folder / COMPLETIONS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("completions", _markdown(rows), module.global_step)
+                logger.experiment.add_text("completions", _markdown(rows), pl_module.global_step)
             elif isinstance(logger, WandbLogger):
                 logger.log_table("completions", list(COLUMNS), [[row[c] for c in COLUMNS] for row in rows])
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from rpo_lightning.callbacks.run_folder import RunFolderCallback
@@ -14,6 +14,9 @@ from rpo_lightning.data.datamodule import set_key
 from rpo_lightning.data.prompts import LoadReport
 from rpo_lightning.evaluation import Estimate
 from rpo_lightning.evaluation.evaluation import CONFIDENCE, average
+
+if TYPE_CHECKING:
+    from rpo_lightning.module import RPOModule
 
 RESULTS_FILE = "evaluation.parquet"
 TABLE_FILE = "evaluation.md"
@@ -27,16 +30,16 @@ class EvaluationResultsCallback(RunFolderCallback):
     It does so at the end of ``test`` and ``validate``, in the run's folder; validations within ``fit`` only log.
     """
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Write and print."""
         self._write(trainer, pl_module, "test")
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Write and print, unless it is but a validation of a training run."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._write(trainer, pl_module, "val")
 
-    def _write(self, trainer: Trainer, module: Any, split: str) -> None:
+    def _write(self, trainer: Trainer, module: RPOModule, split: str) -> None:
         # All ranks take part in these two.
         estimates = {e.name: e.estimates() for e in module.evaluations if e.questions}
         rows = gather_rows([row for e in module.evaluations for row in e.rows], ("set", "uid"))

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from rpo_lightning.cache.budgets import FullBudget, SuffixBudget
@@ -28,6 +28,9 @@ from rpo_lightning.core.seeds import SeedPurpose, derive_seed
 from rpo_lightning.core.types import Group, Prompt, full_path_request
 from rpo_lightning.policy.tokenizer import tokenizer_fingerprint
 from rpo_lightning.rollout.engine import Sampling
+
+if TYPE_CHECKING:
+    from rpo_lightning.module import RPOModule
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +109,8 @@ class ExperienceCacheCallback(FinalFilesCallback):
             raise ConfigurationError("the experience cache is there only once a trainer has set the callback up")
         return self._prefixes
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the cache and hand it to the data module."""
+    def setup(self, trainer: Trainer, pl_module: RPOModule, stage: str) -> None:
+        """Make the cache and hand it to the data pl_module."""
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -121,13 +124,12 @@ class ExperienceCacheCallback(FinalFilesCallback):
                 f"cache.path={self.path} is where this run would save its own cache: move the file, or give the run "
                 "another folder (trainer.logger, trainer.default_root_dir)"
             )
-        module: Any = pl_module
         self._prefixes = CachedPrefixes(
-            cache=self._starting_cache(trainer, module, data),
+            cache=self._starting_cache(trainer, pl_module, data),
             cut=self.cut,
             budget=self.budget,
             refresh=self.refresh,
-            response_limit=module.max_response_tokens,
+            response_limit=pl_module.max_response_tokens,
             on_failure=self.on_failure,
             keep_unfinished=self.keep_unfinished,
         )
@@ -138,7 +140,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
     def _saves_over_its_source(self) -> bool:
         return self.path is not None and Path(self.path).resolve() == (self.folder / CACHE_FILE).resolve()
 
-    def _starting_cache(self, trainer: Trainer, module: Any, data: Any) -> ExperienceCache:
+    def _starting_cache(self, trainer: Trainer, module: RPOModule, data: Any) -> ExperienceCache:
         """The cache of an earlier run of this callback, else that of the file, else an empty one.
 
         Raises:
@@ -159,7 +161,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
         require_same_questions(cache, data.read("train", "", module.tokenizer, module.grader.verifier), where)
         return cache
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Fill the cache from the starting policy, unless it came from a checkpoint."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if self._is_restored:
@@ -176,23 +178,22 @@ class ExperienceCacheCallback(FinalFilesCallback):
                 self._save(trainer)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: RPOModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take the groups of this batch into the cache, those that were not trained on included."""
-        module: Any = pl_module
-        with module.timer("cache"):
-            updates = [self._served.update_from(group) for group in module.groups]
-            for of_rank in module.ranks.gather(updates):
+        with pl_module.timer("cache"):
+            updates = [self._served.update_from(group) for group in pl_module.groups]
+            for of_rank in pl_module.ranks.gather(updates):
                 for update in of_rank:
                     self._served.apply(update)
         statistics = self.cache.statistics(trainer.global_step)
         pl_module.log_dict({f"cache/{k}": v for k, v in statistics.items()}, batch_size=len(batch))
 
-    def write_final_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def write_final_files(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Save the cache into the run's folder."""
         self._save(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: RPOModule, exception: BaseException) -> None:
         """Save what has been gathered."""
         if self._prefixes is not None and len(self.cache):
             self._save(trainer)
@@ -211,7 +212,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
             "initialisation_seconds": self.initialisation_seconds,
         }
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: RPOModule, checkpoint: dict[str, Any]) -> None:
         """Restore the cache from the checkpoint itself: what Lightning gives ``load_state_dict`` it copies before.
 
         Only training has a cache: evaluating a checkpoint leaves the one at hand as it is.
@@ -227,7 +228,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
         self.initialisation_seconds = state_dict["initialisation_seconds"]
         self._is_restored = True
 
-    def _initialise(self, module: Any, prompts: list[Prompt]) -> None:
+    def _initialise(self, module: RPOModule, prompts: list[Prompt]) -> None:
         """Sample the starting policy (eq. 1). Nothing says that what it answers is right."""
         module.timer.take()  # whatever came before is not part of it
         bar = AnswerBar("filling the cache", len(prompts), module.trainer.is_global_zero)
@@ -248,7 +249,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
         bar.close()
         self.initialisation_seconds = sum(module.timer.take().values())
 
-    def _sample(self, module: Any, prompts: list[Prompt], start: int) -> list[Group]:
+    def _sample(self, module: RPOModule, prompts: list[Prompt], start: int) -> list[Group]:
         batch = prompts[start : start + self.initial_batch_size]
         requests = [full_path_request(p, module.max_response_tokens) for p in batch]
         sampling = self.initial_sampling or module.sampling

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from rpo_lightning.callbacks.run_folder import FinalFilesCallback
 from rpo_lightning.policy.export import require_room
+
+if TYPE_CHECKING:
+    from rpo_lightning.module import RPOModule
 
 log = logging.getLogger(__name__)
 
@@ -28,15 +31,14 @@ class HuggingFaceExportCallback(FinalFilesCallback):
         self.merged = merged
         self._last_step = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Count from where the run begins or goes on, and look at the folder before there is anything to lose."""
-        module: Any = pl_module
         if self.leaves_files(trainer):
-            require_room(module.policy, self.folder / POLICY_FOLDER, self.merged, module.ranks)
+            require_room(pl_module.loaded_policy, self.folder / POLICY_FOLDER, self.merged, pl_module.ranks)
         self._last_step = trainer.global_step
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: RPOModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Export on the way: after the iteration that made the update in question, or went past it."""
         step = trainer.global_step
@@ -44,11 +46,11 @@ class HuggingFaceExportCallback(FinalFilesCallback):
             self._export(trainer, pl_module, f"{POLICY_FOLDER}-step={step}")
         self._last_step = step
 
-    def write_final_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def write_final_files(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Export the final policy."""
         self._export(trainer, pl_module, POLICY_FOLDER)
 
-    def _export(self, trainer: Trainer, module: Any, name: str) -> None:
+    def _export(self, trainer: Trainer, module: RPOModule, name: str) -> None:
         if not self.leaves_files(trainer):
             return
         folder = self.folder / name

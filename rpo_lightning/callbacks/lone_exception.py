@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import logging
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import distributed
 
 from rpo_lightning.core.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from rpo_lightning.module import RPOModule
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ class LoneExceptionCallback(Callback):
         self._group: Any = None
         self._silenced: list[ModelCheckpoint] = []
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Make a group of ranks that nothing else waits in, and that does not wait for long.
 
         Raises:
@@ -53,7 +56,7 @@ class LoneExceptionCallback(Callback):
         trainer.strategy.barrier()  # what is not long either is the time in which a group may be made
         self._group = distributed.new_group(backend="gloo", timeout=self.patience)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: RPOModule, exception: BaseException) -> None:
         """See who else has one."""
         saving = [c for c in _callbacks(trainer) if isinstance(c, ModelCheckpoint) and c.save_on_exception]
         if trainer.world_size == 1 or not saving or self._all_fail():

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from rpo_lightning.callbacks.run_folder import RunFolderCallback, run_folder
 from rpo_lightning.core.files import write_json_lines
 from rpo_lightning.core.ranks import gather_rows
+
+if TYPE_CHECKING:
+    from rpo_lightning.module import RPOModule
 
 PREDICTIONS_FILE = "predictions.jsonl"
 
@@ -22,7 +25,7 @@ class PredictionsCallback(BasePredictionWriter):
         super().__init__(write_interval="epoch")
 
     def write_on_epoch_end(
-        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+        self, trainer: Trainer, pl_module: RPOModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         """Write the answers of all ranks."""
         path = run_folder(trainer) / PREDICTIONS_FILE

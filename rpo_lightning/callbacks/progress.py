@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from rpo_lightning.module import RPOModule
 
 
 class AnswerBar:
@@ -46,7 +49,7 @@ class AnswerProgressCallback(Callback):
         self.task = task
         self._bar: AnswerBar | None = None
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Open the bar."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         questions = -(-len(data.prompts["predict"]) // trainer.world_size)
@@ -54,15 +57,12 @@ class AnswerProgressCallback(Callback):
         total = min(questions, int(sum(batches)) * data.eval_batch_size)
         self._bar = AnswerBar(self.task, total, trainer.is_global_zero)
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: RPOModule, outputs: Any, batch: Any, *_: Any) -> None:
         """Move on."""
         assert self._bar is not None
-        module: Any = pl_module
-        self._bar.update(len(batch), module.decoded_tokens)
+        self._bar.update(len(batch), pl_module.decoded_tokens)
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Close the bar."""
         assert self._bar is not None
         self._bar.close()

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+if TYPE_CHECKING:
+    from rpo_lightning.module import RPOModule
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -54,7 +58,7 @@ class RunFolderCallback(Callback):
 
     folder: Path
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: RPOModule, stage: str) -> None:
         """Look the folder up."""
         self.folder = run_folder(trainer)
 
@@ -79,19 +83,19 @@ class FinalFilesCallback(RunFolderCallback, ABC):
     _has_written = False
 
     @abstractmethod
-    def write_final_files(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def write_final_files(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Write; all ranks call it."""
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Nothing is written yet."""
         self._has_written = False
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Write."""
         self.write_final_files(trainer, pl_module)
         self._has_written = True
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Write what no end of training has written."""
         if not self._has_written:
             pl_module.to(trainer.strategy.root_device)  # off which the trainer has taken it, and where shards meet

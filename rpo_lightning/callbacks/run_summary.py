@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from rpo_lightning.callbacks.experience_cache import CACHE_FILE, ExperienceCacheCallback
@@ -20,6 +20,9 @@ from rpo_lightning.callbacks.run_folder import RunFolderCallback
 from rpo_lightning.core.files import replacing
 from rpo_lightning.core.timing import PHASES
 from rpo_lightning.update.metrics import IterationRecord
+
+if TYPE_CHECKING:
+    from rpo_lightning.module import RPOModule
 
 SUMMARY_FILE = "summary.json"
 
@@ -35,7 +38,7 @@ class RunSummaryCallback(RunFolderCallback):
 
     def __init__(self) -> None:
         self.decoded_tokens = 0
-        self.samples = 0
+        self.responses = 0
         self.seconds = 0.0
         self.accuracies: list[tuple[int, float]] = []
         self.full_path_tokens: list[float] = []
@@ -43,11 +46,11 @@ class RunSummaryCallback(RunFolderCallback):
         self.phase_tokens: dict[str, int] = {}
         self._started: float | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Start the clock."""
         self._started = time.perf_counter()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Remember an unprefixed accuracy; Lightning keeps a sanity check from the loggers, so log it."""
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if "val/accuracy" not in metrics or trainer.state.fn != "fit":
@@ -61,23 +64,23 @@ class RunSummaryCallback(RunFolderCallback):
                 logger.log_metrics(metrics, step=0)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: RPOModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count tokens, and ask for a validation after the last batch."""
-        record: IterationRecord = cast(Any, pl_module).record
+        record: IterationRecord = pl_module.record
         self.decoded_tokens += record.phase_tokens["decode"]
-        self.samples += record.samples
+        self.responses += record.responses
         _add(self.phase_seconds, record.phase_seconds)
         _add(self.phase_tokens, record.phase_tokens)
         last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
         if 0 < trainer.max_steps <= trainer.global_step or (last_epoch and trainer.is_last_batch):
             trainer.should_stop = True
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Add what came after the last iteration's record: the refresh of the cache."""
-        _add(self.phase_seconds, cast(Any, pl_module).timer.take())
+        _add(self.phase_seconds, pl_module.timer.take())
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Write and print the summary."""
         self.seconds, self._started = self._seconds_so_far(), None
         if not trainer.is_global_zero:
@@ -99,8 +102,8 @@ class RunSummaryCallback(RunFolderCallback):
             "accuracy_before": before,
             "accuracy_after": after,
             "updates": trainer.global_step,
-            "samples": self.samples,
-            "decoded_tokens_per_sample": self.decoded_tokens / max(self.samples, 1),
+            "samples": self.responses,
+            "decoded_tokens_per_sample": self.decoded_tokens / max(self.responses, 1),
             "full_path_tokens_per_sample": (
                 sum(self.full_path_tokens) / len(self.full_path_tokens) if self.full_path_tokens else None
             ),
@@ -126,7 +129,7 @@ class RunSummaryCallback(RunFolderCallback):
         """Counts, so that a resumed run sums up the whole."""
         return {
             "decoded_tokens": self.decoded_tokens,
-            "samples": self.samples,
+            "samples": self.responses,
             "seconds": self._seconds_so_far(),
             "accuracies": self.accuracies,
             "full_path_tokens": self.full_path_tokens,
@@ -137,7 +140,7 @@ class RunSummaryCallback(RunFolderCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the counts."""
         self.decoded_tokens = state_dict["decoded_tokens"]
-        self.samples = state_dict["samples"]
+        self.responses = state_dict["samples"]
         self.seconds = state_dict["seconds"]
         self.accuracies = [(int(step), float(accuracy)) for step, accuracy in state_dict["accuracies"]]
         self.full_path_tokens = list(state_dict["full_path_tokens"])

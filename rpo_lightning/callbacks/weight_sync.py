@@ -8,16 +8,19 @@ rollout is trained on. A run that ends in an exception leaves no engine behind.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
+
+if TYPE_CHECKING:
+    from rpo_lightning.module import RPOModule
 
 
 def sync_engine(trainer: Trainer) -> None:
     """Have the trainer's weight-sync callback sync now, for callbacks that generate in ``on_train_start``."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, WeightSyncCallback):
-            callback.sync(trainer.lightning_module)
+            callback.sync(cast("RPOModule", trainer.lightning_module))
 
 
 class WeightSyncCallback(Callback):
@@ -30,35 +33,35 @@ class WeightSyncCallback(Callback):
     def __init__(self) -> None:
         self.syncs = 0
 
-    def sync(self, module: Any) -> None:
+    def sync(self, module: RPOModule) -> None:
         """Sync if the engine is behind; wake it in any case."""
         with module.timer("sync"):
             if module.engine.weights_version == module.policy_version:
                 module.engine.wake()
                 return
-            module.engine.load_weights(module.policy, module.policy_version)
+            module.engine.load_weights(module.loaded_policy, module.policy_version)
         self.syncs += 1
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Before the cache is initialised."""
         self.sync(pl_module)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: RPOModule, batch: Any, batch_idx: int) -> None:
         """Before a rollout."""
         self.sync(pl_module)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Before validation, the sanity check included."""
         self.sync(pl_module)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Before testing."""
         self.sync(pl_module)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Before prediction."""
         self.sync(pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: RPOModule, exception: BaseException) -> None:
         """Release engine and grading processes: after an exception Lightning calls no ``teardown``."""
-        cast(Any, pl_module).release()
+        pl_module.release()

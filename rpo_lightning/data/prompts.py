@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rpo_lightning.core.errors import DataError
+from rpo_lightning.core.hashing import short_name
 from rpo_lightning.core.types import Prompt
 from rpo_lightning.data.gold_answers import TOLERANCE_COLUMN, gold_answer, is_empty
 from rpo_lightning.data.sources import DataSource
@@ -162,7 +162,7 @@ class PromptBuilder:
 
     def _uid(self, row: Mapping[str, Any], asked: str, answer: str, where: str) -> str:
         if self.uid_column is None:
-            return hashlib.blake2b(f"{asked}\0{answer}".encode(), digest_size=8).hexdigest()
+            return short_name(f"{asked}\0{answer}")
         if row.get(self.uid_column) is None:
             raise DataError(f"{where}: no value in the uid column {self.uid_column!r}")
         return str(row[self.uid_column])

@@ -58,7 +58,7 @@ class Evaluation:
 
     Args:
         name: Name of the set; empty where there is but one.
-        samples: Answers to each question (N).
+        n: Answers to each question.
         votes: Whether equivalent answers can be told, so that a majority can be found.
         device: Where metrics are kept, which is where ranks can exchange them.
         keeps_answers: Whether :attr:`rows` are kept, which validations within a training run do not need.
@@ -69,18 +69,18 @@ class Evaluation:
         rows: A record of each.
     """
 
-    def __init__(self, name: str, samples: int, votes: bool, device: torch.device, keeps_answers: bool = True) -> None:
+    def __init__(self, name: str, n: int, votes: bool, device: torch.device, keeps_answers: bool = True) -> None:
         self.name = name
         self.questions = 0
-        self.votes = votes and samples > 1
+        self.votes = votes and n > 1
         self._keeps_answers = keeps_answers
         self.rows: list[dict[str, Any]] = []
         metrics: dict[str, QuestionMetric] = {"accuracy": AverageAtK()}
-        if samples > 1:
-            powers = [2**i for i in range(1, samples.bit_length())]
-            metrics |= {f"pass@{k}": PassAtK(k) for k in sorted({*powers, samples}) if k <= samples}
+        if n > 1:
+            powers = [2**i for i in range(1, n.bit_length())]
+            metrics |= {f"pass@{k}": PassAtK(k) for k in sorted({*powers, n}) if k <= n}
             if self.votes:
-                metrics[f"majority@{samples}"] = MajorityAtK()
+                metrics[f"majority@{n}"] = MajorityAtK()
         # Equal states after one update would be taken for equal metrics, hence no compute groups.
         self._verdicts = MetricCollection(metrics, compute_groups=False).to(device)  # type: ignore[arg-type]
         self._quantities = {"response_tokens": QuestionMean().to(device), "truncated_share": QuestionMean().to(device)}

@@ -8,7 +8,6 @@ Sizes: Q questions, N answers to each.
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from typing import Any
 
@@ -19,6 +18,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.core.hashing import stable_hash
 
 
 class QuestionMetric(Metric):
@@ -132,7 +132,7 @@ class QuestionMean(QuestionMetric):
 
 def question_key(uid: str) -> int:
     """A question's key: 63 bits of a hash of its uid."""
-    return int.from_bytes(hashlib.blake2b(uid.encode(), digest_size=8).digest(), "big") >> 1
+    return stable_hash(uid) >> 1
 
 
 def bootstrap_means(values: Tensor, resamples: int = 1000, seed: int = 0) -> np.ndarray:

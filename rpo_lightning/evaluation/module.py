@@ -29,7 +29,7 @@ from rpo_lightning.policy.lora import LoRA
 from rpo_lightning.policy.parallel.strategies import placement_for, prepare_strategy
 from rpo_lightning.policy.tokenizer import load_tokenizer
 from rpo_lightning.rewards import Grader
-from rpo_lightning.rollout.engine import EngineContext, RolloutEngine, Sampling
+from rpo_lightning.rollout.engine import EngineSetup, RolloutEngine, Sampling
 from rpo_lightning.rollout.groups import generate, score
 
 _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
@@ -102,13 +102,24 @@ class PolicyModule(LightningModule):
                 others = self.prepare_policy()
             for model in (self.policy, *others):
                 placement.place(model)
-        self.engine.attach(self.policy, self.tokenizer, self._engine_context())
+        self.engine.attach(self.policy, self.tokenizer, self._engine_setup())
 
     def _load(self) -> PreTrainedModel:
         source, adapter = self._policy_source, self.adapter
         options = adapter.loading_options() if adapter else {}
         policy = load_policy(source, **options) if isinstance(source, str) else source
         return (adapter.apply(policy) if adapter else policy).train()
+
+    @property
+    def loaded_policy(self) -> PreTrainedModel:
+        """The policy.
+
+        Raises:
+            ConfigurationError: It has not been loaded yet.
+        """
+        if self.policy is None:
+            raise ConfigurationError("the policy has not been loaded yet: it is once a trainer has set the module up")
+        return self.policy
 
     def prepare_policy(self) -> list[PreTrainedModel]:
         """Do what has to be done while the policy is whole; returns further models to lay over the ranks."""
@@ -128,12 +139,12 @@ class PolicyModule(LightningModule):
                 parameter.data = value.to(parameter.device)
         return module
 
-    def _engine_context(self) -> EngineContext:
+    def _engine_setup(self) -> EngineSetup:
         trainer: Any = self._trainer
         if trainer is None:
-            return EngineContext(seed=run_seed())
+            return EngineSetup(seed=run_seed())
         longest = getattr(getattr(trainer, "datamodule", None), "longest_prompt", None)
-        return EngineContext(
+        return EngineSetup(
             max_length=None if longest is None else longest + self.max_response_tokens,
             dtype=_DTYPES.get(str(trainer.precision).partition("-")[0]),
             seed=run_seed(),
@@ -151,12 +162,12 @@ class PolicyModule(LightningModule):
         self.grader.pool.close()
         self.engine.shutdown()
 
-    def roll_out(self, requests: Iterable[RolloutRequest], samples: int, sampling: Sampling, seed: int) -> list[Group]:
-        """Generate and score ``samples`` responses to each request."""
+    def roll_out(self, requests: Iterable[RolloutRequest], n: int, sampling: Sampling, seed: int) -> list[Group]:
+        """Generate and score ``n`` responses to each request."""
         requests = list(requests)
         self.engine.require_version(self.policy_version)
         with self.timer("decode"):
-            completions = generate(self.engine, requests, samples, sampling, seed)
+            completions = generate(self.engine, requests, n, sampling, seed)
         self.timer.move("decode", "prefill", self.engine.prefill_share())
         self.decoded_tokens += sum(len(c.token_ids) for group in completions for c in group)
         with self.timer("reward"):
@@ -249,9 +260,7 @@ class PolicyModule(LightningModule):
             ConfigurationError: There is no policy yet, or the folder holds an adapter beside which a whole policy
                 would be saved, or the other way round.
         """
-        if self.policy is None:
-            raise ConfigurationError("the policy has not been loaded yet, so there is nothing to save")
-        export_policy(self.policy, self.tokenizer, folder, merged, self.ranks)
+        export_policy(self.loaded_policy, self.tokenizer, folder, merged, self.ranks)
 
 
 def require_requests(batch: Any) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.core.errors import ConfigurationError, EngineError
+from rpo_lightning.core.hashing import short_name
 from rpo_lightning.policy.load import resolve_policy
 
 
@@ -48,4 +48,4 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A short hash of the vocabulary: token ids mean the same where it is equal."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
-    return hashlib.blake2b(vocabulary.encode(), digest_size=8).hexdigest()
+    return short_name(vocabulary)

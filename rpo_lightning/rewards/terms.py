@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from rpo_lightning.core.hashing import stable_hash
 from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards.base import Reward
 
@@ -38,7 +39,4 @@ class UniformRandomReward(Reward):
 
     def score(self, group: Sequence[Sample]) -> list[float]:
         """A hash of each response, as a number."""
-        import hashlib
-
-        digests = (hashlib.blake2b(f"{s.prompt}\0{s.response}".encode(), digest_size=8).digest() for s in group)
-        return [int.from_bytes(digest, "big") / 2**64 for digest in digests]
+        return [stable_hash(f"{s.prompt}\0{s.response}") / 2**64 for s in group]

@@ -1,7 +1,7 @@
 """Rollout engines."""
 
-from rpo_lightning.rollout.engine import EngineContext, GenerationRequest, RolloutEngine, Sampling
+from rpo_lightning.rollout.engine import EngineSetup, GenerationRequest, RolloutEngine, Sampling
 from rpo_lightning.rollout.transformers.engine import TransformersEngine
 from rpo_lightning.rollout.vllm.engine import VLLMEngine
 
-__all__ = ["EngineContext", "GenerationRequest", "RolloutEngine", "Sampling", "TransformersEngine", "VLLMEngine"]
+__all__ = ["EngineSetup", "GenerationRequest", "RolloutEngine", "Sampling", "TransformersEngine", "VLLMEngine"]

@@ -25,10 +25,16 @@ from rpo_lightning.core.types import Completion
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Ask for ``samples`` continuations of ``token_ids``, each of at most ``max_new_tokens``."""
+    """Ask for ``n`` continuations of some tokens.
+
+    Attributes:
+        token_ids: Prompt and prefix.
+        n: How many continuations.
+        max_new_tokens: Longest continuation in tokens.
+    """
 
     token_ids: tuple[int, ...]
-    samples: int
+    n: int
     max_new_tokens: int
 
     def __post_init__(self) -> None:
@@ -64,7 +70,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class EngineContext:
+class EngineSetup:
     """What an engine knows of the run it serves; its defaults come from here.
 
     Attributes:
@@ -97,7 +103,7 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def attach(
-        self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: EngineContext = EngineContext()
+        self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setup: EngineSetup = EngineSetup()
     ) -> None:
         """Bind the engine to a policy and a run; called at the start of every stage."""
 
@@ -127,7 +133,7 @@ class RolloutEngine(ABC):
             on_progress: Called with the number of sequences that have just been completed.
 
         Returns:
-            For each request, in order, its ``samples`` completions.
+            For each request, in order, its ``n`` completions.
 
         Raises:
             EngineError: The engine is not attached, or has no weights yet.

@@ -15,14 +15,14 @@ from rpo_lightning.rollout.engine import GenerationRequest, RolloutEngine, Sampl
 def generate(
     engine: RolloutEngine,
     requests: Sequence[RolloutRequest],
-    samples: int,
+    n: int,
     sampling: Sampling,
     seed: int,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[list[Completion]]:
-    """Sample suffixes: ``samples`` of them for each request, after prompt and prefix."""
+    """Sample suffixes: ``n`` of them for each request, after prompt and prefix."""
     return engine.generate(
-        [GenerationRequest((*r.prompt.token_ids, *r.prefix_ids), samples, r.max_new_tokens) for r in requests],
+        [GenerationRequest((*r.prompt.token_ids, *r.prefix_ids), n, r.max_new_tokens) for r in requests],
         sampling,
         seed,
         on_progress,

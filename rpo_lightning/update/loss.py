@@ -87,11 +87,11 @@ class PolicyLoss:
         self.processed_tokens = {"old_logprobs": 0, "reference_logprobs": 0, "update": 0}
         self._row_cost = row_cost(policy, settings.share_prefixes, self._full_logits)
         if not settings.prefix_gradient:
-            self._row_cost = _without_trunk_gradient(self._row_cost)
+            self._row_cost = _without_context_gradient(self._row_cost)
         idle = Row(0, 0, (pad_id, pad_id), (pad_id,), 1)
         self._idle_batch = [SharedRow((idle,))]
 
-    def freeze_old_logprobs(self, groups: Sequence[Group]) -> None:
+    def store_old_logprobs(self, groups: Sequence[Group]) -> None:
         """Store the current policy's log-probs with groups that outlive the current weights; a collective."""
         pending = [g for g in groups if g.old_logprobs is None]
         stores: list[list[list[float]]] = [[[] for _ in group.completions] for group in pending]
@@ -179,11 +179,11 @@ class PolicyLoss:
         lengths_B = torch.tensor([lengths[r.group, r.member] for r in rows])
         mask_BS = computed.mask_BS & (lengths_B > 0).to(device)[:, None]
         old_BS = computed.logprobs_BS.detach()
-        frozen = [groups[row.group].old_logprobs for row in rows]
-        if any(of_group is not None for of_group in frozen):
-            known = [of_group[row.member] if of_group else () for of_group, row in zip(frozen, rows, strict=True)]
-            frozen_BS, known_BS = _right_aligned(known, old_BS)
-            old_BS = torch.where(known_BS, frozen_BS, old_BS)
+        stored = [groups[row.group].old_logprobs for row in rows]
+        if any(of_group is not None for of_group in stored):
+            known = [of_group[row.member] if of_group else () for of_group, row in zip(stored, rows, strict=True)]
+            stored_BS, known_BS = _right_aligned(known, old_BS)
+            old_BS = torch.where(known_BS, stored_BS, old_BS)
         importance_BS = self._importance(groups, rows, old_BS, mask_BS, mismatch)
         weights_B = self.objective.sequence_weights(lengths_B, float(totals[0]), float(totals[1]))
         inputs = LossInputs(
@@ -235,10 +235,10 @@ def _right_aligned(rows: Sequence[Sequence[float]], like: Tensor) -> tuple[Tenso
     return values_BS.to(like.device), mask_BS.to(like.device)
 
 
-def _without_trunk_gradient(cost: RowCost) -> RowCost:
+def _without_context_gradient(cost: RowCost) -> RowCost:
     if not cost.shares or cost.longest_shared is not None:
         raise UpdateError(
             "model.update.prefix_gradient=false computes prefixes apart from suffixes, which needs shared rows of any "
             "length; this model does not allow them (its warning says why): leave prefix_gradient at true"
         )
-    return replace(cost, trunk=1 / 3)  # a forward pass is a third of forward and backward
+    return replace(cost, context=1 / 3)  # a forward pass is a third of forward and backward

@@ -59,14 +59,14 @@ class IterationRecord:
         metrics: What the logs say about its rollouts.
         phase_seconds: Seconds of each phase.
         phase_tokens: Tokens of each phase.
-        samples: Responses that were sampled.
+        responses: How many were sampled.
         killed: Gradings that were killed, or died.
     """
 
     metrics: dict[str, float]
     phase_seconds: dict[str, float]
     phase_tokens: dict[str, int]
-    samples: int
+    responses: int
     killed: int
 
     def over(self, ranks: Ranks) -> IterationRecord:
@@ -85,7 +85,7 @@ class IterationRecord:
             metrics=metrics,
             phase_seconds=_means([r.phase_seconds for r in records]),
             phase_tokens={phase: sum(r.phase_tokens.get(phase, 0) for r in records) for phase in phases},
-            samples=sum(r.samples for r in records),
+            responses=sum(r.responses for r in records),
             killed=sum(r.killed for r in records),
         )
 

@@ -24,7 +24,7 @@ def entry(length: int, correct: bool = True) -> CacheEntry:
 
 def kept(cut, cached: CacheEntry, draws: int = 4000) -> np.ndarray:
     rng = np.random.default_rng(0)
-    return np.array([cut.kept_tokens(cached, cached.response, rng) for _ in range(draws)])
+    return np.array([cut.prefix_length(cached, cached.response, rng) for _ in range(draws)])
 
 
 def test_uniform_cut_drops_zero_to_l_tokens_with_equal_probability():

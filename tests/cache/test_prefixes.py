@@ -23,7 +23,7 @@ class KeepTokens(CutStrategy):
         self.tokens = tokens
         self.outcomes = []
 
-    def kept_tokens(self, entry, response, rng):
+    def prefix_length(self, entry, response, rng):
         return self.tokens
 
     def observe(self, entry, outcome):

@@ -33,8 +33,8 @@ FAMILIES = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),
 }
 PLAIN = [SharedRow((Row(i, 0, tuple(range(1, 119)), tuple(range(1, 12)), 11),)) for i in range(4)]
-TRUNK = tuple(i % 250 + 1 for i in range(399))
-SHARED = [SharedRow(tuple(Row(0, i, TRUNK, tuple(range(1, 30)), 29) for i in range(6)))]
+CONTEXT = tuple(i % 250 + 1 for i in range(399))
+SHARED = [SharedRow(tuple(Row(0, i, CONTEXT, tuple(range(1, 30)), 29) for i in range(6)))]
 # A model of round numbers, for sums by hand.
 ROUND = ModelShape("Round", 1000, 0, 0, 0, 10, 80, 200, 100, 50, 8, 8, 4, 2, 1, 16)
 

@@ -76,7 +76,7 @@ def test_a_question_counts_once_however_often_samplers_repeat_it():
 
 def test_an_evaluation_reports_every_metric_with_an_interval_around_it():
     groups = [make_group([1, 0, 1, 0], uid=str(i), finished=[True, True, True, i > 1]) for i in range(4)]
-    evaluation = Evaluation("set", samples=4, votes=True, device=torch.device("cpu"))
+    evaluation = Evaluation("set", n=4, votes=True, device=torch.device("cpu"))
     evaluation.add(groups[:2], [[0, 1, 0, 2]] * 2)
     evaluation.add(groups[2:], [[1, 0, 1, 0]] * 2)
     expected = {
@@ -104,7 +104,7 @@ def test_the_interval_of_an_average_over_sets_does_not_cancel_their_noise():
     values = {"a": [0.0, 1.0] * 50, "b": [1.0, 0.0] * 50}
     estimates = {}
     for name, correct in values.items():
-        evaluation = Evaluation(name, samples=1, votes=False, device=torch.device("cpu"))
+        evaluation = Evaluation(name, n=1, votes=False, device=torch.device("cpu"))
         evaluation.add([make_group([c], uid=f"{i:03d}") for i, c in enumerate(correct)])
         estimates[name] = evaluation.estimates()
     of_average = average(estimates)["accuracy"]

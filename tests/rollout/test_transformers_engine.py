@@ -92,7 +92,7 @@ def generated(policy, tokenizer, asked, temperature=1.0):
 def assert_log_probs_are_the_policys(policy, asked, outputs):
     """To rounding: log-probs of -3 to -10 in fp32, padded here and alone in the reference."""
     for request, completions in zip(asked, outputs, strict=True):
-        assert len(completions) == request.samples
+        assert len(completions) == request.n
         for completion in completions:
             row = request.token_ids + completion.token_ids
             expected = reference_logprobs(policy, row, len(completion.token_ids))
@@ -129,12 +129,12 @@ def read_keys(request, monkeypatch):
         return part(query, key, *args)
 
     def tried(policy):
-        can_be_shared = sequence_cache.trunks_can_be_shared(policy)
+        can_be_shared = sequence_cache.contexts_can_be_shared(policy)
         shapes.clear()  # of the trial
         return can_be_shared
 
     monkeypatch.setattr(decode_attention, "attended", note)
-    monkeypatch.setattr(transformers_engine, "trunks_can_be_shared", tried)
+    monkeypatch.setattr(transformers_engine, "contexts_can_be_shared", tried)
     monkeypatch.setattr(sequence_cache, "_BYTES_WORTH_SHARING", 0)
     return shapes
 
@@ -148,10 +148,10 @@ def test_members_of_a_group_read_one_copy_of_their_prompt_until_the_last_of_them
     longest = max(len(r.token_ids) for r in asked)
     outputs = generated(grouped_policy, tokenizer, asked)
     assert_log_probs_are_the_policys(grouped_policy, asked, outputs)
-    trunks, own = set(read_keys[::2]), set(read_keys[1::2])
-    assert {shape[1:] for shape in trunks} == {(2, longest)}
-    assert max(rows for rows, *_ in trunks) == 3
-    assert min(rows for rows, *_ in trunks) == 1  # the others' went with their last sequence
+    contexts, own = set(read_keys[::2]), set(read_keys[1::2])
+    assert {shape[1:] for shape in contexts} == {(2, longest)}
+    assert max(rows for rows, *_ in contexts) == 3
+    assert min(rows for rows, *_ in contexts) == 1  # the others' went with their last sequence
     assert max(rows for rows, *_ in own) == 9
     assert max(tokens for *_, tokens in own) < 40
     assert grouped_policy.config._attn_implementation == "rpo_shared_prefix"
@@ -289,7 +289,7 @@ def test_layers_that_keep_a_state_instead_of_every_token_decode_as_the_policy_co
     )  # fmt: skip
     policy = architecture(config)
     asked = requests(tokenizer, samples=2, budget=12)
-    asked = [GenerationRequest(r.token_ids, r.samples, 12 + 4 * i) for i, r in enumerate(asked)]  # leave one by one
+    asked = [GenerationRequest(r.token_ids, r.n, 12 + 4 * i) for i, r in enumerate(asked)]  # leave one by one
     assert_log_probs_are_the_policys(policy, asked, generated(policy, tokenizer, asked))
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from rpo_lightning.core.errors import ConfigurationError, EngineError
-from rpo_lightning.rollout import EngineContext, GenerationRequest, Sampling, VLLMEngine
+from rpo_lightning.rollout import EngineSetup, GenerationRequest, Sampling, VLLMEngine
 from rpo_lightning.rollout.vllm import platform as vllm_platform
 from tests.policy.prefix_sharing.test_logprobs import reference_logprobs
 from tests.rollout.test_transformers_engine import QUESTIONS
@@ -34,7 +34,7 @@ def start(tokenizer):
             running.pop().shutdown()
         engine = VLLMEngine(**{"options": {"max_num_seqs": 32, "block_size": 32}, **settings})
         running.append(engine)
-        engine.attach(policy, tokenizer, EngineContext(max_length=512))
+        engine.attach(policy, tokenizer, EngineSetup(max_length=512))
         engine.load_weights(policy, version=0)
         return engine
 
@@ -156,7 +156,7 @@ def test_the_same_seed_gives_the_same_rollouts_and_another_seed_others(start, po
 def test_the_prefix_cache_hits_within_an_iteration_and_never_across_a_sync(start, policy, tokenizer):
     engine = start(policy)
     prompt = tuple(tokenizer(QUESTIONS[0])["input_ids"])
-    long = GenerationRequest((prompt * 10)[:200], samples=4, max_new_tokens=4)
+    long = GenerationRequest((prompt * 10)[:200], n=4, max_new_tokens=4)
     engine.metrics()
     engine.generate([long], Sampling(), seed=0)
     # Three of four samples find all full blocks (32 tokens each) but the last.
@@ -217,8 +217,8 @@ def test_a_second_engine_that_could_sleep_stays_awake_with_a_warning(monkeypatch
 def test_a_policy_on_a_gpu_that_vllm_would_not_take_is_refused():
     from rpo_lightning.rollout.vllm.platform import require_own_device
 
-    require_own_device(torch.device("cuda", 0), EngineContext())
-    require_own_device(torch.device("cuda", 1), EngineContext(rank=1, local_rank=1, world_size=2))
-    for context in (EngineContext(), EngineContext(rank=0, local_rank=0, world_size=2)):
+    require_own_device(torch.device("cuda", 0), EngineSetup())
+    require_own_device(torch.device("cuda", 1), EngineSetup(rank=1, local_rank=1, world_size=2))
+    for context in (EngineSetup(), EngineSetup(rank=0, local_rank=0, world_size=2)):
         with pytest.raises(ConfigurationError, match="CUDA_VISIBLE_DEVICES"):
             require_own_device(torch.device("cuda", 2), context)

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from rpo_lightning.core.seeds import SeedPurpose, derive_seed
 from rpo_lightning.policy.tokenizer import load_tokenizer
-from rpo_lightning.rollout import EngineContext, GenerationRequest, Sampling, VLLMEngine
+from rpo_lightning.rollout import EngineSetup, GenerationRequest, Sampling, VLLMEngine
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     if sharded:
         fully_shard(policy, mesh=init_device_mesh("cpu", (2,)))
     engine = VLLMEngine(tensor_parallel_size=size, options={"max_num_seqs": 16, "block_size": 32})
-    engine.attach(policy, tokenizer, EngineContext(max_length=256, rank=rank, local_rank=rank, world_size=2))
+    engine.attach(policy, tokenizer, EngineSetup(max_length=256, rank=rank, local_rank=rank, world_size=2))
     engine.load_weights(policy, 0)
     with torch.no_grad():
         for parameter in policy.parameters():

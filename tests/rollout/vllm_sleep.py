@@ -13,7 +13,7 @@ import torch
 
 from rpo_lightning.policy.load import load_policy
 from rpo_lightning.policy.tokenizer import load_tokenizer
-from rpo_lightning.rollout import EngineContext, Sampling, VLLMEngine
+from rpo_lightning.rollout import EngineSetup, Sampling, VLLMEngine
 from rpo_lightning.rollout.vllm.engine import SleepLevel
 from tests.conftest import REASONER
 from tests.rollout.test_vllm_engine import change, differences, requests, untied
@@ -33,7 +33,7 @@ def main() -> None:
     tokenizer, policy = load_tokenizer(REASONER), load_policy(REASONER)
     policy = (untied(policy) if head == "untied" else policy).bfloat16().cuda()
     engine = VLLMEngine(gpu_memory_utilization=0.2, options={"max_num_seqs": 32}, sleep_level=level)
-    engine.attach(policy, tokenizer, EngineContext(max_length=512))
+    engine.attach(policy, tokenizer, EngineSetup(max_length=512))
     engine.load_weights(policy, version=0)
     assert_in_sync(engine, policy, tokenizer)
     for version in (1, 2):

@@ -46,9 +46,9 @@ def test_the_update_benchmark_compares_shared_rows_with_plain_ones(tmp_path):
         # A small cell may stay within memory that the process holds already.
         assert math.isfinite(cell["memory_ratio"])
         assert cell["memory_ratio"] >= 0
-        # Trunks are a prompt of 32 tokens and the prefix.
-        trunk, suffix, group = 32 + cell["prefix"], cell["suffix"], cell["group"]
-        assert cell["token_ratio"] == pytest.approx(group * (trunk + suffix) / (trunk + group * suffix))
+        # Contexts are a prompt of 32 tokens and the prefix.
+        context, suffix, group = 32 + cell["prefix"], cell["suffix"], cell["group"]
+        assert cell["token_ratio"] == pytest.approx(group * (context + suffix) / (context + group * suffix))
         # To rounding in fp32; gradients relative to the largest.
         assert 0 <= cell["max_logprob_diff"] < 1e-3
         assert 0 <= cell["max_grad_diff"] < 1e-3

@@ -62,7 +62,7 @@ def grouped_heads():
 
 
 def long_groups():
-    """Uneven groups after trunks of 301, 70 and 1 tokens."""
+    """Uneven groups after contexts of 301, 70 and 1 tokens."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(count):
@@ -101,7 +101,7 @@ def test_packed_rows_are_as_exact_as_plain_rows_in_bf16(make, scope, checkpointi
         plain, _ = gradient(policy, DAPO(), batch=batch, loss_scope=scope, share_prefixes=False)
         packed, metrics = gradient(policy, DAPO(), batch=batch, loss_scope=scope)
         split, _ = gradient(policy, DAPO(), batch=batch, loss_scope=scope, micro_batch_tokens=420)
-    assert metrics["tokens"] == 301 + 160 + 70 + 182 + 1 + 138  # every trunk once
+    assert metrics["tokens"] == 301 + 160 + 70 + 182 + 1 + 138  # every context once
     assert kernel_calls
     rounding = (flat(plain) - flat(exact)).norm()
     assert rounding > 0
@@ -109,7 +109,7 @@ def test_packed_rows_are_as_exact_as_plain_rows_in_bf16(make, scope, checkpointi
         assert (flat(gradients) - flat(exact)).norm() < 1.5 * rounding
 
 
-def test_packed_rows_continue_frozen_trunks_in_bf16(kernel_calls):
+def test_packed_rows_continue_frozen_contexts_in_bf16(kernel_calls):
     policy, batch = grouped_heads().cuda(), long_groups()
     exact, _ = gradient(policy, DAPO(), batch=batch, prefix_gradient=False)  # fp32: SDPA with a mask
     with torch.autocast("cuda", dtype=torch.bfloat16):

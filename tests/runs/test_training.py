@@ -120,7 +120,7 @@ def test_an_update_raises_the_likelihood_of_better_than_average_responses(tmp_pa
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.fit(module, datamodule=make_data())
     groups = copy.deepcopy(module.groups)
-    module._loss.freeze_old_logprobs(groups)
+    module._loss.store_old_logprobs(groups)
     gain = 0.0
     for group in groups:
         mean = sum(group.rewards) / len(group.rewards)
@@ -398,9 +398,9 @@ def test_a_run_starts_from_a_saved_cache_and_samples_only_what_it_lacks(tmp_path
     lacking = [prompt.token_ids for prompt in data.prompts["train"] if prompt.uid not in known]
     assert len(lacking) == 12
     assert sorted(request.token_ids for request in filling) == sorted(lacking)
-    assert {request.samples for request in filling} == {1}
+    assert {request.n for request in filling} == {1}
     assert second.initialisation_tokens == sum(len(c.token_ids) for (c,) in completions)
-    assert [request.samples for request in rollout] == [4] * 4
+    assert [request.n for request in rollout] == [4] * 4
 
 
 def test_best_of_k_initialisation_caches_more_correct_responses(tmp_path):

@@ -42,7 +42,7 @@ def test_a_cap_below_one_is_refused():
 def with_engine_logprobs(policy, shift: float):
     """The groups with log-probs that the engine would give if it were off by ``shift`` nats a token."""
     batch = groups()
-    PolicyLoss(policy, None, DAPO(), settings(), pad_id=0).freeze_old_logprobs(batch)
+    PolicyLoss(policy, None, DAPO(), settings(), pad_id=0).store_old_logprobs(batch)
     for group in batch:
         group.completions = [
             type(c)(c.token_ids, tuple(x - shift for x in old), c.finished)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from jsonargparse import auto_cli
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from tqdm.auto import tqdm
 
 from rpo_lightning.cache.cache import CachedResponse, CacheEntry, ExperienceCache
@@ -49,20 +49,18 @@ class BuildCacheCallback(Callback):
         self.keep_unfinished = keep_unfinished
         self._found: list[dict[str, Any]] = []
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: RPOModule, *_: Any) -> None:
         """Choose the best answers of a batch."""
-        module: Any = pl_module
-        for group in module.answered:
+        for group in pl_module.answered:
             uid = group.request.prompt.uid
             self._found.append({"uid": uid, "response": initial_response(group, self.keep_unfinished)})
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Save the cache."""
         found = gather_rows(self._found, ("uid",))
         if not trainer.is_global_zero:
             return
-        module: Any = pl_module
-        cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer))
+        cache = ExperienceCache(tokenizer_fingerprint(pl_module.tokenizer))
         for row in found:
             cache.entry(row["uid"])
             if row["response"] is not None:
@@ -70,7 +68,7 @@ class BuildCacheCallback(Callback):
         if not any(row["response"] is not None for row in found):
             raise CacheError(
                 f"none of {len(found)} questions has an answer that ended within model.max_response_tokens="
-                f"{module.max_response_tokens}: raise it, or give --keep_unfinished true"
+                f"{pl_module.max_response_tokens}: raise it, or give --keep_unfinished true"
             )
         write_cache(cache, self.out)
         print(_summary(cache, self.out))

@@ -55,22 +55,22 @@ def _adapter_bytes(shape: ModelShape, plan: Plan) -> float:
 def shared_row_bytes_per_token(shape: ModelShape, plan: Plan) -> float:
     """What attention of shared rows keeps beside that, in one layer, at worst.
 
-    On a GPU in 16 bits nothing (``packed_attention``, if ``flash_support`` allows it). Elsewhere its pieces are put
-    together in another tensor. On a GPU in fp32 every member has keys and values of the whole trunk of its own, with as
-    many heads as the queries: for a row of trunk t and G suffixes s that is G (t + s) for t + G s tokens, nearly G
-    where trunks are long (RPO), less where only the prompt is shared.
+    On a GPU in 16 bits nothing (``prefix_sharing/gpu.py``, if ``gpu_check.py`` allows it). Elsewhere its pieces are put
+    together in another tensor. On a GPU in fp32 every member has a copy of the keys and values of the whole context,
+    with as many heads as the queries: for a row of context t and G suffixes s that is G (t + s) for t + G s tokens,
+    nearly G where contexts are long (RPO), less where only the prompt is shared.
     """
     c = plan.precision.computed
     if not plan.shares_prefixes or (plan.on_gpu and c == 2):
         return 0
     if not plan.on_gpu:
         return c * shape.query
-    members, trunk = plan.group_size, plan.prompt_tokens
+    members, context = plan.group_size, plan.prompt_tokens
     if plan.has_cache:
         ratio = float(members)
     else:
-        members = min(members, max(1, (plan.tokens - trunk) // plan.response_tokens))
-        ratio = members * plan.longest / (trunk + members * plan.response_tokens)
+        members = min(members, max(1, (plan.tokens - context) // plan.response_tokens))
+        ratio = members * plan.longest / (context + members * plan.response_tokens)
     return c * shape.query * (1 + (2 * ratio if members > 1 else 0))
 
 

@@ -58,9 +58,9 @@ def _decoding_parts(shape: ModelShape, plan: Plan) -> list[Part]:
     held = plan.precision.held if plan.casts_weights else plan.precision.computed
     token = shape.key * 2 * plan.precision.computed
     requests = max(1, sequences // plan.group_size)
-    trunks = requests * (plan.prompt_tokens + _ROOM) if plan.shares_prefixes and plan.group_size > 1 else 0
-    own = plan.response_tokens if trunks else plan.longest
-    cache = (shape.layers + 1) * token * (trunks + sequences * (own + _ROOM))
+    contexts = requests * (plan.prompt_tokens + _ROOM) if plan.shares_prefixes and plan.group_size > 1 else 0
+    own = plan.response_tokens if contexts else plan.longest
+    cache = (shape.layers + 1) * token * (contexts + sequences * (own + _ROOM))
     logits = sequences * shape.vocabulary * (plan.precision.computed + 12)
     prompts = requests * (plan.longest if plan.has_cache else plan.prompt_tokens)
     prefill = prompts * (held * 3 * shape.hidden + plan.precision.computed * 3 * shape.intermediate)

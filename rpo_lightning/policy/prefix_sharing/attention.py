@@ -1,13 +1,13 @@
-"""Attention for rows in which several suffixes share a trunk, as an implementation of transformers'.
+"""Attention for rows in which several suffixes share a context, as an implementation of transformers'.
 
-A row is trunk | suffix_1 | … | suffix_G. The trunk attends causally to itself; each suffix to the trunk's
+A row is context | suffix_1 | … | suffix_G. The context attends causally to itself; each suffix to the context's
 keys and values and causally to itself. Both parts are ordinary attention, so no scores are computed that
-a mask would throw away, and the trunk's keys and values receive the sum of the suffixes' gradients.
+a mask would throw away, and the context's keys and values receive the sum of the suffixes' gradients.
 
 On a GPU in 16 bits ``packed_attention`` takes all rows at once. Elsewhere they are taken one by one: on a CPU
-by ``suffix_attention``, on a GPU in fp32 by masked SDPA with a copy of the trunk for each suffix.
+by ``suffix_attention``, on a GPU in fp32 by masked SDPA with a copy of the context for each suffix.
 
-A row may also continue a *frozen* trunk, whose keys and values come from an earlier pass without gradient
+A row may also continue a *detached* context, whose keys and values come from an earlier pass without gradient
 and which is not computed again: less work, and a biased gradient.
 
 Models take it through their ``attn_implementation``; without a layout it is plain SDPA, so decoding and
@@ -37,51 +37,51 @@ from rpo_lightning.policy.prefix_sharing.rows import RowShape
 IMPLEMENTATION = "rpo_shared_prefix"
 
 
-class FrozenTrunks(dict[int, tuple[Tensor, Tensor]]):
-    """Keys and values of concatenated trunks, [1, heads, tokens, size], by the index of their layer."""
+class DetachedContexts(dict[int, tuple[Tensor, Tensor]]):
+    """Keys and values of concatenated contexts, [1, heads, tokens, size], by the index of their layer."""
 
 
 @dataclass(frozen=True)
-class Span:
+class RowLayout:
     """One row within the concatenation of a micro-batch's rows.
 
     Attributes:
         start: Its first token.
-        trunk_length: Tokens of the trunk that are computed.
-        frozen: Where the frozen part of its trunk, which comes before, begins and ends among the frozen trunks.
+        context_length: Tokens of the context that are computed.
+        detached: First and last position (exclusive) of its detached part among all detached tokens.
         stop: One past its last token.
-        index_GS: Positions of the suffixes' tokens relative to the trunk's end, padded with a token of
+        index_GS: Positions of the suffixes' tokens relative to the context's end, padded with a token of
             their own; ``None`` for a row without branches.
         valid_GS: True where that is no padding.
-        trunk_mask: Which keys each of the trunk's tokens sees; ``None`` if it is causal without a frozen part.
-        mask: Which keys (trunk, then own suffix) each of a suffix's tokens sees; not needed on the CPU.
+        context_mask: Which keys each of the context's tokens sees; ``None`` if it is causal without a detached part.
+        mask: Which keys (context, then own suffix) each of a suffix's tokens sees; not needed on the CPU.
     """
 
     start: int
-    trunk_length: int
+    context_length: int
     stop: int
-    frozen: tuple[int, int] = (0, 0)
+    detached: tuple[int, int] = (0, 0)
     index_GS: Tensor | None = None
     valid_GS: Tensor | None = None
-    trunk_mask: Any = None
+    context_mask: Any = None
     mask: Any = None
 
     @classmethod
-    def of(cls, start: int, shape: RowShape, frozen_start: int, device: torch.device) -> Span:
+    def of(cls, start: int, shape: RowShape, detached_start: int, device: torch.device) -> RowLayout:
         """Describe a row; with a single suffix, or none, it has no branches."""
-        stop, frozen = start + len(shape), (frozen_start, frozen_start + shape.frozen)
-        trunk_length = shape.trunk if shape.branches else len(shape)
-        trunk_mask = _causal(trunk_length, shape.frozen + trunk_length, device) if shape.frozen else None
+        stop, detached = start + len(shape), (detached_start, detached_start + shape.detached)
+        context_length = shape.context if shape.branches else len(shape)
+        context_mask = _causal(context_length, shape.detached + context_length, device) if shape.detached else None
         if not shape.branches:
-            return cls(start, trunk_length, stop, frozen, trunk_mask=trunk_mask)
+            return cls(start, context_length, stop, detached, context_mask=context_mask)
         longest = max(shape.suffixes)
         length_G = torch.tensor(shape.suffixes)
         valid_GS = torch.arange(longest)[None] < length_G[:, None]
         offset_G = length_G.cumsum(0) - length_G
         index_GS = torch.where(valid_GS, offset_G[:, None] + torch.arange(longest)[None], offset_G[:, None])
-        mask = None if device.type == "cpu" else _causal(longest, shape.frozen + trunk_length + longest, device)
+        mask = None if device.type == "cpu" else _causal(longest, shape.detached + context_length + longest, device)
         return cls(
-            start, trunk_length, stop, frozen, index_GS.to(device), valid_GS.to(device), trunk_mask, mask
+            start, context_length, stop, detached, index_GS.to(device), valid_GS.to(device), context_mask, mask
         )  # fmt: skip
 
 
@@ -103,13 +103,13 @@ class SharedLayout:
         return PackedRows.of(self._shapes, self._device)
 
     @cached_property
-    def spans(self) -> list[Span]:
+    def rows(self) -> list[RowLayout]:
         """Row by row."""
-        spans, start, frozen = [], 0, 0
+        rows, start, detached = [], 0, 0
         for shape in self._shapes:
-            spans.append(Span.of(start, shape, frozen, self._device))
-            start, frozen = start + len(shape), frozen + shape.frozen
-        return spans
+            rows.append(RowLayout.of(start, shape, detached, self._device))
+            start, detached = start + len(shape), detached + shape.detached
+        return rows
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> Any:
@@ -128,8 +128,8 @@ def shared_prefix_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     shared_layout: SharedLayout | None = None,
-    frozen_trunks: FrozenTrunks | None = None,
-    freeze_into: FrozenTrunks | None = None,
+    detached_contexts: DetachedContexts | None = None,
+    detach_into: DetachedContexts | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention over concatenated rows ([1, heads, tokens, size]); plain SDPA where no layout is given.
@@ -143,8 +143,8 @@ def shared_prefix_attention(
         scaling: Factor of the scores.
         dropout: For plain SDPA.
         shared_layout: Where the rows are.
-        frozen_trunks: Keys and values of the frozen parts of their trunks.
-        freeze_into: Takes the keys and values of this pass.
+        detached_contexts: Keys and values of the detached parts of their contexts.
+        detach_into: Takes the keys and values of this pass.
         **kwargs: What else transformers hands on.
     """
     if shared_layout is None:
@@ -154,28 +154,33 @@ def shared_prefix_attention(
         return output, None
     query, key, value = same_dtype(query, key, value)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    if freeze_into is not None:
-        freeze_into[layer] = (key.detach(), value.detach())
-    frozen = None if frozen_trunks is None else frozen_trunks[layer]
+    if detach_into is not None:
+        detach_into[layer] = (key.detach(), value.detach())
+    detached = None if detached_contexts is None else detached_contexts[layer]
     if takes(query, key, value):
-        return packed_attention(query, key, value, shared_layout.packed, scaling, frozen), None
-    pieces = [piece for span in shared_layout.spans for piece in _row(query, key, value, span, scaling, frozen)]
+        return packed_attention(query, key, value, shared_layout.packed, scaling, detached), None
+    pieces = [piece for row in shared_layout.rows for piece in _row(query, key, value, row, scaling, detached)]
     return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _row(
-    query: Tensor, key: Tensor, value: Tensor, span: Span, scaling: float | None, frozen: tuple[Tensor, Tensor] | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: RowLayout,
+    scaling: float | None,
+    detached: tuple[Tensor, Tensor] | None,
 ) -> list[Tensor]:
-    """Attention of one row: of its trunk, and of its suffixes where it has several."""
-    q, k, v = (x[:, :, span.start : span.stop] for x in (query, key, value))
-    if frozen is not None:
-        k, v = (torch.cat([x[:, :, slice(*span.frozen)], own], dim=2) for x, own in zip(frozen, (k, v), strict=True))
-    queries, keys = span.trunk_length, k.shape[2] - (q.shape[2] - span.trunk_length)
-    of_trunk = _trunk(q[:, :, :queries], k[:, :, :keys], v[:, :, :keys], span, scaling)
-    if span.index_GS is None:
-        return [of_trunk]
+    """Attention of one row: of its context, and of its suffixes where it has several."""
+    q, k, v = (x[:, :, row.start : row.stop] for x in (query, key, value))
+    if detached is not None:
+        k, v = (torch.cat([x[:, :, slice(*row.detached)], own], dim=2) for x, own in zip(detached, (k, v), strict=True))
+    queries, keys = row.context_length, k.shape[2] - (q.shape[2] - row.context_length)
+    of_context = _context(q[:, :, :queries], k[:, :, :keys], v[:, :, :keys], row, scaling)
+    if row.index_GS is None:
+        return [of_context]
     own = (q[:, :, queries:], k[:, :, keys:], v[:, :, keys:])
-    return [of_trunk, _suffixes(own, k[:, :, :keys], v[:, :, :keys], span, scaling)]
+    return [of_context, _suffixes(own, k[:, :, :keys], v[:, :, :keys], row, scaling)]
 
 
 def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -185,31 +190,31 @@ def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) for x in tensors)
 
 
-def _trunk(q: Tensor, k: Tensor, v: Tensor, span: Span, scaling: float | None) -> Tensor:
-    """Attention of a trunk to itself and to what is frozen before it."""
-    if span.trunk_mask is None:
+def _context(q: Tensor, k: Tensor, v: Tensor, row: RowLayout, scaling: float | None) -> Tensor:
+    """Attention of a context to itself and to what is detached before it."""
+    if row.context_mask is None:
         grouped = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
     k, v = _repeated(q, k, v)
-    return scaled_dot_product_attention(q, k, v, attn_mask=span.trunk_mask, scale=scaling)
+    return scaled_dot_product_attention(q, k, v, attn_mask=row.context_mask, scale=scaling)
 
 
 def _suffixes(
-    own: tuple[Tensor, Tensor, Tensor], trunk_k: Tensor, trunk_v: Tensor, span: Span, scaling: float | None
+    own: tuple[Tensor, Tensor, Tensor], context_k: Tensor, context_v: Tensor, row: RowLayout, scaling: float | None
 ) -> Tensor:
     """Attention of all suffixes of a row, [1, heads, suffix tokens, size]."""
-    own_q, own_k, own_v = (x[0][:, span.index_GS].transpose(0, 1) for x in own)
+    own_q, own_k, own_v = (x[0][:, row.index_GS].transpose(0, 1) for x in own)
     if own_q.device.type == "cpu":
-        output = SuffixAttention.apply(own_q, own_k, own_v, trunk_k, trunk_v, scaling)
+        output = SuffixAttention.apply(own_q, own_k, own_v, context_k, context_v, scaling)
     else:
         members = own_q.shape[0]
         keys, values = (
-            torch.cat([trunk.expand(members, -1, -1, -1), x], dim=2)
-            for trunk, x in ((trunk_k, own_k), (trunk_v, own_v))
+            torch.cat([context.expand(members, -1, -1, -1), x], dim=2)
+            for context, x in ((context_k, own_k), (context_v, own_v))
         )
         keys, values = _repeated(own_q, keys, values)
-        output = scaled_dot_product_attention(own_q, keys, values, attn_mask=span.mask, scale=scaling)
-    return output.transpose(0, 1)[:, span.valid_GS][None]
+        output = scaled_dot_product_attention(own_q, keys, values, attn_mask=row.mask, scale=scaling)
+    return output.transpose(0, 1)[:, row.valid_GS][None]
 
 
 def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,7 @@ def sharing_obstacle(model: Any, full_logits: bool = False) -> str | None:
 
 
 def _failure_of_shared_rows(model: Any, alone: Tensor, full_logits: bool) -> str | None:
-    """What is wrong with a trial of shared rows, with and without gradient of the trunk; ``None`` if nothing is."""
+    """What is wrong with a trial of shared rows, with and without gradient of the context; ``None`` if nothing is."""
     for prefix_gradient in (True, False):
         try:
             together = _trial(model, True, full_logits, prefix_gradient)

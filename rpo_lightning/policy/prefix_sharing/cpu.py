@@ -1,6 +1,6 @@
-"""Attention of several suffixes to one trunk and to themselves, without a copy of the trunk for each.
+"""Attention of several suffixes to one context and to themselves, without a copy of the context for each.
 
-Attention to the trunk is computed for all suffixes at once, attention of each to itself separately, and the two
+Attention to the context is computed for all suffixes at once, attention of each to itself separately, and the two
 are merged by their log-sum-exps, which is exact. So is the backward pass: given the merged output and
 log-sum-exp, each part's kernel computes its share of the gradient of the whole softmax.
 
@@ -20,11 +20,11 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class SuffixAttention(torch.autograd.Function):
-    """Causal attention of suffixes [G, heads, S, size] that all follow one trunk [1, heads, T, size]."""
+    """Causal attention of suffixes [G, heads, S, size] that all follow one context [1, heads, T, size]."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, trunk_k: Tensor, trunk_v: Tensor, scale: float | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor, scale: float | None
     ) -> Tensor:
         """Output [G, heads, S, size].
 
@@ -33,29 +33,29 @@ class SuffixAttention(torch.autograd.Function):
             q: Queries of the suffixes.
             k: Their keys, of as many heads or a divisor of them.
             v: Their values.
-            trunk_k: Keys of the trunk.
-            trunk_v: Its values.
+            context_k: Keys of the context.
+            context_v: Its values.
             scale: Factor of the scores; 1/√size if not given.
         """
-        of_trunk, lse_of_trunk = _forward(_together(q), trunk_k, trunk_v, 0.0, False, scale=scale)
+        of_context, lse_of_context = _forward(_together(q), context_k, context_v, 0.0, False, scale=scale)
         own, lse_of_own = _forward(q, k, v, 0.0, True, scale=scale)
-        output, lse = merge(_apart(of_trunk, len(q)), _apart(lse_of_trunk, len(q)), own, lse_of_own)
-        ctx.save_for_backward(q, k, v, trunk_k, trunk_v, output, lse)
+        output, lse = merge(_apart(of_context, len(q)), _apart(lse_of_context, len(q)), own, lse_of_own)
+        ctx.save_for_backward(q, k, v, context_k, context_v, output, lse)
         ctx.scale = scale
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of queries, keys and values; the trunk's are summed over the suffixes."""
-        q, k, v, trunk_k, trunk_v, output, lse = ctx.saved_tensors
+        """Gradients of queries, keys and values; the context's are summed over the suffixes."""
+        q, k, v, context_k, context_v, output, lse = ctx.saved_tensors
         gradient = gradients[0].contiguous()
-        q_of_trunk, k_grad, v_grad = _backward(
-            _together(gradient), _together(q), trunk_k, trunk_v, _together(output), _together(lse), 0.0, False,
+        q_of_context, k_grad, v_grad = _backward(
+            _together(gradient), _together(q), context_k, context_v, _together(output), _together(lse), 0.0, False,
             scale=ctx.scale,
         )  # fmt: skip
         q_own, own_k_grad, own_v_grad = _backward(gradient, q, k, v, output, lse, 0.0, True, scale=ctx.scale)
-        return _apart(q_of_trunk, len(q)) + q_own, own_k_grad, own_v_grad, k_grad, v_grad, None
+        return _apart(q_of_context, len(q)) + q_own, own_k_grad, own_v_grad, k_grad, v_grad, None
 
 
 def merge(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """Attention of concatenated rows with flash attention's kernels for sequences of any length: 16 bits, on a GPU.
 
 Two kernel calls a layer serve a whole micro-batch, however many rows and suffixes it has. In the first every
-trunk and every suffix attends causally to itself; in the second all suffixes of a row together attend to their
-trunk. Where both meet they are merged by their log-sum-exps, as in ``suffix_attention``: nothing is padded, no
-trunk is copied for its suffixes, and no score is computed that a mask would throw away.
+context and every suffix attends causally to itself; in the second all suffixes of a row together attend to their
+context. Where both meet they are merged by their log-sum-exps, as in ``suffix_attention``: nothing is padded, no
+context is copied for its suffixes, and no score is computed that a mask would throw away.
 
 The kernels are torch's own, called as torch calls them but not by a public name; ``flash_support`` tries them first.
 """
@@ -29,7 +29,7 @@ class Sequences:
 
     Attributes:
         query_index: Which of the computed tokens ask; ``None`` for all of them.
-        key_index: Which answer, of the frozen tokens followed by the computed ones; ``None`` for all of them.
+        key_index: Which answer, of the detached tokens followed by the computed ones; ``None`` for all of them.
         query_bounds: Where each sequence's queries begin, and where the last one's end.
         key_bounds: The same of its keys.
         most_queries: Of one sequence.
@@ -68,8 +68,8 @@ class PackedRows:
     """The rows of a micro-batch as sequences.
 
     Attributes:
-        own: Every trunk and every suffix with itself, or a whole row where it has one suffix at most.
-        shared: The suffixes of every row that has several, with their trunk; ``None`` if there is no such row.
+        own: Every context and every suffix with itself, or a whole row where it has one suffix at most.
+        shared: The suffixes of every row that has several, with their context; ``None`` if there is no such row.
     """
 
     own: Sequences
@@ -77,30 +77,30 @@ class PackedRows:
 
     @classmethod
     def of(cls, shapes: Sequence[RowShape], device: torch.device) -> PackedRows:
-        """Describe rows that are concatenated in this order; so are their frozen tokens."""
-        frozen_starts = [0, *accumulate(shape.frozen for shape in shapes)]
+        """Describe rows that are concatenated in this order; so are their detached tokens."""
+        detached_starts = [0, *accumulate(shape.detached for shape in shapes)]
         starts = [0, *accumulate(len(shape) for shape in shapes)]
-        frozen_tokens = frozen_starts[-1]
+        detached_tokens = detached_starts[-1]
         queries: list[int] = []
         keys: list[int] = []
         key_index: list[Tensor] = []
         suffixes: list[Tensor] = []
-        trunks: list[Tensor] = []
-        for shape, frozen_start, start in zip(shapes, frozen_starts, starts, strict=False):
-            frozen = torch.arange(frozen_start, frozen_start + shape.frozen, device="cpu")
+        contexts: list[Tensor] = []
+        for shape, detached_start, start in zip(shapes, detached_starts, starts, strict=False):
+            detached = torch.arange(detached_start, detached_start + shape.detached, device="cpu")
             computed = torch.arange(start, start + len(shape), device="cpu")
-            parts = [shape.trunk, *shape.suffixes] if shape.branches else [len(shape)]
+            parts = [shape.context, *shape.suffixes] if shape.branches else [len(shape)]
             queries += parts
-            keys += [shape.frozen + parts[0], *parts[1:]]
-            key_index += [frozen, frozen_tokens + computed]
+            keys += [shape.detached + parts[0], *parts[1:]]
+            key_index += [detached, detached_tokens + computed]
             if shape.branches:
-                suffixes.append(computed[shape.trunk :])
-                trunks.append(torch.cat([frozen, frozen_tokens + computed[: shape.trunk]]))
-        own = Sequences.of(queries, keys, device, None, torch.cat(key_index) if frozen_tokens else None, causal=True)
+                suffixes.append(computed[shape.context :])
+                contexts.append(torch.cat([detached, detached_tokens + computed[: shape.context]]))
+        own = Sequences.of(queries, keys, device, None, torch.cat(key_index) if detached_tokens else None, causal=True)
         if not suffixes:
             return cls(own, None)
-        lengths = [len(x) for x in suffixes], [len(x) for x in trunks]
-        return cls(own, Sequences.of(*lengths, device, torch.cat(suffixes), torch.cat(trunks)))
+        lengths = [len(x) for x in suffixes], [len(x) for x in contexts]
+        return cls(own, Sequences.of(*lengths, device, torch.cat(suffixes), torch.cat(contexts)))
 
 
 def packed_attention(
@@ -109,7 +109,7 @@ def packed_attention(
     value: Tensor,
     rows: PackedRows,
     scale: float | None,
-    frozen: tuple[Tensor, Tensor] | None = None,
+    detached: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of concatenated rows, [1, tokens, heads, size].
 
@@ -119,10 +119,10 @@ def packed_attention(
         value: Values, like the keys.
         rows: Where the rows are.
         scale: Factor of the scores; 1/√size if not given.
-        frozen: Keys and values of the frozen tokens.
+        detached: Keys and values of the detached tokens.
     """
-    if frozen is not None:
-        key, value = (torch.cat([before, own], dim=2) for before, own in zip(frozen, (key, value), strict=True))
+    if detached is not None:
+        key, value = (torch.cat([before, own], dim=2) for before, own in zip(detached, (key, value), strict=True))
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     output: Tensor = _PackedAttention.apply(query, key, value, rows, scale)
     return output[None]
@@ -136,8 +136,8 @@ class _PackedAttention(torch.autograd.Function):
         output, lse = _attend(q, k, v, rows.own, scale)
         if rows.shared is not None:
             index = rows.shared.query_index
-            with_trunk, lse_with_trunk = _attend(q, k, v, rows.shared, scale)
-            merged, merged_lse = merge(output[index], lse[:, index].T, with_trunk, lse_with_trunk.T)
+            with_context, lse_with_context = _attend(q, k, v, rows.shared, scale)
+            merged, merged_lse = merge(output[index], lse[:, index].T, with_context, lse_with_context.T)
             output[index], lse[:, index] = merged, merged_lse.T
         ctx.save_for_backward(q, k, v, output, lse)
         ctx.rows, ctx.scale = rows, scale
@@ -152,9 +152,9 @@ class _PackedAttention(torch.autograd.Function):
         q_grad, *own = _attend_backward(gradient, q, k, v, output, lse, rows.own, ctx.scale)
         k_grad, v_grad = (_placed(x, k, rows.own.key_index) for x in own)
         if rows.shared is not None:
-            of_queries, *of_trunks = _attend_backward(gradient, q, k, v, output, lse, rows.shared, ctx.scale)
+            of_queries, *of_contexts = _attend_backward(gradient, q, k, v, output, lse, rows.shared, ctx.scale)
             q_grad.index_add_(0, rows.shared.query_index, of_queries)
-            for total, part in zip((k_grad, v_grad), of_trunks, strict=True):
+            for total, part in zip((k_grad, v_grad), of_contexts, strict=True):
                 total.index_add_(0, rows.shared.key_index, part)
         return q_grad, k_grad, v_grad, None, None
 

@@ -72,13 +72,13 @@ def kernels_agree(device: torch.device, dtype: torch.dtype, heads: int, key_head
 def _trial_error(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> float:
     """Largest relative error of the output and of the gradients of queries, keys and values."""
     generator = torch.Generator().manual_seed(0)
-    computed, frozen = sum(len(shape) for shape in _TRIAL), sum(shape.frozen for shape in _TRIAL)
+    computed, detached = sum(len(shape) for shape in _TRIAL), sum(shape.detached for shape in _TRIAL)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(1, *shape, size, generator=generator).to(device, dtype)
 
     q, k, v = (draw(count, computed).requires_grad_() for count in (heads, key_heads, key_heads))
-    before = (draw(key_heads, frozen), draw(key_heads, frozen))
+    before = (draw(key_heads, detached), draw(key_heads, detached))
     weights = draw(computed, heads)
 
     def outcome(output: Tensor) -> list[Tensor]:
@@ -94,19 +94,21 @@ def _masked_attention(query: Tensor, key: Tensor, value: Tensor, before: tuple[T
     query = query.float()
     key, value = (torch.cat([x, own], dim=2).float() for x, own in zip(before, (key, value), strict=True))
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    frozen_tokens = before[0].shape[2]
+    detached_tokens = before[0].shape[2]
     seen = torch.zeros(query.shape[2], key.shape[2], dtype=torch.bool)
-    start = frozen = 0
+    start = detached = 0
     for shape in _TRIAL:
-        seen[start : start + len(shape), frozen : frozen + shape.frozen] = True
+        seen[start : start + len(shape), detached : detached + shape.detached] = True
         first = start
-        for length in (shape.trunk, *shape.suffixes):
-            stop, trunk = first + length, slice(frozen_tokens + start, frozen_tokens + start + shape.trunk)
+        for length in (shape.context, *shape.suffixes):
+            stop, context = first + length, slice(detached_tokens + start, detached_tokens + start + shape.context)
             if first > start:
-                seen[first:stop, trunk] = True
-            seen[first:stop, frozen_tokens + first : frozen_tokens + stop] = torch.ones(length, length).tril().bool()
+                seen[first:stop, context] = True
+            seen[first:stop, detached_tokens + first : detached_tokens + stop] = (
+                torch.ones(length, length).tril().bool()
+            )
             first = stop
-        start, frozen = start + len(shape), frozen + shape.frozen
+        start, detached = start + len(shape), detached + shape.detached
     scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
     probs = scores.masked_fill(~seen.to(query.device), -torch.inf).softmax(-1)
     return (probs @ value).transpose(1, 2)

@@ -3,7 +3,7 @@
 Where no row is shared, rows are stacked and padded on the right, and the model masks as it always does.
 Otherwise rows are concatenated without padding, and ``shared_attention`` keeps them apart.
 
-Without gradient through the prefix, the trunks are computed first and only their keys and values are kept;
+Without gradient through the prefix, the contexts are computed first and only their keys and values are kept;
 their last tokens, which predict the suffixes' first, are computed with the suffixes.
 """
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from rpo_lightning.core.errors import UpdateError
 from rpo_lightning.policy.output_head import Targets, scoring, token_scores
-from rpo_lightning.policy.prefix_sharing.attention import IMPLEMENTATION, FrozenTrunks, SharedLayout
+from rpo_lightning.policy.prefix_sharing.attention import IMPLEMENTATION, DetachedContexts, SharedLayout
 from rpo_lightning.policy.prefix_sharing.rows import Row, SharedRow
 
 
@@ -46,7 +46,7 @@ class _Layout:
     Args:
         batch: The rows.
         pad_id: Any token id.
-        frozen_lengths: How much of each row's trunk is not computed here.
+        detached_lengths: How much of each row's context is not computed here.
         concatenated: Whether rows are concatenated even if none is shared.
     """
 
@@ -54,14 +54,14 @@ class _Layout:
         self,
         batch: Sequence[SharedRow],
         pad_id: int,
-        frozen_lengths: Sequence[int] | None = None,
+        detached_lengths: Sequence[int] | None = None,
         concatenated: bool = False,
     ) -> None:
         self.batch = batch
-        self.frozen_lengths = frozen_lengths or [0] * len(batch)
+        self.detached_lengths = detached_lengths or [0] * len(batch)
         self.rows = [row for shared in batch for row in shared.members]
         self.is_shared = concatenated or any(shared.branches for shared in batch)
-        lengths = [len(shared) - n for shared, n in zip(batch, self.frozen_lengths, strict=True)]
+        lengths = [len(shared) - n for shared, n in zip(batch, self.detached_lengths, strict=True)]
         width = sum(lengths) if self.is_shared else max(lengths)
         shape = (1, width) if self.is_shared else (len(batch), width)
         self.ids_BT = torch.full(shape, pad_id)
@@ -69,28 +69,28 @@ class _Layout:
         self.scored: list[tuple[int, int, int]] = []  # row, position of the predecessor, token
         self.scope_indices: list[list[int]] = []  # of each row, into ``scored``
         start = 0
-        for index, (shared, frozen) in enumerate(zip(batch, self.frozen_lengths, strict=True)):
-            self._place(0 if self.is_shared else index, start, shared, frozen)
+        for index, (shared, detached) in enumerate(zip(batch, self.detached_lengths, strict=True)):
+            self._place(0 if self.is_shared else index, start, shared, detached)
             start += lengths[index] if self.is_shared else 0
 
-    def _place(self, index: int, start: int, shared: SharedRow, frozen: int) -> None:
-        trunk = shared.trunk_ids[frozen:]
-        self._write(index, start, trunk, frozen)
+    def _place(self, index: int, start: int, shared: SharedRow, detached: int) -> None:
+        context = shared.context_ids[detached:]
+        self._write(index, start, context, detached)
         in_scope = max(row.scope_length - len(row.suffix_ids) for row in shared.members)
-        of_trunk = [
-            self._score(index, start + position - 1, trunk[position])
-            for position in range(len(trunk) - in_scope, len(trunk))
+        of_context = [
+            self._score(index, start + position - 1, context[position])
+            for position in range(len(context) - in_scope, len(context))
         ]
-        last_of_trunk = start + len(trunk) - 1
-        start += len(trunk)
+        last_of_context = start + len(context) - 1
+        start += len(context)
         for row in shared.members:
-            self._write(index, start, row.suffix_ids, frozen + len(trunk))
+            self._write(index, start, row.suffix_ids, detached + len(context))
             of_suffix = [
-                # The first token of every suffix follows the trunk's last.
-                self._score(index, start + offset - 1 if offset else last_of_trunk, token)
+                # The first token of every suffix follows the context's last.
+                self._score(index, start + offset - 1 if offset else last_of_context, token)
                 for offset, token in enumerate(row.suffix_ids)
             ]
-            self.scope_indices.append([*of_trunk, *of_suffix])
+            self.scope_indices.append([*of_context, *of_suffix])
             start += len(row.suffix_ids)
 
     def _write(self, index: int, start: int, ids: Sequence[int], position: int) -> None:
@@ -111,7 +111,9 @@ class _Layout:
             inputs["position_ids"] = self.position_BT.to(device)
             # Of four dimensions, so that the model makes none of its own; our attention does not look at it.
             inputs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
-            shapes = [shared.shape(frozen) for shared, frozen in zip(self.batch, self.frozen_lengths, strict=True)]
+            shapes = [
+                shared.shape(detached) for shared, detached in zip(self.batch, self.detached_lengths, strict=True)
+            ]
             inputs["shared_layout"] = SharedLayout(shapes, device)
         return inputs
 
@@ -153,15 +155,15 @@ def token_logprobs(
             the loss scope.
     """
     if prefix_gradient:
-        layout, frozen = _Layout(batch, pad_id), None
+        layout, detached = _Layout(batch, pad_id), None
     else:
-        lengths = [len(shared.trunk_ids) - 1 for shared in batch]
+        lengths = [len(shared.context_ids) - 1 for shared in batch]
         layout = _Layout(batch, pad_id, lengths, concatenated=True)
-        frozen = _freeze_trunks(model, batch, lengths, pad_id, device)
+        detached = _detached_contexts(model, batch, lengths, pad_id, device)
     targets = layout.targets(device, temperature)
     inputs = layout.inputs(device, model.config._attn_implementation)
-    if frozen is not None:
-        inputs["frozen_trunks"] = frozen
+    if detached is not None:
+        inputs["detached_contexts"] = detached
     if full_logits:
         logits_BTV = model(**inputs).logits
         scores = token_scores(logits_BTV[targets.batch_K, targets.position_K], targets.token_K, temperature)
@@ -172,16 +174,16 @@ def token_logprobs(
     return TokenLogprobs(layout.rows, scores[0][index_BS], scores[1][index_BS].detach(), mask_BS)
 
 
-def _freeze_trunks(
+def _detached_contexts(
     model: PreTrainedModel, batch: Sequence[SharedRow], lengths: Sequence[int], pad_id: int, device: torch.device
-) -> FrozenTrunks | None:
-    """Keys and values of the first ``lengths`` tokens of every trunk; ``None`` if there are none."""
-    beginnings = [shared.trunk_ids[:length] for shared, length in zip(batch, lengths, strict=True) if length]
-    if not beginnings:
+) -> DetachedContexts | None:
+    """Keys and values of the first ``lengths`` tokens of every context; ``None`` if there are none."""
+    detached_ids = [shared.context_ids[:length] for shared, length in zip(batch, lengths, strict=True) if length]
+    if not detached_ids:
         return None
-    rows = [SharedRow((Row(0, 0, ids, (), 0),)) for ids in beginnings]
-    layout, frozen = _Layout(rows, pad_id, concatenated=True), FrozenTrunks()
+    rows = [SharedRow((Row(0, 0, ids, (), 0),)) for ids in detached_ids]
+    layout, detached = _Layout(rows, pad_id, concatenated=True), DetachedContexts()
     inputs = layout.inputs(device, model.config._attn_implementation)
     with torch.no_grad(), scoring(model, layout.targets(device, 1.0)):  # nothing is scored: the head is spared
-        model(**inputs, freeze_into=frozen)
-    return frozen
+        model(**inputs, detach_into=detached)
+    return detached

@@ -1,13 +1,13 @@
 """Rows: what is computed together, so that a prompt and its kept prefix are computed once per group.
 
-A :class:`SharedRow` is one row of a forward pass: prompt and prefix once (its *trunk*), then the suffixes
-of several members of a group. With one member it is an ordinary row. Every suffix sees the trunk and
+A :class:`SharedRow` is one row of a forward pass: prompt and prefix once (its *context*), then the suffixes
+of several members of a group. With one member it is an ordinary row. Every suffix sees the context and
 itself only, so each member's log-probs and gradients are those of a row of its own, to rounding; the
-trunk stays on the autograd graph and receives the sum of the members' gradients.
+context stays on the autograd graph and receives the sum of the members' gradients.
 
-Members are spread over several rows where a group is longer than a micro-batch; the trunk is then
+Members are spread over several rows where a group is longer than a micro-batch; the context is then
 repeated, and as gradients add up the result is the same. Where sharing costs more than it saves (next to
-no trunk, long suffixes), every member has a row of its own.
+no context, long suffixes), every member has a row of its own.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ class Row:
     Attributes:
         group: Index of its group in the batch.
         member: Index within the group.
-        trunk_ids: Prompt and kept prefix, the same for all members of a group.
+        context_ids: Prompt and kept prefix, the same for all members of a group.
         suffix_ids: What this member sampled.
         scope_length: Number of tokens at the end that are in the loss scope.
     """
 
     group: int
     member: int
-    trunk_ids: tuple[int, ...]
+    context_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
     scope_length: int
 
     def __len__(self) -> int:
-        return len(self.trunk_ids) + len(self.suffix_ids)
+        return len(self.context_ids) + len(self.suffix_ids)
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,21 @@ class SharedRow:
     members: tuple[Row, ...]
 
     @property
-    def trunk_ids(self) -> tuple[int, ...]:
+    def context_ids(self) -> tuple[int, ...]:
         """Prompt and kept prefix."""
-        return self.members[0].trunk_ids
+        return self.members[0].context_ids
 
     @property
     def branches(self) -> bool:
         """Whether there are suffixes to keep apart."""
         return len(self.members) > 1
 
-    def shape(self, frozen: int = 0) -> RowShape:
-        """Its parts, the first ``frozen`` tokens of the trunk apart."""
-        return RowShape(frozen, len(self.trunk_ids) - frozen, tuple(len(row.suffix_ids) for row in self.members))
+    def shape(self, detached: int = 0) -> RowShape:
+        """Its parts, the first ``detached`` tokens of the context apart."""
+        return RowShape(detached, len(self.context_ids) - detached, tuple(len(row.suffix_ids) for row in self.members))
 
     def __len__(self) -> int:
-        return len(self.trunk_ids) + sum(len(row.suffix_ids) for row in self.members)
+        return len(self.context_ids) + sum(len(row.suffix_ids) for row in self.members)
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ class RowShape:
     """How many tokens the parts of a row have.
 
     Attributes:
-        frozen: Beginning of the trunk, whose keys and values come from an earlier pass.
-        trunk: The rest of the trunk.
+        detached: Beginning of the context, whose keys and values come from an earlier pass.
+        context: The rest of the context.
         suffixes: Each suffix.
     """
 
-    frozen: int
-    trunk: int
+    detached: int
+    context: int
     suffixes: tuple[int, ...]
 
     @property
@@ -88,7 +88,7 @@ class RowShape:
 
     def __len__(self) -> int:
         """Tokens that are computed."""
-        return self.trunk + sum(self.suffixes)
+        return self.context + sum(self.suffixes)
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class RowCost:
         attention: Cost of a query–key pair, where a token's matrix products cost 1; 0 ignores attention.
         branch: Extra cost of a suffix's token in a row of several members, which gathers and merges it.
         shares: Whether members may share a row at all.
-        trunk: Cost of a trunk's token, where a suffix's costs 1; a third without gradient through the trunk.
-        longest_shared: Longest sequence (trunk and one suffix) that may be in a shared row: attention of
+        context: Cost of a context's token, where a suffix's costs 1; a third without gradient through the context.
+        longest_shared: Longest sequence (context and one suffix) that may be in a shared row: attention of
             shared rows knows no windows and chunks, and some rotary embeddings are others beyond it.
     """
 
@@ -108,24 +108,24 @@ class RowCost:
     branch: float = 0.0
     shares: bool = True
     longest_shared: int | None = None
-    trunk: float = 1.0
+    context: float = 1.0
 
     def of(self, row: SharedRow) -> float:
-        """Cost of a row. Suffixes on a trunk are computed as long as the longest."""
-        trunk, longest = len(row.trunk_ids), max(len(member.suffix_ids) for member in row.members)
-        pairs = self.trunk * trunk**2 / 2 + len(row.members) * (longest * trunk + longest**2 / 2)
-        suffixes = (len(row) - trunk) * (1.0 + (self.branch if row.branches else 0.0))
-        return self.trunk * trunk + suffixes + self.attention * pairs
+        """Cost of a row. Suffixes on a context are computed as long as the longest."""
+        context, longest = len(row.context_ids), max(len(member.suffix_ids) for member in row.members)
+        pairs = self.context * context**2 / 2 + len(row.members) * (longest * context + longest**2 / 2)
+        suffixes = (len(row) - context) * (1.0 + (self.branch if row.branches else 0.0))
+        return self.context * context + suffixes + self.attention * pairs
 
 
 def rows_of(groups: Sequence[Group], scope: LossScope) -> list[Row]:
     """The rows of all members of all groups."""
     rows = []
     for index, group in enumerate(groups):
-        trunk = group.request.prompt.token_ids + group.request.prefix_ids
+        context = group.request.prompt.token_ids + group.request.prefix_ids
         for member, completion in enumerate(group.completions):
             in_scope = len(completion.token_ids) + (len(group.request.prefix_ids) if scope == "response" else 0)
-            rows.append(Row(index, member, trunk, completion.token_ids, in_scope))
+            rows.append(Row(index, member, context, completion.token_ids, in_scope))
     return rows
 
 

@@ -4,7 +4,7 @@ transformers' SDPA copies keys and values until there are as many as query heads
 every step and in every layer: with long sequences that is most of decoding. The query heads that share a head of
 keys see the same tokens, so that they can be computed as that many queries of one head.
 
-So can the sequences that continue one prompt and prefix, their *trunk*: it is read once for all of them, each
+So can the sequences that continue one prompt and prefix, their *context*: it is read once for all of them, each
 reads its own tokens, and the two parts are merged by their log-sum-exps, as in training (``suffix_attention``).
 """
 
@@ -32,12 +32,12 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass(frozen=True)
-class SharedTrunks:
-    """Trunks of the requests whose sequences are decoded.
+class SharedContexts:
+    """Contexts of the requests whose sequences are decoded.
 
     Attributes:
         layers: Keys and values of each layer, [R, heads, T, size].
-        mask_R11T: What is added to the scores: minus infinity where a trunk is padded.
+        mask_R11T: What is added to the scores: minus infinity where a context is padded.
         members: Sequences of a request at most.
         slot_N: Place of each sequence among R times ``members``; ``None`` if every place is taken.
     """
@@ -48,7 +48,7 @@ class SharedTrunks:
     slot_N: Tensor | None
 
     def attention(self, layer: int, query: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
-        """Attention of sequences to their trunks.
+        """Attention of sequences to their contexts.
 
         Args:
             layer: Index of the layer.
@@ -76,7 +76,7 @@ def decode_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    shared_trunks: SharedTrunks | None = None,
+    shared_contexts: SharedContexts | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as an implementation of transformers', [sequences, queries, heads, size].
@@ -86,16 +86,16 @@ def decode_attention(
         query: Queries, [sequences, heads, queries, size].
         key: Keys, of as many heads or fewer.
         value: Values, like the keys.
-        attention_mask: Which keys the queries see; not asked where there are trunks.
+        attention_mask: Which keys the queries see; not asked where there are contexts.
         scaling: Factor of the scores.
-        shared_trunks: What comes before the keys.
+        shared_contexts: What comes before the keys.
         **kwargs: What else transformers hands on.
     """
-    if shared_trunks is not None:
+    if shared_contexts is not None:
         query, key, value = same_dtype(query, key, value)
         grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
-        of_trunk = shared_trunks.attention(int(module.layer_idx), grouped, scaling)  # type: ignore[arg-type]
-        output, _ = merge(*of_trunk, *attended(grouped, key, value, scaling))
+        of_context = shared_contexts.attention(int(module.layer_idx), grouped, scaling)  # type: ignore[arg-type]
+        output, _ = merge(*of_context, *attended(grouped, key, value, scaling))
         return output.flatten(1, 2)[:, None], None
     mask_of_each_head = attention_mask is not None and attention_mask.shape[1] > 1
     if (
@@ -156,7 +156,7 @@ def decoding_attention(policy: PreTrainedModel) -> Iterator[bool]:
     """Have a model that computes with SDPA, or with ours, decode with :func:`decode_attention`.
 
     Yields:
-        Whether sequences may share a trunk: the model has been shown to keep members of a shared row apart.
+        Whether sequences may share a context: the model has been shown to keep members of a shared row apart.
     """
     before = policy.config._attn_implementation
     if before not in ("sdpa", SHARED):

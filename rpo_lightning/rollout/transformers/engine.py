@@ -22,15 +22,15 @@ from rpo_lightning.core.types import Completion
 from rpo_lightning.policy.parallel.strategies import whole_parameters
 from rpo_lightning.policy.tokenizer import stop_token_ids
 from rpo_lightning.policy.weights import underlying_model
-from rpo_lightning.rollout.engine import EngineContext, GenerationRequest, RolloutEngine, Sampling
+from rpo_lightning.rollout.engine import EngineSetup, GenerationRequest, RolloutEngine, Sampling
 from rpo_lightning.rollout.transformers.attention import decoding_attention
 from rpo_lightning.rollout.transformers.growing_cache import growing_cache
 from rpo_lightning.rollout.transformers.sampling import draw
 from rpo_lightning.rollout.transformers.sequence_cache import (
-    CopiedTrunks,
-    OneTrunkEach,
+    CopiedContexts,
+    OneContextEach,
     SequenceCache,
-    trunks_can_be_shared,
+    contexts_can_be_shared,
 )
 
 # A finished sequence still costs its share of every step until the batch is rebuilt, and rebuilding
@@ -52,14 +52,14 @@ class TransformersEngine(RolloutEngine):
             raise ConfigurationError(f"model.engine.max_sequences must be at least 1, got {max_sequences}")
         self.max_sequences = max_sequences
         self._policy: PreTrainedModel | None = None
-        self._trunks_can_be_shared: bool | None = None
+        self._contexts_can_be_shared: bool | None = None
         self._stop_ids: Tensor = torch.tensor([])
         self._pad_id = 0
         self._prefill_seconds = 0.0
         self._generate_seconds = 0.0
 
     def attach(
-        self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: EngineContext = EngineContext()
+        self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setup: EngineSetup = EngineSetup()
     ) -> None:
         """Bind to the policy and learn which tokens end a sequence.
 
@@ -73,7 +73,7 @@ class TransformersEngine(RolloutEngine):
                 "take: use VLLMEngine"
             )
         if policy is not self._policy:
-            self._trunks_can_be_shared = None
+            self._contexts_can_be_shared = None
         self._policy = policy
         self._stop_ids = torch.tensor(sorted(stop_token_ids(policy, tokenizer)))
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -95,7 +95,7 @@ class TransformersEngine(RolloutEngine):
         generator = torch.Generator(device=self._policy.device).manual_seed(seed)
         results: list[list[Completion]] = [[] for _ in requests]
         with _inference(self._policy) as may_share:
-            shares = self._shares_trunks if may_share else lambda: False
+            shares = self._shares_contexts if may_share else lambda: False
             for chunk in self._chunks(requests):
                 batch = _DecodingBatch(self._policy, self._stop_ids, self._pad_id, sampling, generator, shares)
                 for index, completions in zip(chunk, batch.run([requests[i] for i in chunk]), strict=True):
@@ -110,12 +110,12 @@ class TransformersEngine(RolloutEngine):
         """Measured."""
         return self._prefill_seconds / self._generate_seconds if self._generate_seconds else 0.0
 
-    def _shares_trunks(self) -> bool:
-        """Whether sequences may share a trunk; tried once, where it would pay."""
+    def _shares_contexts(self) -> bool:
+        """Whether sequences may share a context; tried once, where it would pay."""
         assert self._policy is not None
-        if self._trunks_can_be_shared is None:
-            self._trunks_can_be_shared = trunks_can_be_shared(self._policy)
-        return self._trunks_can_be_shared
+        if self._contexts_can_be_shared is None:
+            self._contexts_can_be_shared = contexts_can_be_shared(self._policy)
+        return self._contexts_can_be_shared
 
     def _chunks(self, requests: Sequence[GenerationRequest]) -> Iterator[list[int]]:
         """Group requests of similar budget (a batch lasts as long as its longest suffix)."""
@@ -123,11 +123,11 @@ class TransformersEngine(RolloutEngine):
         chunk: list[int] = []
         sequences = 0
         for index in order:
-            if chunk and sequences + requests[index].samples > self.max_sequences:
+            if chunk and sequences + requests[index].n > self.max_sequences:
                 yield chunk
                 chunk, sequences = [], 0
             chunk.append(index)
-            sequences += requests[index].samples
+            sequences += requests[index].n
         if chunk:
             yield chunk
 
@@ -142,7 +142,7 @@ class _DecodingBatch:
         pad_id: int,
         sampling: Sampling,
         generator: torch.Generator,
-        shares_trunks: Callable[[], bool],
+        shares_contexts: Callable[[], bool],
     ) -> None:
         self.policy = policy
         self.device = policy.device
@@ -150,23 +150,23 @@ class _DecodingBatch:
         self.pad_id = pad_id
         self.sampling = sampling
         self.generator = generator
-        self.shares_trunks = shares_trunks
+        self.shares_contexts = shares_contexts
         self.prefill_seconds = 0.0
 
     def run(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
         start = time.perf_counter()
-        logits_RV, trunks, mask_RT = self._prefill(requests)
+        logits_RV, contexts, mask_RT = self._prefill(requests)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.prefill_seconds = time.perf_counter() - start
-        counts = torch.tensor([r.samples for r in requests], device=self.device)
+        counts = torch.tensor([r.n for r in requests], device=self.device)
         owner_N = torch.repeat_interleave(torch.arange(len(requests), device=self.device), counts)
         budgets_N = torch.tensor([r.max_new_tokens for r in requests], device=self.device)[owner_N]
         cache: SequenceCache
-        if OneTrunkEach.pays(trunks, copies=len(owner_N) - len(requests)) and self.shares_trunks():
-            cache = OneTrunkEach(self.policy, trunks, mask_RT, owner_N)
+        if OneContextEach.pays(contexts, copies=len(owner_N) - len(requests)) and self.shares_contexts():
+            cache = OneContextEach(self.policy, contexts, mask_RT, owner_N)
         else:
-            cache = CopiedTrunks(trunks, mask_RT, owner_N, longest=int(budgets_N.max()))
+            cache = CopiedContexts(contexts, mask_RT, owner_N, longest=int(budgets_N.max()))
         tokens, logprobs, finished = self._decode(logits_RV[owner_N], cache, mask_RT.sum(-1)[owner_N], budgets_N)
         completions: list[list[Completion]] = [[] for _ in requests]
         for row, owner in enumerate(owner_N.tolist()):
@@ -239,12 +239,12 @@ def _inference(policy: PreTrainedModel) -> Iterator[bool]:
     Ranks decode for different numbers of steps, so that parameters cannot be gathered step by step.
 
     Yields:
-        Whether sequences may share a trunk, as far as training knows.
+        Whether sequences may share a context, as far as training knows.
     """
     was_training = policy.training
     policy.eval()
     try:
-        with torch.no_grad(), whole_parameters(policy), decoding_attention(policy) as shares_trunks:
-            yield shares_trunks
+        with torch.no_grad(), whole_parameters(policy), decoding_attention(policy) as shares_contexts:
+            yield shares_contexts
     finally:
         policy.train(was_training)

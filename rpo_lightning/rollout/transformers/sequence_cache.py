@@ -1,9 +1,9 @@
 """Keys and values of the sequences that ``TransformersEngine`` decodes.
 
-Members of a group continue the same prompt and prefix, their *trunk*. Where the policy has been shown to keep the
-members of a shared row apart (``model_support``), a trunk stays where it was computed, one for a group: a step reads
+Members of a group continue the same prompt and prefix, their *context*. Where the policy has been shown to keep the
+members of a shared row apart (``model_support``), a context stays where it was computed, one for a group: a step reads
 it once instead of once for every member, which is most of decoding where prefixes are long. Elsewhere, and where
-there is little to share, every sequence has a copy of its trunk.
+there is little to share, every sequence has a copy of its context.
 
 Shape suffixes are those of ``records``.
 """
@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rpo_lightning.policy.prefix_sharing.attention import same_dtype
 from rpo_lightning.policy.prefix_sharing.compatibility import agree
-from rpo_lightning.rollout.transformers.attention import SharedTrunks
+from rpo_lightning.rollout.transformers.attention import SharedContexts
 from rpo_lightning.rollout.transformers.growing_cache import GrowingLayer, growing_cache, select_sequences
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class SequenceCache(ABC):
         """Drop all sequences but these."""
 
 
-class CopiedTrunks(SequenceCache):
+class CopiedContexts(SequenceCache):
     """Every sequence has keys and values of all its tokens.
 
     Args:
@@ -71,8 +71,8 @@ class CopiedTrunks(SequenceCache):
         self._mask_NT = self._mask_NT[indices]
 
 
-class OneTrunkEach(SequenceCache):
-    """Requests have keys and values of their trunk, sequences those of their own tokens.
+class OneContextEach(SequenceCache):
+    """Requests have keys and values of their context, sequences those of their own tokens.
 
     Args:
         policy: The model.
@@ -90,15 +90,15 @@ class OneTrunkEach(SequenceCache):
         hidden_RT = torch.zeros(mask_RT.shape, device=mask_RT.device).masked_fill(mask_RT == 0, float("-inf"))
         self._mask_R11T = hidden_RT[:, None, None]
         self._own = growing_cache(policy.config)
-        self._trunks = self._shared()
+        self._contexts = self._shared()
 
     @staticmethod
     def pays(cache: DynamicCache, copies: int) -> bool:
-        """Whether trunks may be shared, and whether that is worth it: always on a GPU, where it was not measured.
+        """Whether contexts may be shared, and whether that is worth it: always on a GPU, where it was not measured.
 
         Args:
             cache: Of the requests. All of its layers must keep every token (not so recurrent ones and sliding windows).
-            copies: Of trunks that it saves: sequences without requests.
+            copies: Of contexts that it saves: sequences without requests.
         """
         layers = cast(list[GrowingLayer], cache.layers)
         if copies == 0 or not all(type(layer) is GrowingLayer for layer in layers):
@@ -108,30 +108,30 @@ class OneTrunkEach(SequenceCache):
         return key.device.type != "cpu" or copied_bytes >= _BYTES_WORTH_SHARING
 
     def inputs(self) -> dict[str, Any]:
-        """The mask is that of the trunks: sequences see all tokens of their own."""
+        """The mask is that of the contexts: sequences see all tokens of their own."""
         return {
             "past_key_values": self._own,
             "attention_mask": self._mask_R11T,
-            "shared_trunks": self._trunks,
+            "shared_contexts": self._contexts,
         }
 
     def keep(self, indices: Tensor) -> None:
-        """Drop sequences, and each trunk with the last of its sequences."""
+        """Drop sequences, and each context with the last of its sequences."""
         select_sequences(self._own, indices)
         slot_N = self._slot_N[indices]
         live_R, owner_N = (slot_N // self._members).unique(return_inverse=True)
-        del self._trunks  # lest all of the old ones live until the last of the new ones is made
+        del self._contexts  # lest all of the old ones live until the last of the new ones is made
         if len(live_R) < len(self._mask_R11T):
             select_sequences(self._cache, live_R)
             self._mask_R11T = self._mask_R11T[live_R]
         self._slot_N = owner_N * self._members + slot_N % self._members
-        self._trunks = self._shared()
+        self._contexts = self._shared()
 
-    def _shared(self) -> SharedTrunks:
-        """The trunks as attention takes them."""
+    def _shared(self) -> SharedContexts:
+        """The contexts as attention takes them."""
         layers = cast(list[GrowingLayer], self._cache.layers)
         every_place = len(self._slot_N) == len(self._mask_R11T) * self._members
-        return SharedTrunks(
+        return SharedContexts(
             [same_dtype(cast(Tensor, x.keys), cast(Tensor, x.values)) for x in layers],
             self._mask_R11T,
             self._members,
@@ -139,7 +139,7 @@ class OneTrunkEach(SequenceCache):
         )
 
 
-def trunks_can_be_shared(policy: PreTrainedModel) -> bool:
+def contexts_can_be_shared(policy: PreTrainedModel) -> bool:
     """Decode a few tokens both ways: some models change keys and values once they are cached.
 
     The update's trial (``model_support``) does not see that. Autocast is off: the tolerance is that of the policy's own
@@ -162,16 +162,16 @@ def _tried(policy: PreTrainedModel, shares: bool) -> Tensor:
     """Log-probs after two tokens of three sequences, which continue two prompts."""
     size, device = policy.config.get_text_config().vocab_size, policy.device
     mask_RT = torch.tensor([[0, 1, 1], [1, 1, 1]], device=device)
-    trunks_RT = torch.tensor([[0, 3, 5], [4, 6, 7]], device=device) % size
+    contexts_RT = torch.tensor([[0, 3, 5], [4, 6, 7]], device=device) % size
     owner_N = torch.tensor([0, 0, 1], device=device)
     positions_RT = (mask_RT.cumsum(-1) - 1).clamp(min=0)
     cache = growing_cache(policy.config)
-    policy(trunks_RT, attention_mask=mask_RT, position_ids=positions_RT, past_key_values=cache, use_cache=True)
+    policy(contexts_RT, attention_mask=mask_RT, position_ids=positions_RT, past_key_values=cache, use_cache=True)
     sequences: SequenceCache
     if shares:
-        sequences = OneTrunkEach(policy, cache, mask_RT, owner_N)
+        sequences = OneContextEach(policy, cache, mask_RT, owner_N)
     else:
-        sequences = CopiedTrunks(cache, mask_RT, owner_N, longest=2)
+        sequences = CopiedContexts(cache, mask_RT, owner_N, longest=2)
     for step, ids in enumerate(([8, 9, 3], [5, 4, 8])):
         ids_N1 = torch.tensor(ids, device=device)[:, None] % size
         positions_N1 = (mask_RT.sum(-1)[owner_N] + step)[:, None]

@@ -24,7 +24,7 @@ from rpo_lightning.core.errors import ConfigurationError, EngineError
 from rpo_lightning.core.types import Completion
 from rpo_lightning.policy.tokenizer import stop_token_ids
 from rpo_lightning.policy.weights import checkpoint_weights, save_architecture
-from rpo_lightning.rollout.engine import EngineContext, GenerationRequest, RolloutEngine, Sampling
+from rpo_lightning.rollout.engine import EngineSetup, GenerationRequest, RolloutEngine, Sampling
 from rpo_lightning.rollout.vllm import platform as vllm_platform
 from rpo_lightning.rollout.vllm.tensor_parallel import TensorParallelGroup
 
@@ -76,7 +76,7 @@ class VLLMEngine(RolloutEngine):
         self.sleep_level = sleep_level
         self._policy: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._context = EngineContext()
+        self._setup = EngineSetup()
         self._stop_ids: list[int] = []
         self._llm: Any = None
         self._group = TensorParallelGroup()
@@ -89,21 +89,21 @@ class VLLMEngine(RolloutEngine):
     # -- life ------------------------------------------------------------------------------------
 
     def attach(
-        self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: EngineContext = EngineContext()
+        self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setup: EngineSetup = EngineSetup()
     ) -> None:
         """Remember the policy and the run; the engine starts at the first sync."""
         vllm_platform.import_vllm()  # to fail early where it is not installed
         self._policy, self._tokenizer = policy, tokenizer
         self._stop_ids = sorted(stop_token_ids(policy, tokenizer))
-        needed = (context.max_length or 0) > (self._context.max_length or 0)
-        self._context = context
+        needed = (setup.max_length or 0) > (self._setup.max_length or 0)
+        self._setup = setup
         if needed and "max_model_len" not in self.settings:
             self.shutdown()
 
     def _start(self) -> None:
         assert self._policy is not None
         vllm = vllm_platform.import_vllm()
-        vllm_platform.require_own_device(self._policy.device, self._context)
+        vllm_platform.require_own_device(self._policy.device, self._setup)
         self._owns_process_group = not torch.distributed.is_initialized()
         with tempfile.TemporaryDirectory() as folder, vllm_platform.contained():
             options = self._options(folder)
@@ -121,24 +121,24 @@ class VLLMEngine(RolloutEngine):
         assert self._policy is not None
         assert self._tokenizer is not None
         self._tokenizer.save_pretrained(folder)
-        context = self._context
+        setup = self._setup
         self._used_sleep_level = self._supported_sleep_level()
-        dtype = context.dtype or next(self._policy.parameters()).dtype
+        dtype = setup.dtype or next(self._policy.parameters()).dtype
         options = {
             "model": save_architecture(self._policy, Path(folder)),
             "load_format": "dummy",
             "generation_config": "vllm",
             "dtype": str(torch.float32 if dtype == torch.float64 else dtype).removeprefix("torch."),
-            "seed": request_seeds((context.seed, context.rank // self.tensor_parallel_size), 1)[0],
+            "seed": request_seeds((setup.seed, setup.rank // self.tensor_parallel_size), 1)[0],
             "enable_prefix_caching": True,
             "logprobs_mode": "processed_logprobs",  # those at the sampling temperature
             "disable_log_stats": False,  # counts the hits of the prefix cache
             "enable_sleep_mode": self._used_sleep_level > 0,
             **vllm_platform.platform_options(self.settings),
-            **vllm_platform.launcher_options(context, self.tensor_parallel_size),
+            **vllm_platform.launcher_options(setup, self.tensor_parallel_size),
         }
-        if context.max_length is not None:
-            options["max_model_len"] = context.max_length
+        if setup.max_length is not None:
+            options["max_model_len"] = setup.max_length
         return options | self.settings
 
     def _supported_sleep_level(self) -> SleepLevel:
@@ -243,9 +243,9 @@ class VLLMEngine(RolloutEngine):
         for request, output in zip(requests, outputs[start : start + len(requests)], strict=True):
             completions = [_completion(c) for c in output.outputs]
             # Greedy samples are all the same, and vLLM draws one only.
-            results.append(completions * (request.samples // len(completions)))
+            results.append(completions * (request.n // len(completions)))
             if on_progress is not None:
-                on_progress(request.samples)
+                on_progress(request.n)
         return results
 
     def _generate(self, requests: Sequence[tuple[GenerationRequest, int]], sampling: Sampling) -> list[Any]:
@@ -260,7 +260,7 @@ class VLLMEngine(RolloutEngine):
 
     def _sampling_params(self, request: GenerationRequest, sampling: Sampling, seed: int) -> Any:
         return vllm_platform.import_vllm().SamplingParams(
-            n=request.samples if sampling.temperature > 0 else 1,
+            n=request.n if sampling.temperature > 0 else 1,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.seeds import generator_states, set_generator_states
-from rpo_lightning.rollout.engine import EngineContext
+from rpo_lightning.rollout.engine import EngineSetup
 
 OLDEST = (0, 24)
 # Enough for 512 sequences of 1,000 tokens of a 135M model; vLLM's own default is most of the memory.
@@ -73,30 +73,30 @@ def platform_options(settings: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def launcher_options(context: EngineContext, tensor_parallel_size: int) -> dict[str, Any]:
+def launcher_options(setup: EngineSetup, tensor_parallel_size: int) -> dict[str, Any]:
     """Options that place the engine among the trainer's ranks; sets the variables its launcher reads.
 
     Raises:
         ConfigurationError: The ranks do not divide into tensor-parallel groups.
     """
-    if context.world_size % tensor_parallel_size:
+    if setup.world_size % tensor_parallel_size:
         raise ConfigurationError(
             f"model.engine.tensor_parallel_size={tensor_parallel_size} must divide the number of processes that train, "
-            f"which is {context.world_size}"
+            f"which is {setup.world_size}"
         )
-    if context.world_size == 1:
+    if setup.world_size == 1:
         return {}
-    os.environ.update(RANK=str(context.rank), LOCAL_RANK=str(context.local_rank), WORLD_SIZE=str(context.world_size))
+    os.environ.update(RANK=str(setup.rank), LOCAL_RANK=str(setup.local_rank), WORLD_SIZE=str(setup.world_size))
     return {"tensor_parallel_size": tensor_parallel_size, "distributed_executor_backend": "external_launcher"}
 
 
-def require_own_device(device: torch.device, context: EngineContext) -> None:
+def require_own_device(device: torch.device, setup: EngineSetup) -> None:
     """Check that vLLM will take the GPU that the policy is on: the first, or that of the local rank.
 
     Raises:
         ConfigurationError: It would take another.
     """
-    taken = context.local_rank if context.world_size > 1 else 0
+    taken = setup.local_rank if setup.world_size > 1 else 0
     if device.type == "cuda" and device.index not in (None, taken):
         raise ConfigurationError(
             f"the policy is on cuda:{device.index}, but vLLM in this process takes cuda:{taken}: choose GPUs with "

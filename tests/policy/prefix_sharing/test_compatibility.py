@@ -74,7 +74,7 @@ def test_dropout_without_a_module_is_found():
 
 
 def test_keys_that_change_once_they_are_cached_keep_rows_apart():
-    """A trunk's keys are taken from the cache where it is computed without gradient."""
+    """A context's keys are taken from the cache where it is computed without gradient."""
     model = tiny(DiffLlamaForCausalLM, DiffLlamaConfig)
     assert "does not keep the members of a shared row apart" in sharing_obstacle(model)
 
@@ -93,7 +93,7 @@ def test_what_cannot_share_prompts_decodes_with_copies_of_them(
     monkeypatch.setattr(sequence_cache, "_BYTES_WORTH_SHARING", 0)
     policy = tiny(architecture, configuration, **changes)
     shares = row_cost(policy, shares=True, full_logits=needs_full_logits(policy)).shares
-    asked = [GenerationRequest((3, 4, 5, 6, 7) * n, samples=3, max_new_tokens=8) for n in (2, 3)]
+    asked = [GenerationRequest((3, 4, 5, 6, 7) * n, n=3, max_new_tokens=8) for n in (2, 3)]
     with caplog.at_level(logging.WARNING):
         assert_log_probs_are_the_policys(policy, asked, generated(policy, tokenizer, asked))
     assert ("each decodes with its own copy" in caplog.text) == shares

@@ -31,12 +31,12 @@ def test_packed_rows_give_the_gradient_of_plain_rows(exact_policy, packed, scope
     if budget == 1000:
         # Both groups, of three members each, in one micro-batch: two calls a layer, two layers.
         assert [len(s.query_bounds) - 1 for s in packed[-4:]] == [8, 2, 8, 2]
-        # Before that the trial's row, once more without gradient of its trunk, which is a pass of its own.
+        # Before that the trial's row, once more without gradient of its context, which is a pass of its own.
         assert len(packed) == 4 + (2 + 4) + 4
 
 
 @pytest.mark.parametrize("budget", [1000, 14])
-def test_packed_rows_continue_frozen_trunks(exact_policy, monkeypatch, request, budget):
+def test_packed_rows_continue_frozen_contexts(exact_policy, monkeypatch, request, budget):
     by_spans, expected = gradient(exact_policy, DAPO(), prefix_gradient=False)
     request.getfixturevalue("packed")
     shared, metrics = gradient(exact_policy, DAPO(), prefix_gradient=False, micro_batch_tokens=budget)
@@ -55,11 +55,11 @@ def test_packed_rows_keep_gradient_checkpointing(exact_policy, packed):
 
 
 def test_rows_are_packed_as_the_sequences_they_consist_of():
-    """By hand: a row of 2 frozen + 1 trunk + 2 + 3 tokens, and one of 1 frozen + 2 trunk + 2 without branches."""
+    """By hand: a row of 2 detached + 1 context + 2 + 3 tokens, and one of 1 + 2 + 2 without branches."""
     rows = PackedRows.of([RowShape(2, 1, (2, 3)), RowShape(1, 2, (2,))], torch.device("cpu"))
     assert rows.own.query_index is None
     assert rows.own.query_bounds.tolist() == [0, 1, 3, 6, 10]
-    # Of the frozen tokens 0-2 and the computed ones 3-12: each sequence's frozen part before its own.
+    # Of the detached tokens 0-2 and the computed ones 3-12: each sequence's detached part before its own.
     assert rows.own.key_index.tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 2, 9, 10, 11, 12]
     assert rows.own.key_bounds.tolist() == [0, 3, 5, 8, 13]
     assert (rows.own.most_queries, rows.own.most_keys, rows.own.causal) == (4, 5, True)
@@ -111,7 +111,7 @@ def test_kernels_are_tried_before_their_first_use(gpu, exact_policy, caplog):
     shared, metrics = gradient(policy, DAPO())
     assert metrics["tokens"] == 31
     # The trial's own and shared sequences, then two layers with ``model_support``'s row, with and without gradient of
-    # its trunk, and with one of both groups.
+    # its context, and with one of both groups.
     assert of_trial(calls) == [True] * 2 + [False] * (4 + 6 + 4)
     calls.clear()
     gradient(policy, DAPO())
@@ -128,7 +128,7 @@ def test_kernels_whose_trial_fails_are_never_used(gpu, exact_policy, monkeypatch
         patch.setattr(shared_attention, "takes", lambda *_: False)
         by_spans, _ = gradient(exact_policy.bfloat16(), DAPO())
     assert not calls
-    monkeypatch.setattr(packed_attention, "_attend_backward", without_trunks)
+    monkeypatch.setattr(packed_attention, "_attend_backward", without_contexts)
     for _ in range(2):
         assert_same(by_spans, gradient(exact_policy, DAPO())[0], 0.0)
     assert of_trial(calls) == [True] * 2
@@ -199,7 +199,7 @@ def top_left(q, k, v, sequences, scale):
     )
 
 
-def without_trunks(*arguments):
+def without_contexts(*arguments):
     """A backward pass that leaves the keys' gradients out where suffixes share them."""
     of_queries, of_keys, of_values = dense_attend_backward(*arguments)
     return of_queries, of_keys * float(arguments[6].causal), of_values
@@ -213,7 +213,7 @@ def missing(*arguments):
     ("name", "kernel", "reason"),
     [
         ("_attend", top_left, "off by"),
-        ("_attend_backward", without_trunks, "off by"),
+        ("_attend_backward", without_contexts, "off by"),
         ("_attend", missing, "no such operator"),
     ],
 )

@@ -73,7 +73,7 @@ def test_logprobs_of_a_batch_equal_those_of_single_rows(policy, arrange, scope, 
     computed = token_logprobs(policy, arrange(rows_of(groups(), scope)), temperature, pad_id=0, device=policy.device)
     assert len(computed.rows) == 6
     for i, row in enumerate(computed.rows):
-        expected = reference_logprobs(policy, row.trunk_ids + row.suffix_ids, row.scope_length, temperature)
+        expected = reference_logprobs(policy, row.context_ids + row.suffix_ids, row.scope_length, temperature)
         torch.testing.assert_close(computed.logprobs_BS[i][computed.mask_BS[i]], expected, atol=1e-5, rtol=0)
 
 
@@ -81,7 +81,7 @@ def test_the_scope_is_the_suffix_or_the_whole_response():
     suffix, response = (rows_of(groups(), scope) for scope in ("suffix", "response"))
     assert [r.scope_length for r in suffix] == [4, 2, 3, 2, 6, 4]
     assert [r.scope_length for r in response] == [7, 5, 6, 2, 6, 4]
-    assert suffix[0].trunk_ids == (1, 4, 5, 6, 20, 21, 22)
+    assert suffix[0].context_ids == (1, 4, 5, 6, 20, 21, 22)
     assert suffix[0].suffix_ids == (8, 9, 10, 2)
 
 
@@ -90,7 +90,7 @@ def test_entropy_equals_the_categorical_distributions(policy, arrange):
     policy.set_attn_implementation(IMPLEMENTATION)
     rows = rows_of(groups()[:1], "suffix")
     computed = token_logprobs(policy, arrange(rows), 1.0, pad_id=0, device=policy.device)
-    logits = policy(input_ids=torch.tensor([rows[0].trunk_ids + rows[0].suffix_ids])).logits[0, -5:-1]
+    logits = policy(input_ids=torch.tensor([rows[0].context_ids + rows[0].suffix_ids])).logits[0, -5:-1]
     expected = torch.distributions.Categorical(logits=logits).entropy()
     torch.testing.assert_close(computed.entropy_BS[0], expected, atol=1e-5, rtol=0)
 
@@ -165,7 +165,7 @@ def test_masking_truncated_responses_takes_them_out_of_loss_and_denominator(exac
 def test_frozen_log_probs_make_the_ratio_and_equal_the_policy_that_sampled(policy):
     batch = groups()
     loss = PolicyLoss(policy, None, DAPO(), settings(), pad_id=0)
-    loss.freeze_old_logprobs(batch)
+    loss.store_old_logprobs(batch)
     for group in batch:
         for i, old in enumerate(group.old_logprobs):
             row = group.request.prompt.token_ids + group.response_ids(i)
@@ -192,7 +192,7 @@ def test_log_probs_that_were_interrupted_are_not_half_frozen(policy, monkeypatch
 
     monkeypatch.setattr(loss, "_logprobs", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        loss.freeze_old_logprobs(batch)
+        loss.store_old_logprobs(batch)
     assert [group.old_logprobs for group in batch] == [None, None]
 
 

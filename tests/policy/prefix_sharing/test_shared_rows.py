@@ -83,11 +83,11 @@ def test_shared_rows_give_the_gradient_of_plain_rows(exact_policy, objective, sc
     plain, expected = gradient(exact_policy, objective, reference, loss_scope=scope, share_prefixes=False)
     shared, metrics = gradient(exact_policy, objective, reference, loss_scope=scope)
     assert_same(plain, shared, GOAL)
-    # Trunks of 7 and 3 tokens, suffixes of 9 and 12: nothing here is shared by accident or not at all.
+    # Contexts of 7 and 3 tokens, suffixes of 9 and 12: nothing here is shared by accident or not at all.
     assert (expected["tokens"], metrics["tokens"]) == (3 * 7 + 9 + 3 * 3 + 12, 7 + 9 + 3 + 12)
     for name in ("loss/total", "loss/entropy", "loss/kl"):
         assert metrics[name] == pytest.approx(expected[name], abs=GOAL)
-    # A budget that the first group (16 tokens) exceeds: its trunk is repeated.
+    # A budget that the first group (16 tokens) exceeds: its context is repeated.
     split, metrics = gradient(exact_policy, objective, reference, loss_scope=scope, micro_batch_tokens=14)
     assert metrics["tokens"] == 2 * 7 + 9 + 2 * 3 + 12
     assert_same(plain, split, GOAL)
@@ -115,7 +115,7 @@ def test_shared_rows_work_under_bf16_autocast(policy, prefix_gradient):
 def test_without_prefix_gradient_only_the_prefix_keys_and_values_are_constants(exact_policy):
     """Against the model itself, continuing a cache that was filled without gradient, one member at a time."""
     batch = groups()
-    frozen, metrics = gradient(exact_policy, DAPO(), batch=batch, prefix_gradient=False)
+    detached, metrics = gradient(exact_policy, DAPO(), batch=batch, prefix_gradient=False)
     exact, expected = gradient(exact_policy, DAPO(), batch=batch)
     assert metrics["loss/total"] == pytest.approx(expected["loss/total"], abs=GOAL)
     exact_policy.zero_grad()
@@ -124,19 +124,19 @@ def test_without_prefix_gradient_only_the_prefix_keys_and_values_are_constants(e
     for row in rows:
         cache = DynamicCache(config=exact_policy.config)
         with torch.no_grad():
-            exact_policy(torch.tensor([row.trunk_ids[:-1]]), past_key_values=cache)
-        logits = exact_policy(torch.tensor([row.trunk_ids[-1:] + row.suffix_ids]), past_key_values=cache).logits[0]
+            exact_policy(torch.tensor([row.context_ids[:-1]]), past_key_values=cache)
+        logits = exact_policy(torch.tensor([row.context_ids[-1:] + row.suffix_ids]), past_key_values=cache).logits[0]
         logprobs = logits[:-1].log_softmax(-1).gather(1, torch.tensor(row.suffix_ids)[:, None])
         (-advantages[row.group][row.member] * logprobs.sum() / sum(r.scope_length for r in rows)).backward()
     expected_gradient = {n: p.grad.clone() for n, p in exact_policy.named_parameters()}
-    assert_same(expected_gradient, frozen, GOAL)
-    assert max((frozen[n] - exact[n]).abs().max() for n in exact) > 1e-4  # it is another gradient
+    assert_same(expected_gradient, detached, GOAL)
+    assert max((detached[n] - exact[n]).abs().max() for n in exact) > 1e-4  # it is another gradient
     split, _ = gradient(exact_policy, DAPO(), batch=batch, prefix_gradient=False, micro_batch_tokens=14)
-    assert_same(frozen, split, GOAL)
+    assert_same(detached, split, GOAL)
     exact_policy.gradient_checkpointing_enable({"use_reentrant": False})
     exact_policy.train()
     layers = passes_with_gradient(exact_policy)
-    assert_same(frozen, gradient(exact_policy, DAPO(), batch=batch, prefix_gradient=False)[0], GOAL)
+    assert_same(detached, gradient(exact_policy, DAPO(), batch=batch, prefix_gradient=False)[0], GOAL)
     assert layers == [0, 1, 1, 0]
 
 
@@ -161,7 +161,7 @@ def test_old_log_probs_come_from_shared_rows_too(exact_policy, monkeypatch, scop
     for batch, share, members in ((plain, False, [1] * 6), (shared, True, [3, 3])):
         loss = PolicyLoss(exact_policy, None, DAPO(), settings(share_prefixes=share, loss_scope=scope), pad_id=0)
         computed.clear()
-        sharing_wherever_it_may(loss).freeze_old_logprobs(batch)
+        sharing_wherever_it_may(loss).store_old_logprobs(batch)
         assert members_per_row(computed) == members
     for first, second in zip(plain, shared, strict=True):
         prompt = first.request.prompt.token_ids
@@ -256,8 +256,8 @@ def test_peak_memory_of_scoring_does_not_grow_with_vocabulary_times_row_length(m
     assert abs(growth(large, full_logits=False) - growth(small, full_logits=False)) < 0.01 * of_logits
 
 
-def rows(trunk: int, suffixes: list[int], group: int = 0) -> list[Row]:
-    return [Row(group, i, tuple(range(trunk)), tuple(range(n)), n) for i, n in enumerate(suffixes)]
+def rows(context: int, suffixes: list[int], group: int = 0) -> list[Row]:
+    return [Row(group, i, tuple(range(context)), tuple(range(n)), n) for i, n in enumerate(suffixes)]
 
 
 def members_per_row(shared) -> list[int]:
@@ -293,7 +293,7 @@ def test_a_group_longer_than_the_budget_is_split_by_suffixes():
 
 
 @pytest.mark.parametrize(
-    ("trunks", "shares", "computed"),
+    ("contexts", "shares", "computed"),
     [
         ([100, 90, 80, 70, 60, 50, 40, 10], True, [110 + 100 + 90, 80 + 70 + 60 + 50 + 20]),
         # Filled up to the budget, it would be 300 and 50.
@@ -302,12 +302,12 @@ def test_a_group_longer_than_the_budget_is_split_by_suffixes():
         ([100, 90, 80, 70, 60, 50, 40, 10], False, [2 * 105, 3 * 95, 3 * 85, 4 * 65, 4 * 45]),
     ],
 )
-def test_micro_batches_are_even_within_the_budget_and_keep_every_row_once(trunks, shares, computed):
+def test_micro_batches_are_even_within_the_budget_and_keep_every_row_once(contexts, shares, computed):
     cost = RowCost(shares=shares)
-    batch = [row for g, n in enumerate(trunks) for row in shared_rows(rows(n, [5, 5], g), 300, cost)]
+    batch = [row for g, n in enumerate(contexts) for row in shared_rows(rows(n, [5, 5], g), 300, cost)]
     batches = micro_batches(batch, max_tokens=300)
     kept = sorted((m.group, m.member) for b in batches for row in b for m in row.members)
-    assert kept == [(group, member) for group in range(len(trunks)) for member in range(2)]
+    assert kept == [(group, member) for group in range(len(contexts)) for member in range(2)]
     assert (len(batches), max(map(size, batches))) == fewest_and_most_even(batch, 300)
     # What a model is given.
     tokens = []
@@ -418,7 +418,7 @@ def test_only_sequences_within_a_window_share_rows_and_others_keep_it(kind, conf
     ]
     plain, of_plain = gradient(model, DAPO(), batch=batch, share_prefixes=False)
     shared, of_shared = gradient(model, DAPO(), batch=batch)
-    assert of_shared["tokens"] == of_plain["tokens"] - 2 * 7  # one trunk instead of three, where it is allowed
+    assert of_shared["tokens"] == of_plain["tokens"] - 2 * 7  # one context instead of three, where it is allowed
     assert_same(plain, shared, 2e-6)
 
 
@@ -450,7 +450,7 @@ def test_a_model_that_caps_its_logits_is_scored_on_its_own_logits(caplog):
 
     def own_logprobs(row, temperature=1.0):
         """From the layers' output, the head and the cap, one row at a time."""
-        ids = torch.tensor([row.trunk_ids + row.suffix_ids])
+        ids = torch.tensor([row.context_ids + row.suffix_ids])
         raw = capped.lm_head(capped.model(ids).last_hidden_state)[0, :-1]
         logits = cap * torch.tanh(raw / cap) / temperature
         return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[-row.scope_length :, 0]
@@ -468,7 +468,7 @@ def test_a_model_that_caps_its_logits_is_scored_on_its_own_logits(caplog):
                 found, wrong = (x.logprobs_BS[index][x.mask_BS[index]] for x in (computed, uncapped))
                 torch.testing.assert_close(found, logprobs, atol=ALGEBRA, rtol=0)
                 assert (wrong - logprobs).abs().max() > 1e-3
-    # And so are the update, whose ratio is 1, and what is frozen before it.
+    # And so are the update, whose ratio is 1, and what is detached before it.
     members = rows_of(batch, "suffix")
     advantages = group_advantages([g.rewards for g in batch])
     capped.zero_grad()
@@ -480,10 +480,10 @@ def test_a_model_that_caps_its_logits_is_scored_on_its_own_logits(caplog):
         found, metrics = gradient(capped, DAPO(), batch=batch, share_prefixes=share)
         assert metrics["tokens"] == tokens
         assert_same(expected_gradient, found, ALGEBRA)
-    frozen = groups()
-    PolicyLoss(capped, None, DAPO(), settings(), pad_id=0).freeze_old_logprobs(frozen)
+    detached = groups()
+    PolicyLoss(capped, None, DAPO(), settings(), pad_id=0).store_old_logprobs(detached)
     for row in members:
-        found = torch.tensor(frozen[row.group].old_logprobs[row.member], dtype=torch.float64)
+        found = torch.tensor(detached[row.group].old_logprobs[row.member], dtype=torch.float64)
         torch.testing.assert_close(found, own_logprobs(row), atol=ALGEBRA, rtol=0)
 
 
