@@ -36,7 +36,7 @@ from rpo_lightning.rewards import Grader, GradingPool, MathVerifier, Reward, Ver
 from rpo_lightning.rollout.engine import RolloutEngine, Sampling
 from rpo_lightning.rollout.transformers.engine import TransformersEngine
 from rpo_lightning.update.advantages import group_advantages
-from rpo_lightning.update.checkpoint import gathered_state, restore_state
+from rpo_lightning.update.checkpoint import EpochRepair, gathered_state, restore_state, warn_of_rare_checkpoints
 from rpo_lightning.update.dynamic_sampling import DynamicSampling, GroupBuffer, has_loss
 from rpo_lightning.update.importance import TokenTruncated
 from rpo_lightning.update.loss import PolicyLoss
@@ -46,6 +46,7 @@ from rpo_lightning.update.objectives import DAPO, Objective
 from rpo_lightning.update.reference import reference_of
 from rpo_lightning.update.schedule import LearningRateSchedule
 from rpo_lightning.update.settings import UpdateSettings
+from rpo_lightning.update.watch import LearningWatch
 
 log = logging.getLogger(__name__)
 
@@ -125,12 +126,14 @@ class RPOModule(PolicyModule):
             log.warning(f"{caveat}: neither importance_correction nor mismatch_bound is applied")
         self._importance_correction = None if caveat else update.importance_correction or TokenTruncated()
         self.guard = MismatchGuard(update.mismatch_bound)
+        self.watch = LearningWatch(update.max_idle_iterations)
         self.groups: list[Group] = []
         self.record = IterationRecord({}, {}, {}, 0, 0)
         self.iteration = 0
         self._loss: PolicyLoss | None = None
         self._accumulation: GradientAccumulation | None = None
         self._generator_states: dict[str, Any] | None = None
+        self._epoch_repair = EpochRepair()
 
     # -- set-up ----------------------------------------------------------------------------------
 
@@ -162,21 +165,13 @@ class RPOModule(PolicyModule):
     def configure_optimizers(self) -> Any:
         """The optimizer and the schedule over the run's updates."""
         optimizer = self.optimizer_factory(p for p in self.loaded_policy.parameters() if p.requires_grad)
-        trainer = self.trainer
-        updates: float = trainer.max_steps if trainer.max_steps != -1 else float("inf")
-        if self.lr_schedule.name != "constant":
-            of_epochs = trainer.estimated_stepping_batches * self.update.updates_per_rollout
-            if self.buffer is not None and of_epochs < updates:
-                log.warning(
-                    "dynamic sampling makes fewer updates than batches, so that the learning-rate schedule will not "
-                    "reach its end: set trainer.max_steps to what the run will reach"
-                )
-            updates = min(updates, of_epochs)
+        updates = self.lr_schedule.length(self.trainer, self.update.updates_per_rollout, self.buffer is not None)
         return {"optimizer": optimizer, "lr_scheduler": self.lr_schedule.build(optimizer, updates)}
 
     def on_fit_start(self) -> None:
-        """Choose how gradients are accumulated."""
+        """Choose how gradients are accumulated, and look at the checkpoints' settings."""
         self._accumulation = accumulation_for(self.trainer.strategy, self)
+        warn_of_rare_checkpoints(self.trainer, self.update.updates_per_rollout)
 
     # -- one iteration ---------------------------------------------------------------------------
 
@@ -191,15 +186,17 @@ class RPOModule(PolicyModule):
         metrics = rollout_metrics(self.groups) | self.engine.metrics()
         before = dict(self._loss.processed_tokens)
         with self.buffer.unchanged_by_exceptions() if self.buffer else nullcontext():
-            batch, surplus = self._collect(self.groups, size=len(requests))
+            batch, surplus, usable = self._collect(self.groups, size=len(requests))
             of_update = self._update(batch, surplus) if self._is_needed_anywhere(batch) else {}
         self.iteration += 1  # not before: a checkpoint of an exception makes this iteration again
         processed = {phase: n - before[phase] for phase, n in self._loss.processed_tokens.items()}
         tokens = rollout_tokens(self.groups) | {p: n for p, n in processed.items() if n or p == "update"}
         responses = sum(len(g.completions) for g in self.groups)
         killed = self.grader.pool.killed - killed
-        self.record = IterationRecord(metrics, self.timer.take(), tokens, responses, killed).over(self.ranks)
+        record = IterationRecord(metrics, self.timer.take(), tokens, responses, killed, usable)
+        self.record = record.over(self.ranks)
         self._log(of_update, len(requests))
+        self.watch.check(self.record, updated=bool(of_update))
 
     def _log(self, of_update: dict[str, float], size: int) -> None:
         metrics = self.record.logged() | of_update
@@ -217,17 +214,17 @@ class RPOModule(PolicyModule):
             log.warning("all responses of an iteration are unfinished, and model.update.mask_truncated leaves them out")
         return bool(self.trainer.strategy.reduce_boolean_decision(here, all=False))
 
-    def _collect(self, groups: list[Group], size: int) -> tuple[list[Group], list[Group]]:
-        """Groups to train on now (none: draw more first), and those that wait for the next update."""
+    def _collect(self, groups: list[Group], size: int) -> tuple[list[Group], list[Group], int]:
+        """Groups to train on now (none: draw more first), those that wait, and how many new ones are usable."""
         if self.buffer is None:
-            return groups, []
-        self.buffer.add(groups)
+            return groups, [], sum(g.has_variance for g in groups)
+        usable = self.buffer.add(groups)
         self.log("rollout/buffered_groups", float(len(self.buffer.groups)), batch_size=size)
         ready = self.trainer.strategy.reduce_boolean_decision(self.buffer.is_ready(size), all=True)
         if not ready:
             self.buffer.refill()
-            return [], []
-        return self.buffer.take(size), self.buffer.groups
+            return [], [], usable
+        return self.buffer.take(size), self.buffer.groups, usable
 
     def _update(self, groups: list[Group], surplus: list[Group]) -> dict[str, float]:
         """Train on groups; returns the metrics of the last update."""
@@ -273,20 +270,22 @@ class RPOModule(PolicyModule):
         if self.adapter is not None:
             trained = {f"policy.{name}" for name, p in self.loaded_policy.named_parameters() if p.requires_grad}
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["rpo"] = gathered_state(self.iteration, self.guard, self.buffer, self.ranks)
+        checkpoint["rpo"] = gathered_state(self.iteration, self.guard, self.buffer, self.watch, self.ranks)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what :meth:`on_save_checkpoint` added, for whatever number of ranks; evaluation needs none of it."""
         self.policy_version += 1  # the policy is about to be another one
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             return
+        self._epoch_repair.load(checkpoint["loops"])
         state = checkpoint["rpo"]
         self.iteration = state["iteration"]
-        self._generator_states = restore_state(state, self.guard, self.buffer, self.ranks)
+        self._generator_states = restore_state(state, self.guard, self.buffer, self.watch, self.ranks)
 
     def on_train_start(self) -> None:
         """Put data and generators where the checkpoint left them, and start the clock of the first iteration."""
         self.timer.take()
+        self._epoch_repair.start(self.trainer.fit_loop)
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "adopt_position"):
             data.adopt_position()

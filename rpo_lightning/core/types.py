@@ -1,8 +1,23 @@
-"""The records that travel through one iteration, and the legend of tensor shapes.
+"""The records that travel through one iteration, the glossary, and the legend of tensor shapes.
 
-``Prompt`` → ``RolloutRequest`` (prompt + kept prefix + suffix budget) → ``Group`` (G responses that
-share prompt and prefix) with rewards → loss. Token ids are kept from end to end; text is made once,
-for rewards and logs.
+``Prompt`` → ``RolloutRequest`` (prompt + prefix + suffix budget) → ``Group`` (G responses to one request, scored) → loss.
+Token ids are kept from end to end. Text is made once, for rewards and logs.
+
+One word a thing:
+
+============== ========================================================================================
+prompt         the question as the policy sees it, chat template included
+prefix         the tokens of a cached response that a cut keeps; empty on the full path
+context        prompt + prefix: what all members of a group share
+suffix         what is sampled after the context
+completion     a sampled suffix with its log-probs
+response       prefix + suffix: what is scored and cached
+group          the G responses to one request
+member         one response of a group
+row            what is computed in one line of a forward pass: a response, or a group that shares its context
+iteration      one ``training_step``: a rollout and the updates made on it
+update         one optimizer step
+============== ========================================================================================
 
 Shape suffixes used throughout the package:
 
@@ -25,15 +40,15 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
-# Runs of (update step, number of tokens generated at it).
+# At which update the tokens of a response were generated: (step, number of tokens), in order.
 Spans = tuple[tuple[int, int], ...]
 
 
 class Batch(Generic[T]):
-    """A batch of records, opaque to Lightning.
+    """A batch of records that Lightning leaves alone.
 
-    Lightning walks lists and dataclasses in search of tensors to convert and move, and rebuilds them
-    on the way (or refuses frozen ones). There are no tensors in these records.
+    Lightning searches lists and dataclasses for tensors to move to the device. It rebuilds them on the way and fails
+    on frozen dataclasses. These records hold no tensors.
     """
 
     def __init__(self, items: Sequence[T]) -> None:
@@ -50,10 +65,10 @@ class Batch(Generic[T]):
 
 
 class GoldAnswer(str):
-    """A gold answer as text, and how far numbers may be from it.
+    """A gold answer as text, with the tolerance of its numbers.
 
     Args:
-        parts: Its parts, all of which are asked for; the text joins them by commas.
+        parts: Its parts. A right answer has all of them; the text joins them by commas.
         tolerances: Absolute tolerance of each part, or one for all; empty means none.
     """
 
@@ -88,15 +103,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """What is asked of the policy for one prompt: continue ``prompt + prefix``.
+    """Asks the policy to continue a context, i.e. ``prompt + prefix``.
 
     Attributes:
         prompt: The question.
-        prefix_ids: Kept tokens of the cached response; empty means the full path.
+        prefix_ids: Tokens of the prefix; empty means the full path.
         max_new_tokens: The suffix budget in tokens, at least 1.
         cached_length: Length of the cached response that was cut, 0 where there was none.
-        prefix_spans: ``(step, count)`` runs that tell at which update the prefix's tokens were
-            generated, in order.
+        prefix_spans: At which update the prefix's tokens were generated.
     """
 
     prompt: Prompt
@@ -128,7 +142,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Sample:
-    """A whole response in the form that rewards see.
+    """A whole response as rewards see it.
 
     Attributes:
         prompt: Question text.
@@ -159,12 +173,11 @@ class Group:
     Attributes:
         request: The request that was answered.
         completions: The G suffixes.
-        samples: The G whole responses as rewards saw them, verdict included.
+        samples: The G whole responses as rewards saw them, with the verifier's verdicts.
         rewards: The G total rewards.
         reward_terms: Unweighted value of each reward term, G values each.
-        old_logprobs: Per completion, the log-probs under the policy that sampled it, as the
-            trainer computes them, one value a token of the loss scope. ``None`` while the group
-            is on-policy: then they equal the current ones.
+        old_logprobs: Per member, the trainer's log-probs under the policy that sampled it, one value a token of the
+            loss scope. ``None`` while the group is on-policy: then they equal the current ones.
         step: Number of updates the policy had seen when it sampled the group.
     """
 

@@ -22,6 +22,7 @@ from rpo_lightning.core.errors import ConfigurationError, DataError
 from rpo_lightning.core.seeds import run_seed
 from rpo_lightning.core.types import Batch, Prompt, RolloutRequest, full_path_request
 from rpo_lightning.data.loader import ResumableLoader, batches_processed
+from rpo_lightning.data.position import TrainingPosition
 from rpo_lightning.data.prompts import LoadReport, PromptBuilder
 from rpo_lightning.data.sources import DataSource, Row, as_source
 from rpo_lightning.rewards.base import Verifier
@@ -96,7 +97,7 @@ class RPODataModule(LightningDataModule):
         self.make_request: Callable[[Prompt], RolloutRequest] | None = None
         self.prompts: dict[str, list[Prompt]] = {}
         self.reports: dict[str, LoadReport] = {}
-        self._saved_questions: int | None = None
+        self._position = TrainingPosition()
         self._read_with: tuple[PreTrainedTokenizerBase, Verifier] | None = None
 
     def setup(self, stage: str) -> None:
@@ -169,30 +170,19 @@ class RPODataModule(LightningDataModule):
         """Tokens of the longest prompt that has been read."""
         return max((len(p.token_ids) for prompts in self.prompts.values() for p in prompts), default=0)
 
-    def state_dict(self) -> dict[str, int]:
-        """Questions of an iteration on all ranks: the unit in which the trainer's progress is counted."""
-        return {"questions": self._questions_per_iteration()}
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run is in its training questions."""
+        return self._position.state_dict(self._questions_per_iteration(), self.prompts.get("train", []))
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Remember the unit of the checkpoint that training resumes."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember where the checkpoint's run was, if training resumes it."""
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._saved_questions = state_dict["questions"]
+            self._position.load_state_dict(state_dict)
 
     def adopt_position(self) -> None:
-        """Count the batches of the epoch anew where a checkpoint comes from other ranks or batches.
-
-        Ranks take turns in the shuffled order, so that what has been trained on is its beginning. Where that
-        is no whole number of batches, a few questions come again.
-        """
-        saved, now = self._saved_questions, self._questions_per_iteration()
-        self._saved_questions = None
-        if saved is None or saved == now:
-            return
+        """Go on where the checkpoint's run stopped; see :class:`TrainingPosition`."""
         assert self.trainer is not None
-        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        moved = progress.processed - progress.processed * saved // now
-        for name in ("ready", "started", "processed", "completed"):
-            setattr(progress, name, getattr(progress, name) - moved)
+        self._position.adopt(self.trainer, self._questions_per_iteration(), self._prompts("train"))
 
     def _questions_per_iteration(self) -> int:
         assert self.trainer is not None

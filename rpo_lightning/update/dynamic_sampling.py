@@ -1,8 +1,9 @@
-"""DAPO's dynamic sampling: only groups with a gradient make up an update (arXiv 2503.14476, section 3.2).
+"""DAPO's dynamic sampling: an update is made of groups that carry a signal (arXiv 2503.14476, section 3.2).
 
-Groups without variance are dropped, and the following batches of prompts refill the update. Groups
-beyond its size wait for the next one; the module freezes their old log-probs before the policy
-changes, so that the clipped ratio accounts for their age (the published code throws them away).
+Groups whose members are all right or all wrong are dropped, and the next batches of prompts refill the update.
+
+Deviation: the published code throws surplus groups away. Here they wait for the next update. The module stores their
+old log-probs before the policy changes, and the clipped ratio accounts for their age.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.types import Completion, GoldAnswer, Group, Prompt, RolloutRequest, Sample
@@ -21,13 +22,19 @@ class DynamicSampling:
     """Settings of dynamic sampling.
 
     Attributes:
-        max_refills: Batches of prompts that may be drawn for one update beyond the first. After that
-            the update is made with what there is.
+        max_refills: Batches of prompts that may be drawn for one update beyond the first. After that the update is
+            made with what there is.
+        filter: What has to differ within a group. ``verdict`` (DAPO): some members are right and some wrong; a format
+            or length reward that varies does not save a group. ``reward``: the total rewards. In either case a group
+            whose rewards are all equal is dropped, since its advantages are zero.
     """
 
     max_refills: int = 8
+    filter: Literal["verdict", "reward"] = "verdict"
 
     def __post_init__(self) -> None:
+        if self.filter not in ("verdict", "reward"):
+            raise ConfigurationError(f"model.dynamic_sampling.filter must be verdict or reward, got {self.filter!r}")
         if self.max_refills < 0:
             raise ConfigurationError(f"model.dynamic_sampling.max_refills must be at least 0, got {self.max_refills}")
 
@@ -41,18 +48,24 @@ class GroupBuffer:
     """
 
     def __init__(self, settings: DynamicSampling, mask_truncated: bool = False) -> None:
-        self.max_refills = settings.max_refills
+        self.settings = settings
         self.mask_truncated = mask_truncated
         self.groups: list[Group] = []
         self.refills = 0
 
-    def add(self, groups: Sequence[Group]) -> None:
-        """Take the groups that carry a gradient."""
-        self.groups.extend(g for g in groups if g.has_variance and has_loss(g, self.mask_truncated))
+    def add(self, groups: Sequence[Group]) -> int:
+        """Take the groups that carry a signal; returns how many they are."""
+        taken = [group for group in groups if self._carries_signal(group)]
+        self.groups += taken
+        return len(taken)
+
+    def _carries_signal(self, group: Group) -> bool:
+        mixed = self.settings.filter == "reward" or 0 < group.correct_count < len(group.samples)
+        return mixed and group.has_variance and has_loss(group, self.mask_truncated)
 
     def is_ready(self, size: int) -> bool:
         """Whether an update should be made now: enough groups, or no refill left."""
-        return len(self.groups) >= size or self.refills >= self.max_refills
+        return len(self.groups) >= size or self.refills >= self.settings.max_refills
 
     def refill(self) -> None:
         """Note that another batch of prompts is drawn for the update."""
@@ -66,7 +79,7 @@ class GroupBuffer:
 
     @contextmanager
     def unchanged_by_exceptions(self) -> Iterator[None]:
-        """Hold what it held before where the block fails: the iteration will be made again."""
+        """Put back what it held if the block fails: a resumed run makes the iteration again."""
         groups, refills = list(self.groups), self.refills
         try:
             yield
@@ -79,7 +92,7 @@ class GroupBuffer:
         return {"refills": self.refills, "groups": [_state(g) for g in self.groups]}
 
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]], rank: int = 0, ranks: int = 1) -> None:
-        """Restore the waiting groups of all ranks that saved some, dealt out anew where there are more or fewer now."""
+        """Restore the waiting groups of all ranks; they are dealt out anew where there are more or fewer ranks now."""
         self.refills = max(state["refills"] for state in states)
         if len(states) == ranks:
             waiting = states[rank]["groups"]
@@ -117,7 +130,7 @@ def _group(state: Mapping[str, Any]) -> Group:
 
 
 def _answer_state(answer: str) -> str | dict[str, tuple[Any, ...]]:
-    """A gold answer without a class of ours, which a checkpoint must not need."""
+    """A gold answer as primitives: a checkpoint is read without classes of this package."""
     return {"parts": answer.parts, "tolerances": answer.tolerances} if isinstance(answer, GoldAnswer) else answer
 
 

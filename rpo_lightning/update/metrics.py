@@ -61,6 +61,7 @@ class IterationRecord:
         phase_tokens: Tokens of each phase.
         responses: How many were sampled.
         killed: Gradings that were killed, or died.
+        usable_groups: Groups that an update can learn from, now or later.
     """
 
     metrics: dict[str, float]
@@ -68,6 +69,7 @@ class IterationRecord:
     phase_tokens: dict[str, int]
     responses: int
     killed: int
+    usable_groups: int = 0
 
     def over(self, ranks: Ranks) -> IterationRecord:
         """The same of all ranks together: counts and tokens add up, the rest is averaged; a collective."""
@@ -87,6 +89,7 @@ class IterationRecord:
             phase_tokens={phase: sum(r.phase_tokens.get(phase, 0) for r in records) for phase in phases},
             responses=sum(r.responses for r in records),
             killed=sum(r.killed for r in records),
+            usable_groups=sum(r.usable_groups for r in records),
         )
 
     def logged(self) -> dict[str, float]:

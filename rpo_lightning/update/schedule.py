@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from rpo_lightning.core.errors import ConfigurationError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,25 @@ class LearningRateSchedule:
             raise ConfigurationError(
                 "model.lr_schedule.name=constant has no warm-up: use constant_with_warmup, or a warmup_share of 0"
             )
+
+    def length(self, trainer: Any, updates_per_rollout: int, may_skip_updates: bool) -> float:
+        """Updates over which the schedule runs; infinite where the trainer sets no limit.
+
+        Args:
+            trainer: Lightning's trainer.
+            updates_per_rollout: Optimizer steps on one batch of prompts.
+            may_skip_updates: Whether some batches make none (dynamic sampling).
+        """
+        updates: float = trainer.max_steps if trainer.max_steps != -1 else float("inf")
+        if self.name == "constant":
+            return updates
+        of_epochs: float = trainer.estimated_stepping_batches * updates_per_rollout
+        if may_skip_updates and of_epochs < updates:
+            log.warning(
+                "dynamic sampling makes fewer updates than batches, so that the learning-rate schedule will not reach "
+                "its end: set trainer.max_steps to what the run will reach"
+            )
+        return min(updates, of_epochs)
 
     def build(self, optimizer: Optimizer, updates: float) -> LRScheduler:
         """Make the scheduler.

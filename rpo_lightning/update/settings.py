@@ -32,6 +32,8 @@ class UpdateSettings:
         mismatch_bound: Log-prob differences between engine and trainer that stop the run.
         max_grad_norm: Gradient norm limit; infinite (``.inf``) for no clipping.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        max_idle_iterations: Iterations in a row that neither update the policy nor keep a group for the next update,
+            after which the run stops with a diagnosis; 0 for never.
         accumulate_sharded: With FSDP2, reduce gradients after every micro-batch instead of once an update: more
             traffic, and no rank holds a whole gradient.
     """
@@ -48,12 +50,17 @@ class UpdateSettings:
     mismatch_bound: MismatchBound = MismatchBound()
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    max_idle_iterations: int = 16
     accumulate_sharded: bool = False
 
     def __post_init__(self) -> None:
         for name in ("passes_per_rollout", "minibatches_per_pass", "micro_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"model.update.{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_idle_iterations < 0:
+            raise ConfigurationError(
+                f"model.update.max_idle_iterations must be at least 0 (0: never), got {self.max_idle_iterations}"
+            )
         for name, allowed in (("loss_scope", ("suffix", "response")), ("advantage_scale", ("group", "batch", "none"))):
             if getattr(self, name) not in allowed:
                 raise ConfigurationError(

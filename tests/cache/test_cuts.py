@@ -57,8 +57,8 @@ def test_anchored_cut_keeps_a_share_of_a_correct_response_only():
 
 
 def test_budgets():
-    assert FullBudget().tokens(kept=60, cut=40, response_limit=100) == 40
-    assert CutPlusSlackBudget(slack=5).tokens(kept=60, cut=40, response_limit=1000) == 45
+    assert FullBudget().tokens(prefix_length=60, cut=40, response_limit=100) == 40
+    assert CutPlusSlackBudget(slack=5).tokens(prefix_length=60, cut=40, response_limit=1000) == 45
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_the_strategy_is_told_the_outcome_and_its_state_lives_in_the_entry():
     served = prefixes()
     served.record(make_group([0.0, 1.0], [(7, 8, 2), (11, 2)], prefix_ids=(3, 4), cached_length=6))
     (outcome,) = served.cut.outcomes
-    assert (outcome.kept, outcome.cut) == (2, 4)
+    assert (outcome.prefix_length, outcome.cut) == (2, 4)
     assert (outcome.rewards, outcome.correct, outcome.lengths) == ([0.0, 1.0], [False, True], [5, 4])
     assert served.cache.entry("q").state == {"visits_seen": 1}
 

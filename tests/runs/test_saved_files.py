@@ -33,7 +33,7 @@ def resumed(tmp_path, tokenizer, max_steps: int):
     cache = ExperienceCacheCallback(cut=UniformCut(6), initialisation="lazy", keep_unfinished=True)
     module = make_module(
         policy=LlamaForCausalLM(config), tokenizer=tokenizer, rewards=[UniformRandomReward()], group_size=2,
-        max_response_tokens=12, dynamic_sampling=DynamicSampling(),
+        max_response_tokens=12, dynamic_sampling=DynamicSampling(filter="reward"),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
     )  # fmt: skip
     data = make_data(train=ArithmeticChain(size=8, seed=1, operations=3), batch_size=2)

@@ -141,6 +141,6 @@ def test_truncated_sampling_is_said_to_be_incomparable_and_neither_corrected_nor
 
 def test_a_missing_vllm_is_one_line_with_both_ways_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
-    with pytest.raises(ConfigurationError, match=r"rpo-lightning\[vllm\].*install_vllm_cpu") as caught:
+    with pytest.raises(ConfigurationError, match=r"rpo-lightning\[vllm\].*rollout.vllm.install_cpu") as caught:
         make_trainer(tmp_path).fit(vllm_module(), datamodule=make_data())
     assert "\n" not in str(caught.value)

@@ -64,9 +64,9 @@ def backward(policy, batch, correction, **changes):
 def test_the_gradient_is_that_of_the_weighted_loss(policy, scope):
     policy = policy.double()
     batch = with_engine_logprobs(policy, shift=math.log(1.5))
-    plain, _ = backward(policy, batch, NoCorrection(), scope=scope)
-    weighted, metrics = backward(policy, batch, TokenTruncated(2.0), scope=scope)
-    capped, _ = backward(policy, batch, TokenTruncated(1.2), scope=scope)
+    plain, _ = backward(policy, batch, NoCorrection(), loss_scope=scope)
+    weighted, metrics = backward(policy, batch, TokenTruncated(2.0), loss_scope=scope)
+    capped, _ = backward(policy, batch, TokenTruncated(1.2), loss_scope=scope)
     if scope == "suffix":  # every loss token was sampled, so all weigh the same
         for name, gradient in plain.items():
             torch.testing.assert_close(weighted[name], 1.5 * gradient, atol=ALGEBRA, rtol=0)

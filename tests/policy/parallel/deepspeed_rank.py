@@ -148,7 +148,7 @@ def fit(folder: Path, stage: int, rank: int) -> None:
         checkpoint = ModelCheckpoint(folder / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         module = make_module(
             rewards=[UniformRandomReward()],
-            dynamic_sampling=DynamicSampling(max_refills=3),
+            dynamic_sampling=DynamicSampling(max_refills=3, filter="reward"),
             lr_schedule=LearningRateSchedule("linear", warmup_share=0.5),
             optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3),
             max_response_tokens=64,

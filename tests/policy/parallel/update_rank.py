@@ -145,7 +145,7 @@ def main() -> None:
         torch.save(found, folder / f"{name}.pt")
     torch.save(fullest, folder / f"{name}-members-{rank}.pt")
     if name != "single":
-        dropped = DroppedGroups(dynamic_sampling=DynamicSampling(max_refills=1))
+        dropped = DroppedGroups(dynamic_sampling=DynamicSampling(max_refills=1, filter="reward"))
         torch.save(update(dropped, name, folder, 50), folder / f"{name}-dropped-{rank}.pt")
         assert dropped.iteration == 50
 

@@ -1,0 +1,86 @@
+"""Notices runs that cannot learn: iterations that leave the policy as it is, and rewards that never differ."""
+
+from __future__ import annotations
+
+import logging
+
+from rpo_lightning.core.errors import UpdateError
+from rpo_lightning.update.metrics import IterationRecord
+
+log = logging.getLogger(__name__)
+
+# So many iterations in a row whose groups have equal rewards are worth a warning.
+_FLAT_ITERATIONS = 2
+
+
+class LearningWatch:
+    """Warns about iterations from which nothing is learned, and stops the run where they go on.
+
+    An iteration is *idle* if no update was made and no group was kept for the next update. It is *flat* if an update
+    was made although the rewards within each group are all equal: then all advantages are zero.
+
+    Args:
+        max_idle_iterations: Idle iterations in a row after which the run stops; 0 for never.
+
+    Attributes:
+        idle: Idle iterations in a row so far.
+    """
+
+    def __init__(self, max_idle_iterations: int) -> None:
+        self.max_idle_iterations = max_idle_iterations
+        self.idle = 0
+        self._flat = 0
+        self._has_warned = False
+
+    def check(self, record: IterationRecord, updated: bool) -> None:
+        """Look at an iteration.
+
+        Args:
+            record: Its figures over all ranks.
+            updated: Whether the policy was updated.
+
+        Raises:
+            UpdateError: There have been too many idle iterations in a row.
+        """
+        is_flat = record.metrics["rollout/zero_variance_share"] == 1.0
+        self._flat = self._flat + 1 if updated and is_flat else 0
+        self.idle = 0 if updated or record.usable_groups else self.idle + 1
+        if self.max_idle_iterations and self.idle >= self.max_idle_iterations:
+            raise UpdateError(
+                f"{self.idle} iterations in a row have not changed the policy. In the last one {_diagnosis(record)} "
+                "(model.update.max_idle_iterations=0 never stops a run)"
+            )
+        if self._has_warned:
+            return
+        if self.idle:
+            log.warning(f"an iteration made no update: {_diagnosis(record)}")
+            self._has_warned = True
+        elif self._flat == _FLAT_ITERATIONS:
+            log.warning(
+                f"{self._flat} iterations in a row had equal rewards within every group: all advantages are zero, and "
+                f"nothing is learned. In the last one {_diagnosis(record)}"
+            )
+            self._has_warned = True
+
+
+def _diagnosis(record: IterationRecord) -> str:
+    """What the responses of an iteration are like, and what may help."""
+    metrics = record.metrics
+    correct, truncated = metrics["reward/correct_share"], metrics["rollout/truncated_share"]
+    seen = (
+        f"{correct:.0%} of its responses are right, {truncated:.0%} are cut off, {record.killed} gradings were killed, "
+        f"and the mean reward is {metrics['reward/mean']:.3g}"
+    )
+    hints = []
+    if truncated > 0.5:
+        hints.append("raise model.max_response_tokens")
+    if correct == 0.0:
+        hints.append(
+            "check that the verifier reads this policy's answers (completions.jsonl shows some), or start from a "
+            "policy that solves some of the questions"
+        )
+    if correct == 1.0:
+        hints.append("take harder questions")
+    if not hints:
+        hints.append("check that the rewards depend on the response, or raise model.group_size")
+    return f"{seen}: {'; '.join(hints)}"
