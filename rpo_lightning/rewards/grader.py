@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from rpo_lightning.core.errors import ConfigurationError, RewardError
@@ -68,7 +69,8 @@ class Grader:
         if self.verifier.isolated:
             verdicts = self.pool.numbers(self.verifier.verify, calls)
         else:
-            verdicts = [self.verifier.verify(*call) for call in calls]
+            with _no_exit(type(self.verifier).__name__):
+                verdicts = [self.verifier.verify(*call) for call in calls]
         numbers = _finite(verdicts, samples, type(self.verifier).__name__)
         return [replace(s, correct=verdict) for s, verdict in zip(samples, numbers, strict=True)]
 
@@ -110,11 +112,21 @@ class Grader:
         return graded
 
     def _values(self, reward: Reward, groups: Sequence[Sequence[Sample]]) -> list[list[float]]:
-        values = reward.score_groups(groups, self.pool)
         source = f"reward {reward.name!r}"
+        with _no_exit(source):
+            values = reward.score_groups(groups, self.pool)
         if len(values) != len(groups):
             raise RewardError(f"{source} returned values of {len(values)} groups for {len(groups)}")
         return [_finite(of_group, group, source) for of_group, group in zip(values, groups, strict=True)]
+
+
+@contextmanager
+def _no_exit(source: str) -> Iterator[None]:
+    """Turn ``exit()`` in a verifier or a reward into an error: it would end the trainer without a word."""
+    try:
+        yield
+    except SystemExit as error:
+        raise RewardError(f"{source} raised SystemExit: {error.code}") from error
 
 
 def _finite(values: Sequence[float], samples: Sequence[Sample], source: str) -> list[float]:

@@ -83,9 +83,11 @@ class GradingPool:
         futures = [self._pool.schedule(function, args=call, timeout=self.timeout_seconds * limits) for call in calls]
         results: list[T | K] = []
         for future in futures:
-            try:
+            # Asked for rather than raised: a worker's SystemExit or KeyboardInterrupt must not end the trainer.
+            error = future.exception()
+            if error is None:
                 results.append(future.result())
-            except (GradingTimeout, ProcessExpired):
+            elif isinstance(error, GradingTimeout | ProcessExpired):
                 if not self.killed:
                     log.warning(
                         f"grading was killed after {self.timeout_seconds * limits:g} s, or died: such responses count "
@@ -94,7 +96,7 @@ class GradingPool:
                     )
                 self.killed += 1
                 results.append(killed)
-            except Exception as error:
+            else:
                 self.close()
                 raise _failure(function, error) from error
         return results
@@ -110,6 +112,7 @@ class GradingPool:
         return {**self.__dict__, "_pool": None}
 
 
-def _failure(function: Callable[..., Any], error: Exception) -> RewardError:
+def _failure(function: Callable[..., Any], error: BaseException) -> RewardError:
     name = getattr(function, "__qualname__", repr(function))
-    return RewardError(f"{name} raised {type(error).__name__}: {error}")
+    said = f": {error}" if str(error) else ""
+    return RewardError(f"{name} raised {type(error).__name__}{said}")
