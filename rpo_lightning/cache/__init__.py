@@ -1,4 +1,4 @@
-"""The experience cache, and what RPO does with it: cuts, budgets, refresh rules. No Lightning here."""
+"""The experience cache and RPO's rules for it: cuts, suffix budgets, refresh. Nothing here imports Lightning."""
 
 from rpo_lightning.cache.budgets import CutPlusSlackBudget, FullBudget, SuffixBudget
 from rpo_lightning.cache.cache import CachedResponse, CacheEntry, ExperienceCache

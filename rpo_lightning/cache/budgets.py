@@ -1,4 +1,7 @@
-"""Suffix budgets: how many tokens a suffix may have. The paper names none; its code allows the cut alone."""
+"""Suffix budgets: how many tokens a suffix may have.
+
+The paper specifies no budget. Its published code gives a suffix as many tokens as were cut.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +15,31 @@ class SuffixBudget(ABC):
 
     @abstractmethod
     def tokens(self, prefix_length: int, cut: int, response_limit: int) -> int:
-        """Budget of a suffix that follows a prefix, after which ``cut`` tokens of the cached response were dropped.
+        """Budget of a suffix, in tokens.
 
-        The response limit is enforced around it. Full-path groups always get the whole limit.
+        The caller caps the result at what the prefix leaves of the response limit. Full-path groups get the whole
+        limit and do not ask.
+
+        Args:
+            prefix_length: Tokens of the prefix.
+            cut: Tokens dropped from the end of the cached response.
+            response_limit: Limit of a whole response in tokens.
         """
 
 
 class FullBudget(SuffixBudget):
-    """Up to the response limit, so that a response may grow past the cached one."""
+    """Everything up to the response limit. A response may become longer than the cached one."""
 
     def tokens(self, prefix_length: int, cut: int, response_limit: int) -> int:
-        """Whatever the prefix leaves of the limit."""
+        """The response limit minus the prefix."""
         return response_limit - prefix_length
 
 
 class CutPlusSlackBudget(SuffixBudget):
-    """What was cut plus ``slack``: the paper-like setting (the published code allows the cut alone, which may be 0).
+    """As many tokens as were cut, plus ``slack``: the setting closest to the paper's code, which has no slack.
 
     Args:
-        slack: Extra tokens, at least 1, so that a cut of zero tokens still leaves one to generate.
+        slack: Extra tokens, at least 1: a cut may drop 0 tokens.
     """
 
     def __init__(self, slack: int = 64) -> None:
@@ -41,5 +50,5 @@ class CutPlusSlackBudget(SuffixBudget):
         self.slack = slack
 
     def tokens(self, prefix_length: int, cut: int, response_limit: int) -> int:
-        """The cut and the slack."""
+        """The cut plus the slack."""
         return cut + self.slack

@@ -1,16 +1,14 @@
-"""The experience cache: what is remembered of every question. Knows nothing of Lightning.
+"""The experience cache: one entry for each question, with at most one response.
 
-At most one response per question is held, as token ids (the published code
-keeps text, which drifts when it is encoded again), with the reward it got and the update each of its
-tokens was generated at. What a cut strategy wants to remember of a question lies in ``state`` and is
-saved with the entry.
+A response is held as token ids, with its reward and the update at which each token was generated. Deviation: the
+paper's code holds text, whose token ids change when it is encoded again. A cut strategy keeps its own notes on a
+question in ``state``, which is saved with the entry.
 
-Everything is held in columns, so that a million questions cost little more than the bytes of their tokens
-(:mod:`rpo_lightning.cache.token_blocks`). :class:`CacheEntry` and :class:`CachedResponse` are views of a question's
-row.
+Data is held in columns: a million questions take little more memory than their token ids
+(:mod:`rpo_lightning.cache.token_blocks`). :class:`CacheEntry` and :class:`CachedResponse` are views of one row.
 
-On disk a cache is one Parquet file, a row per question (:mod:`rpo_lightning.cache.parquet`). In a checkpoint it is a
-dictionary of tensors and primitives.
+On disk a cache is a Parquet file with a row for each question (:mod:`rpo_lightning.cache.parquet`). In a checkpoint it
+is a dictionary of tensors and primitives.
 """
 
 from __future__ import annotations
@@ -29,11 +27,10 @@ from rpo_lightning.core.errors import CacheError
 from rpo_lightning.core.types import Spans
 
 FORMAT_VERSION = 2
-# The "update" at which tokens that came from elsewhere were generated.
+# Step of tokens that this run did not generate.
 IMPORTED_STEP = -1
 
-# What is known of a question besides its tokens, their spans and the state. The last two columns follow from the
-# spans: the update of the newest tokens, and how many were there before the first update.
+# Columns besides tokens, spans and state. "step" and "initial_tokens" are computed from the spans and not saved.
 _FACTS = np.dtype(
     [
         ("visits", np.int64),
@@ -50,15 +47,15 @@ _SAVED_FACTS = ("visits", "restart", "reward", "correct", "finished")
 
 @dataclass(frozen=True, slots=True)
 class CachedResponse:
-    """A response that later visits of its question are cut from.
+    """The response from which a question's prefixes are cut.
 
     Attributes:
-        token_ids: The whole response, int32, the end-of-sequence token included if it was sampled.
-        reward: The total reward it got.
+        token_ids: The whole response, int32, with the end-of-sequence token if it was sampled.
+        reward: Its total reward.
         correct: Whether the verifier accepted it.
-        finished: Whether it ended by itself.
-        spans: ``(step, count)`` runs: at which update its tokens were generated, in order; -1 for those that
-            came from elsewhere.
+        finished: Whether it ended by itself, not by its budget.
+        spans: ``(step, count)`` runs, in order: ``count`` tokens were generated at update ``step``; -1 if this run
+            did not generate them.
     """
 
     token_ids: np.ndarray
@@ -69,7 +66,7 @@ class CachedResponse:
 
     @property
     def step(self) -> int:
-        """The update at which its newest tokens were generated."""
+        """The update at which its last tokens were generated."""
         return newest_step(self.spans)
 
     def __len__(self) -> int:
@@ -77,7 +74,7 @@ class CachedResponse:
 
 
 class CacheEntry:
-    """What is remembered of one question: a view of its row in a cache."""
+    """One question's row of a cache. Reads and writes go to the cache."""
 
     __slots__ = ("_cache", "_number", "uid")
 
@@ -88,12 +85,12 @@ class CacheEntry:
 
     @property
     def response(self) -> CachedResponse | None:
-        """The cached response, if there is one; :meth:`ExperienceCache.remember` puts another in its place."""
+        """The cached response, or ``None``. :meth:`ExperienceCache.remember` replaces it."""
         return self._cache._response(self._number)
 
     @property
     def visits(self) -> int:
-        """Groups that were sampled for the question."""
+        """How many groups were sampled for the question."""
         return int(self._cache._facts["visits"][self._number])
 
     @visits.setter
@@ -102,7 +99,7 @@ class CacheEntry:
 
     @property
     def restart(self) -> bool:
-        """Whether the next visit starts without a prefix."""
+        """Whether the next visit takes the full path."""
         return bool(self._cache._facts["restart"][self._number])
 
     @restart.setter
@@ -111,7 +108,7 @@ class CacheEntry:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What the cut strategy remembers of the question (JSON values, saved with the entry)."""
+        """The cut strategy's notes on the question: JSON values, saved with the entry."""
         return self._cache._states.setdefault(self._number, {})
 
     @state.setter
@@ -120,15 +117,15 @@ class CacheEntry:
 
 
 class ExperienceCache:
-    """Entries by question uid.
+    """Entries by question uid, in the order of their first visits.
 
     Args:
-        tokenizer_fingerprint: Identifies the vocabulary that the token ids belong to.
+        tokenizer_fingerprint: Identifies the tokenizer of the token ids.
     """
 
     def __init__(self, tokenizer_fingerprint: str) -> None:
         self.tokenizer_fingerprint = tokenizer_fingerprint
-        self._numbers: dict[str, int] = {}  # in the order of their first visits: 0, 1, 2, …
+        self._numbers: dict[str, int] = {}  # row numbers 0, 1, 2, …
         self._facts = np.zeros(0, _FACTS)
         self._tokens = TokenBlocks()
         self._spans: list[Spans] = []
@@ -144,16 +141,16 @@ class ExperienceCache:
         return uid in self._numbers
 
     def get(self, uid: str) -> CacheEntry | None:
-        """The entry of a question, or ``None`` before its first visit."""
+        """The entry of a question, or ``None`` if there is none."""
         number = self._numbers.get(uid)
         return None if number is None else CacheEntry(self, uid, number)
 
     def entry(self, uid: str) -> CacheEntry:
-        """The entry of a question, made if there is none."""
+        """The entry of a question. Makes one if there is none."""
         return CacheEntry(self, uid, self._number(uid))
 
     def remember(self, uid: str, response: CachedResponse) -> None:
-        """Cache a response in the place of whatever was cached of the question; its tokens are copied."""
+        """Cache a response in place of the question's earlier one. Copies the tokens."""
         number = self._number(uid)
         self._tokens[number] = response.token_ids
         row = self._facts[number]
@@ -166,11 +163,11 @@ class ExperienceCache:
         """Health of the cache at update ``step``.
 
         Returns:
-            ``entries`` and ``responses`` (counts), and over the responses: ``correct_share``, mean
-            ``length``, mean ``age`` (updates since the newest tokens), and ``initial_token_share``,
-            the share of tokens that were there before the first update, from the starting policy or elsewhere.
+            The counts ``entries`` and ``responses``; over the responses, ``correct_share``, mean ``length`` in tokens,
+            mean ``age`` (updates since the last tokens were generated), and ``initial_token_share`` (share of tokens
+            from before the first update, imported ones included).
         """
-        # Without a response all facts of it are 0, so that whole columns can be summed.
+        # Rows without a response hold zeros, so whole columns can be summed.
         facts, tokens = self._facts[: len(self)], self._tokens.live_tokens
         responses = len(self._tokens)
         result = {"entries": float(len(self)), "responses": float(responses)}
@@ -184,7 +181,7 @@ class ExperienceCache:
         return result
 
     def forget_updates(self) -> None:
-        """Have all tokens come from elsewhere: update numbers of another run mean nothing in this one."""
+        """Mark all tokens as imported. Call it for a cache of another run, whose update numbers mean nothing here."""
         for number, length in enumerate(self._tokens.lengths(len(self)).tolist()):
             if length >= 0:
                 self._spans[number] = ((IMPORTED_STEP, length),)
@@ -209,16 +206,16 @@ class ExperienceCache:
     # -- saving and loading ---------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole cache as tensors and primitives (``torch.load(weights_only=True)`` reads it).
+        """The whole cache as tensors and primitives, which ``torch.load(weights_only=True)`` reads.
 
-        Tokens are not copied: the state looks at the cache's own blocks, which are never written to again.
+        Tokens are not copied. The state shares the cache's blocks, whose written part never changes.
         """
         facts = self._facts[: len(self)]
         span_counts, spans = flat_spans(self._spans)
         return {
             "version": FORMAT_VERSION,
             "tokenizer": self.tokenizer_fingerprint,
-            # One text each: a million small ones would be remembered one by one while they are written.
+            # One JSON text each: pickle would hold a million small strings in its memo while it writes.
             "uids": json.dumps(list(self._numbers)),
             "states": json.dumps({number: state for number, state in self._states.items() if state}),
             "facts": {name: torch.from_numpy(facts[name].copy()) for name in _SAVED_FACTS},
@@ -228,10 +225,10 @@ class ExperienceCache:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the contents by a saved state, whose tokens are taken over without a copy.
+        """Replace the contents by a saved state. Shares the state's tokens without a copy.
 
         Raises:
-            CacheError: The state is of another version or tokenizer.
+            CacheError: The state has another format version or tokenizer.
         """
         self.require_same_origin(state["version"], state["tokenizer"], "the checkpoint's cache")
         uids = json.loads(state["uids"])
@@ -248,15 +245,22 @@ class ExperienceCache:
         vars(self).update(vars(loaded))
 
     def require_same_origin(self, version: int, tokenizer: str, where: str) -> None:
-        """Check that what was saved can be read by this release and means the same to this policy.
+        """Check that a saved cache has this release's format and this policy's tokenizer.
+
+        Args:
+            version: Format version of what was saved.
+            tokenizer: Its tokenizer fingerprint.
+            where: What to call it in the message.
 
         Raises:
-            CacheError: It is of another version or tokenizer.
+            CacheError: It has another format version or tokenizer.
         """
         if version != FORMAT_VERSION:
-            raise CacheError(f"{where}: cache format {version}, this release reads format {FORMAT_VERSION}")
+            raise CacheError(
+                f"{where}: cache format {version}, this release reads format {FORMAT_VERSION}: build a new cache"
+            )
         if tokenizer != self.tokenizer_fingerprint:
             raise CacheError(
                 f"{where}: made with another tokenizer (fingerprint {tokenizer}, this policy's is "
-                f"{self.tokenizer_fingerprint}): token ids would mean other text; build a new cache"
+                f"{self.tokenizer_fingerprint}), so its token ids mean other text: build a new cache"
             )

@@ -1,11 +1,11 @@
-"""Cut strategies: how much of a cached response is kept.
+"""Cut strategies: how many tokens of a cached response become the prefix.
 
-A strategy looks at a question's entry and says how many tokens of its response to keep. After the group has been
-scored it is told the outcome, and may remember something in ``entry.state``, which is saved with the entry. Everything
-else (clamping, the suffix budget, starting over) is done around it, so a new strategy is one small class.
+To write one, subclass :class:`CutStrategy` and return the prefix length for a question's entry. To learn from scored
+groups, override ``observe`` and keep notes in ``entry.state``, which is saved with the entry. The caller
+(:mod:`rpo_lightning.cache.prefixes`) clamps the length, sets the suffix budget and restarts questions.
 
-Paper (eqs. 3, 4): the last m ~ U{0, …, L} tokens are dropped. Deviation: at least one token is always regenerated,
-since a kept end-of-sequence token would leave nothing to generate.
+Paper (eqs. 3, 4): the last m ~ U{0, …, L} tokens are dropped. Deviation: at least one token is always sampled again,
+because nothing can follow an end-of-sequence token.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from rpo_lightning.core.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class GroupOutcome:
-    """What came of a cut.
+    """The result of a cut: a scored group as cut strategies see it.
 
     Attributes:
-        prefix_length: Tokens of the prefix; 0 means that the group took the full path.
-        cut: Tokens of the cached response that had been dropped; 0 where there was no response.
-        rewards: Total rewards of the members.
-        correct: The verifier's verdicts.
-        lengths: Whole response lengths in tokens.
+        prefix_length: Tokens of the prefix; 0 on the full path.
+        cut: Tokens dropped from the end of the cached response; 0 if there was no response.
+        rewards: Total reward of each member.
+        correct: The verifier's verdict on each member.
+        lengths: Length of each member's whole response in tokens.
     """
 
     prefix_length: int
@@ -40,20 +40,20 @@ class GroupOutcome:
 
 
 class CutStrategy(ABC):
-    """Decides how much of a cached response is kept."""
+    """Decides how many tokens of a cached response become the prefix."""
 
     @abstractmethod
     def prefix_length(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
-        """Tokens to keep from the front of ``response``: the length of the prefix.
+        """Length of the prefix: the number of tokens to keep from the start of ``response``.
 
         Args:
-            entry: The question's entry, with whatever the strategy stored in its ``state``.
-            response: ``entry.response``, which is there.
-            rng: Seeded by run, question and visit, so that a visit resolves the same way everywhere.
+            entry: The question's entry, with the strategy's notes in ``state``.
+            response: ``entry.response``, never ``None``.
+            rng: Seeded by run, question and visit: a visit draws the same on every rank and after a resume.
         """
 
     def observe(self, entry: CacheEntry, outcome: GroupOutcome) -> None:  # noqa: B027 (optional hook)
-        """Learn the outcome of a group, full-path groups included."""
+        """Learn the outcome of a group. Called for full-path groups too."""
 
 
 class UniformCut(CutStrategy):
@@ -69,15 +69,15 @@ class UniformCut(CutStrategy):
         self.max_cut = max_cut
 
     def prefix_length(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
-        """Length minus a uniform draw; nothing where the draw exceeds the length."""
+        """Response length minus a uniform draw; 0 if the draw is larger."""
         return max(0, len(response) - int(rng.integers(0, self.max_cut + 1)))
 
 
 class FractionOfShortestCut(CutStrategy):
-    """Drop m ~ U{0, …, fraction · ℓ}, with ℓ the shortest response of the question's last group.
+    """Drop m ~ U{0, …, fraction · ℓ} tokens; ℓ is the shortest response of the question's previous group.
 
-    Equation 4 of the paper with ``fraction`` = 1/2, its main setting. The group being sampled has no
-    lengths yet, so ℓ is the previous group's, and before that the cached response's own length.
+    ``fraction`` = 1/2 is equation 4 of the paper, its main setting. Before a question's first group, ℓ is the length of
+    the cached response.
 
     Args:
         fraction: Share of ℓ that may be dropped, in (0, 1].
@@ -89,35 +89,35 @@ class FractionOfShortestCut(CutStrategy):
         self.fraction = fraction
 
     def prefix_length(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
-        """Length minus a uniform draw up to the share of ℓ."""
+        """Response length minus a uniform draw from 0 to ``fraction · ℓ``."""
         shortest = entry.state.get("shortest_length", len(response))
         return max(0, len(response) - int(rng.integers(0, int(self.fraction * shortest) + 1)))
 
     def observe(self, entry: CacheEntry, outcome: GroupOutcome) -> None:
-        """Remember ℓ."""
+        """Store ℓ in the entry's state."""
         entry.state["shortest_length"] = min(outcome.lengths)
 
 
 class AnchoredCut(CutStrategy):
-    """Keep a share f ~ U(low, high) of a *correct* response; no prefix where there is none.
+    """Keep a share f ~ U(low, high) of a correct response. A wrong response gives no prefix.
 
-    Not in the paper. A cut in the middle of a correct response keeps the group's outcome open, where
-    a wrong prefix decides it and a late cut leaves little to decide. Goes with the
-    ``CorrectMemberRefresh``, which only ever caches correct responses.
+    Not in the paper. After a cut in the middle of a correct response, members can still end right or wrong. A wrong
+    prefix or a late cut mostly decides that beforehand. Use it with ``CorrectMemberRefresh``, which caches correct
+    responses only.
 
     Args:
-        low: Smallest share kept.
-        high: Largest share kept.
+        low: Smallest share of the response that becomes the prefix.
+        high: Largest share, below 1.
     """
 
     def __init__(self, low: float = 0.1, high: float = 0.6) -> None:
         if not 0 <= low <= high < 1:
-            raise ConfigurationError(f"cut needs 0 <= low <= high < 1, got low={low}, high={high}")
+            raise ConfigurationError(f"cache.cut needs 0 <= low <= high < 1, got low={low}, high={high}")
         self.low = low
         self.high = high
 
     def prefix_length(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
-        """A random share of a correct response, or nothing."""
+        """A random share of a correct response; 0 for a wrong one."""
         if not response.correct:
             return 0
         return int(rng.uniform(self.low, self.high) * len(response))

@@ -1,6 +1,7 @@
-"""Experience caches as Parquet files, written and read piece by piece: no more than a piece is held beside the cache.
+"""Reading and writing experience caches as Parquet files.
 
-A row per question; the format's version and the tokenizer's fingerprint are in the schema's metadata.
+A file has a row for each question. The schema's metadata hold the format version and the tokenizer fingerprint. Files
+are read and written in batches of rows: besides the cache itself, only one batch is in memory.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from rpo_lightning.cache.spans import flat_spans, nested_spans
 from rpo_lightning.core.errors import CacheError
 from rpo_lightning.core.files import replacing
 
-# A piece is written once it has so many tokens or rows; files are read by as many rows. Arrow needs several
-# times the bytes of a piece while it works.
-PIECE_TOKENS, PIECE_ROWS = 2**20, 512
+# Limits of a batch. Arrow needs several times a batch's bytes while it works.
+BATCH_TOKENS, BATCH_ROWS = 2**20, 512
 
 SCHEMA = pa.schema(
     {
@@ -41,10 +41,10 @@ _Row = tuple[CacheEntry, CachedResponse | None]
 
 
 def write_cache(cache: ExperienceCache, path: str | Path) -> None:
-    """Write a cache, atomically."""
+    """Write a cache. If writing fails, an earlier file at ``path`` stays as it was."""
     schema = SCHEMA.with_metadata({"version": str(FORMAT_VERSION), "tokenizer": cache.tokenizer_fingerprint})
     with replacing(path) as partial, pq.ParquetWriter(partial, schema) as writer:
-        for rows in _pieces(cache):
+        for rows in _batches(cache):
             writer.write_batch(_as_batch(rows, schema))
     _give_memory_back()
 
@@ -54,10 +54,10 @@ def read_cache(path: str | Path, tokenizer_fingerprint: str) -> ExperienceCache:
 
     Args:
         path: The file.
-        tokenizer_fingerprint: The policy's; token ids of another tokenizer would mean other text.
+        tokenizer_fingerprint: The fingerprint of the policy's tokenizer.
 
     Raises:
-        CacheError: The file is missing, is no cache, or belongs to another tokenizer.
+        CacheError: The file is missing or damaged, is not a cache, or has another format version or tokenizer.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,14 +71,14 @@ def read_cache(path: str | Path, tokenizer_fingerprint: str) -> ExperienceCache:
     return cache
 
 
-def _pieces(cache: ExperienceCache) -> Iterator[list[_Row]]:
+def _batches(cache: ExperienceCache) -> Iterator[list[_Row]]:
     rows: list[_Row] = []
     tokens = 0
     for entry in cache:
         response = entry.response
         rows.append((entry, response))
         tokens += 0 if response is None else len(response)
-        if tokens >= PIECE_TOKENS or len(rows) >= PIECE_ROWS:
+        if tokens >= BATCH_TOKENS or len(rows) >= BATCH_ROWS:
             yield rows
             rows, tokens = [], 0
     if rows:
@@ -86,7 +86,7 @@ def _pieces(cache: ExperienceCache) -> Iterator[list[_Row]]:
 
 
 def _give_memory_back() -> None:
-    """Arrow keeps what it has let go of: as much as a small cache has."""
+    """Return Arrow's unused memory to the system: it would hold as much as a small cache."""
     pa.default_memory_pool().release_unused()
 
 
@@ -122,16 +122,22 @@ def _offsets(lengths: list[int] | np.ndarray) -> pa.Array:
 
 
 def _read_file(cache: ExperienceCache, path: Path) -> None:
-    # Not pre-buffered: that would hold the whole file.
+    # Pre-buffering would hold the whole file in memory.
     with pq.ParquetFile(path, pre_buffer=False) as file:
         schema = file.schema_arrow
         metadata = schema.metadata or {}
         if b"tokenizer" not in metadata or b"version" not in metadata:
-            raise CacheError(f"{path}: not an experience cache (no tokenizer fingerprint in its metadata)")
+            raise CacheError(
+                f"{path}: not an experience cache (no tokenizer fingerprint in its metadata): name a file that this "
+                "package wrote"
+            )
         cache.require_same_origin(int(metadata[b"version"]), metadata[b"tokenizer"].decode(), str(path))
         if not schema.equals(SCHEMA):
-            raise CacheError(f"{path}: its columns are not an experience cache's: {', '.join(SCHEMA.names)}")
-        for batch in file.iter_batches(PIECE_ROWS):
+            raise CacheError(
+                f"{path}: its columns are not an experience cache's, which are {', '.join(SCHEMA.names)}: build a new "
+                "cache"
+            )
+        for batch in file.iter_batches(BATCH_ROWS):
             _read_batch(cache, batch, str(path))
 
 
@@ -140,7 +146,7 @@ def _read_batch(cache: ExperienceCache, batch: pa.RecordBatch, where: str) -> No
     tokens, spans = column["token_ids"], column["spans"]
     for name, array in {**column, "token_ids": tokens.values, "spans": spans.values}.items():
         if array.null_count:
-            raise CacheError(f"{where}: {array.null_count} empty values in its column {name!r}")
+            raise CacheError(f"{where}: {array.null_count} empty values in its column {name!r}: build a new cache")
     all_ids = tokens.values.to_numpy()
     ranges = list(pairwise(tokens.offsets.to_pylist()))
     all_spans = spans.values

@@ -1,9 +1,9 @@
-"""From cached responses to prefixes and back: RPO's use of the cache, without Lightning.
+"""RPO's use of the experience cache: prefixes from cached responses, cached responses from scored groups.
 
-:class:`CachedPrefixes` is the whole of what RPO adds to GRPO or DAPO: ``request`` turns a prompt into
-a rollout request that starts from a kept prefix, ``record`` takes a scored group back into the cache.
-Random draws are seeded by run, question and visit, so that they depend neither on the order of
-questions nor on the process, and a resumed run draws what the uninterrupted one would have.
+:class:`CachedPrefixes` is all that RPO adds to GRPO or DAPO. ``request`` turns a prompt into a rollout request with a
+prefix. ``record`` refreshes the cache from a scored group. Draws are seeded by run, question and visit. They depend
+neither on the order of the questions nor on the rank, and a resumed run draws what the uninterrupted run would have
+drawn.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CacheUpdate:
-    """What becomes of an entry after a group, in the form that travels between ranks.
+    """A change to one entry after a scored group, in the form that ranks exchange.
 
     Attributes:
         uid: The question.
-        response: What is cached from now on; ``None`` leaves the response as it is.
-        outcome: What the cut strategy is told.
+        response: The response to cache; ``None`` leaves the cached one as it is.
+        outcome: The outcome for the cut strategy.
     """
 
     uid: str
@@ -44,16 +44,16 @@ class CacheUpdate:
 
 
 class CachedPrefixes:
-    """Serves kept prefixes from an experience cache and refreshes it.
+    """Cuts prefixes from an experience cache and refreshes the cache.
 
     Args:
         cache: The cache.
-        cut: How much of a response is kept.
-        budget: How long a suffix may get.
+        cut: How long a prefix is.
+        budget: How long a suffix may be.
         refresh: Which member of a group is cached.
         response_limit: Limit of a whole response in tokens.
-        on_failure: What a group without a correct member means for the question's next visit:
-            ``keep`` cuts the entry again (paper), ``restart`` starts without a prefix.
+        on_failure: The question's next visit after a group without a correct member: ``keep`` cuts the cached response
+            again (paper), ``restart`` takes the full path.
         keep_unfinished: Whether responses that ran out of budget may be cached.
     """
 
@@ -76,12 +76,12 @@ class CachedPrefixes:
         self.keep_unfinished = keep_unfinished
 
     def request(self, prompt: Prompt) -> RolloutRequest:
-        """Pair a prompt with a kept prefix and a suffix budget.
+        """Give a prompt a prefix and a suffix budget.
 
-        A question without a cached response, or one that is to start over, takes the full path.
+        A question takes the full path if it has no cached response or is to restart.
 
         Raises:
-            ConfigurationError: The budget leaves no token to generate.
+            ConfigurationError: The suffix budget is below 1 token.
         """
         entry = self.cache.get(prompt.uid)
         if entry is None or entry.response is None or entry.restart:
@@ -94,8 +94,8 @@ class CachedPrefixes:
         tokens = min(self.budget.tokens(prefix_length, cut, self.response_limit), self.response_limit - prefix_length)
         if tokens < 1:
             raise ConfigurationError(
-                f"{type(self.budget).__name__} gives question {prompt.uid} a suffix budget of {tokens} tokens "
-                f"(prefix {prefix_length}, cut {cut}): budgets must be at least 1"
+                f"cache.budget: {type(self.budget).__name__} gives question {prompt.uid} a suffix budget of {tokens} "
+                f"tokens (prefix {prefix_length}, cut {cut}): return at least 1"
             )
         return RolloutRequest(
             prompt=prompt,
@@ -106,11 +106,11 @@ class CachedPrefixes:
         )
 
     def record(self, group: Group) -> None:
-        """Take a scored group into the cache."""
+        """Refresh the cache from a scored group."""
         self.apply(self.update_from(group))
 
     def update_from(self, group: Group) -> CacheUpdate:
-        """What a scored group means for its question's entry, which is left as it is."""
+        """The change that a scored group makes to its question's entry. Does not make it; see :meth:`apply`."""
         request, uid = group.request, group.request.prompt.uid
         entry = self.cache.get(uid)
         visits = 0 if entry is None else entry.visits
@@ -130,10 +130,10 @@ class CachedPrefixes:
         )
 
     def apply(self, update: CacheUpdate) -> None:
-        """Refresh an entry and tell the cut strategy.
+        """Change an entry and tell the cut strategy the outcome.
 
-        Of several updates of one question each is applied, so that the last one's response stays: ranks that
-        apply the same updates in the same order have the same cache.
+        Ranks that apply the same updates in the same order have the same cache. If a question has several updates, the
+        last one's response stays.
         """
         entry = self.cache.entry(update.uid)
         if update.response is not None:
@@ -143,11 +143,11 @@ class CachedPrefixes:
         self.cut.observe(entry, update.outcome)
 
     def initial_update(self, group: Group) -> tuple[str, CachedResponse | None]:
-        """A question and what to cache of a group of the starting policy: its best candidate (eq. 1)."""
+        """The question and the best candidate of a group that the starting policy sampled (eq. 1)."""
         return group.request.prompt.uid, initial_response(group, self.keep_unfinished)
 
     def initialise(self, uid: str, response: CachedResponse | None) -> None:
-        """Fill an entry before training."""
+        """Fill an entry before training; without a response, make an empty one."""
         if response is None:
             self.cache.entry(uid)
         else:
@@ -158,29 +158,34 @@ class CachedPrefixes:
 
 
 def drawn_prefix(cut: CutStrategy, entry: CacheEntry, response: CachedResponse) -> int:
-    """Tokens of an entry's response that a cut keeps at the next visit; at least one is always regenerated."""
+    """Length of the prefix at an entry's next visit. At least one token of the response is always sampled again."""
     prefix_length = cut.prefix_length(entry, response, question_generator(SeedPurpose.CUT, entry.uid, entry.visits))
     return max(min(prefix_length, len(response) - 1), 0)
 
 
 def require_same_questions(cache: ExperienceCache, prompts: list[Prompt], where: str | Path) -> None:
-    """Check that a cache belongs to a data set.
+    """Check that a cache belongs to the training questions. Logs how many it knows, if not all.
+
+    Args:
+        cache: The cache.
+        prompts: The training questions.
+        where: What to call the cache in messages.
 
     Raises:
-        CacheError: None of the questions is in it.
+        CacheError: The cache has entries, and none is of these questions.
     """
     known = sum(p.uid in cache for p in prompts)
     if len(cache) and not known:
         raise CacheError(
             f"{where}: made for another data set, none of its {len(cache)} questions is among the {len(prompts)} "
-            "training questions; build a new cache, or set data.uid_column as it was then"
+            "training questions: build a new cache, or set data.uid_column as for the run that made it"
         )
     if known < len(prompts):
-        log.info(f"{where}: knows {known} of {len(prompts)} training questions")
+        log.info(f"{where}: has entries for {known} of {len(prompts)} training questions")
 
 
 def initial_response(group: Group, keep_unfinished: bool) -> CachedResponse | None:
-    """The best candidate of a group, drawn among equals; ``None`` if there is none."""
+    """The best candidate of a group, with ties broken at random; ``None`` if there is no candidate."""
     candidates = _candidates(group, keep_unfinished)
     if not candidates:
         return None
@@ -190,7 +195,7 @@ def initial_response(group: Group, keep_unfinished: bool) -> CachedResponse | No
 
 
 def cached_response(group: Group, member: int) -> CachedResponse:
-    """A member of a group in the form that is cached."""
+    """A member's response in the form that the cache holds."""
     completion = group.completions[member]
     return CachedResponse(
         token_ids=np.asarray(group.response_ids(member), dtype=np.int32),
@@ -202,7 +207,7 @@ def cached_response(group: Group, member: int) -> CachedResponse:
 
 
 def question_generator(purpose: SeedPurpose, uid: str, visit: int) -> np.random.Generator:
-    """The generator of the run for a visit of a question."""
+    """The run's generator for a purpose at a visit of a question."""
     return derive_generator(purpose, stable_hash(uid), visit)
 
 

@@ -1,8 +1,7 @@
-"""Which member of a group replaces the cached response.
+"""Refresh rules: which member of a group replaces the cached response.
 
-Paper (section 3.3, eq. 10): with probability ε the best member, else another one at random.
-Deviation: ties for the best are broken at random, and unfinished responses are no candidates unless
-the cache callback is told to keep them.
+Paper (section 3.3, eq. 10): the best member with probability ε, otherwise one of the others at random. Deviations:
+ties for the best are broken at random, and unfinished responses are candidates only with ``cache.keep_unfinished``.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ from rpo_lightning.core.types import Group
 
 
 class RefreshRule(ABC):
-    """Chooses what is cached after a group has been scored."""
+    """Chooses the member of a scored group that is cached."""
 
     @abstractmethod
     def choose(self, group: Group, candidates: Sequence[int], rng: np.random.Generator) -> int | None:
-        """A member to cache, or ``None`` to leave the entry as it is.
+        """The index of the member to cache, or ``None`` to leave the entry as it is.
 
         Args:
             group: The scored group.
-            candidates: Members that may be cached; may be empty.
+            candidates: Indices of the members that may be cached; may be empty.
             rng: Seeded by run, question and visit.
         """
 
 
 class EpsilonGreedyRefresh(RefreshRule):
-    """The best member with probability ε, else another one at random (eq. 10).
+    """The best member with probability ε, otherwise one of the others at random (eq. 10).
 
     Args:
-        epsilon: Probability of caching the best member; 1 is always the best.
+        epsilon: Probability of caching the best member; with 1, always the best.
     """
 
     def __init__(self, epsilon: float = 0.5) -> None:
@@ -43,7 +42,7 @@ class EpsilonGreedyRefresh(RefreshRule):
         self.epsilon = epsilon
 
     def choose(self, group: Group, candidates: Sequence[int], rng: np.random.Generator) -> int | None:
-        """The best candidate, or one of the others."""
+        """The best candidate or, with probability 1 - ε, another one."""
         if not candidates:
             return None
         top = max(group.rewards[i] for i in candidates)
@@ -55,12 +54,12 @@ class EpsilonGreedyRefresh(RefreshRule):
 
 
 class CorrectMemberRefresh(RefreshRule):
-    """A random correct member; the entry stays as it is where no member is correct.
+    """A random correct member. Without one, the entry stays as it is.
 
-    Not in the paper. Goes with ``AnchoredCut``.
+    Not in the paper. Use it with ``AnchoredCut``.
     """
 
     def choose(self, group: Group, candidates: Sequence[int], rng: np.random.Generator) -> int | None:
-        """A correct candidate, if there is one."""
+        """A random correct candidate, or ``None``."""
         correct = [i for i in candidates if group.samples[i].is_correct]
         return int(rng.choice(correct)) if correct else None

@@ -1,4 +1,8 @@
-"""Runs of tokens that were generated at the same update, in order: ``((step, count), …)``."""
+"""Spans: at which update the tokens of a response were generated.
+
+A span ``(step, count)`` stands for ``count`` tokens in a row that were generated at update ``step``. A response has a
+tuple of them, in the order of its tokens.
+"""
 
 from __future__ import annotations
 
@@ -21,29 +25,33 @@ def extend_spans(prefix_spans: Spans, suffix_length: int, step: int) -> Spans:
     return tuple(spans)
 
 
-def cut_spans(spans: Spans, kept: int) -> Spans:
-    """Spans of the first ``kept`` tokens."""
+def cut_spans(spans: Spans, length: int) -> Spans:
+    """Spans of the first ``length`` tokens."""
     result = []
     for step, count in spans:
-        if kept <= 0:
+        if length <= 0:
             break
-        result.append((step, min(count, kept)))
-        kept -= count
+        result.append((step, min(count, length)))
+        length -= count
     return tuple(result)
 
 
 def newest_step(spans: Spans) -> int:
-    """The update at which the newest tokens were generated."""
+    """The update at which the last tokens were generated; 0 without tokens."""
     return spans[-1][0] if spans else 0
 
 
 def initial_tokens(spans: Spans) -> int:
-    """Tokens that were there before the first update."""
+    """Number of tokens from before the first update, imported ones included."""
     return sum(count for step, count in spans if step <= 0)
 
 
 def flat_spans(many: Sequence[Spans]) -> tuple[np.ndarray, np.ndarray]:
-    """Spans of many responses as two arrays: how many runs each has, and all runs as rows of ``(step, count)``."""
+    """Spans of many responses as two arrays.
+
+    Returns:
+        The number of spans of each response, [responses], and all spans one after the other, [spans, 2].
+    """
     counts = np.fromiter(map(len, many), np.int64, len(many))
     runs = np.fromiter(chain.from_iterable(chain.from_iterable(many)), np.int64, 2 * int(counts.sum()))
     return counts, runs.reshape(-1, 2)

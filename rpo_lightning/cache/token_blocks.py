@@ -1,12 +1,12 @@
-"""Token ids of numbered responses in a few large arrays, so that a million of them cost little more than their bytes.
+"""Token ids of numbered responses in a few large arrays (blocks).
 
-Responses are written one after the other into blocks and never changed there; a response that is replaced
-is written anew, at the end of the newest block. Its old tokens are dead. Once more than a sixteenth of what
-is stored is, the block with the most dead tokens is given up: what lives in it is written anew, and the block is left
-to whoever still looks at it. Since nothing is ever overwritten, views that were handed out and states that were
-taken never change.
+A million responses take little more memory than their token ids. A new response is appended to the newest block. A
+replaced response's old tokens stay in their block as dead tokens. When dead tokens exceed a sixteenth of the live ones
+(plus one small block), the block with the most dead tokens is dropped, and its live responses are appended again.
 
-Every replacement costs, on average, the copy of a bounded multiple of its own tokens, whatever the number of responses.
+Written tokens are never overwritten, so views and states that were handed out never change. They keep a dropped block
+alive as long as they need it. A replacement copies, on average, a bounded multiple of its own tokens, regardless of the
+number of responses.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import torch
 
 from rpo_lightning.core.errors import CacheError
 
-# A block holds a 32nd of what lives when it is begun, between 0.25 and 64 MiB: the unused end of the newest block and
-# the pause in which one is given up stay small whatever the size of the whole.
+# A new block has room for a 32nd of the live tokens, between 0.25 and 64 MiB. This bounds the unused end of the newest
+# block, and the pause while a block is dropped.
 LIVE_TOKENS_PER_BLOCK_TOKEN = 32
 SMALLEST_BLOCK, LARGEST_BLOCK = 2**16, 2**24
-# Dead tokens that are put up with: a share of the living ones, and a small block's worth.
+# Dead tokens may make up a 16th of the live ones plus the smallest block.
 LIVE_TOKENS_PER_DEAD_TOKEN = 16
 
 _NOWHERE = -1
@@ -33,9 +33,10 @@ _PLACE = np.dtype([("block", np.int32), ("start", np.int64), ("length", np.int64
 
 
 def _own_pages(count: int) -> np.ndarray:
-    """Room for tokens straight from the system, which takes nothing until it is written to and goes back at once.
+    """Memory for ``count`` tokens straight from the system.
 
-    Blocks from the allocator stay with the process once they are given up: a third of the tokens' bytes was seen to.
+    It takes no memory until it is written to, and the system gets it back as soon as it is freed. The allocator would
+    keep freed blocks: as much as a third of the tokens' bytes.
     """
     size = max(count, 1) * np.dtype(np.int32).itemsize
     return np.frombuffer(mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS), np.int32)
@@ -49,11 +50,11 @@ class _Block:
 
 
 class TokenBlocks:
-    """Token ids by the number of their owner; numbers are 0, 1, 2, … without large gaps."""
+    """Token ids by number. Use numbers 0, 1, 2, … without large gaps: memory grows with the largest."""
 
     def __init__(self) -> None:
         self._blocks: dict[int, _Block] = {}
-        self._newest = _NOWHERE  # the block that is written to
+        self._newest = _NOWHERE  # the block that responses are appended to
         self._next_block = 0
         self._places = np.zeros(0, _PLACE)
         self._known = 0
@@ -69,7 +70,7 @@ class TokenBlocks:
         return number < self._known and bool(self._places["block"][number] != _NOWHERE)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """The tokens of a number: a view that nobody may write to, and that never changes."""
+        """The tokens of a number: a read-only view that never changes."""
         block, start, length = self._places[number].item()
         view = self._blocks[block].tokens[start : start + length]
         view.flags.writeable = False
@@ -87,10 +88,10 @@ class TokenBlocks:
         self._write(number, token_ids)
         self.live_tokens += len(token_ids)
         while self._dead() > self.live_tokens // LIVE_TOKENS_PER_DEAD_TOKEN + SMALLEST_BLOCK:
-            self._give_up_deadest()
+            self._drop_deadest_block()
 
     def lengths(self, count: int) -> np.ndarray:
-        """Number of tokens of the numbers below ``count``, -1 for those that have none."""
+        """Lengths in tokens of the numbers below ``count``, [count]; -1 for a number without tokens."""
         lengths = np.full(count, -1, np.int64)
         places = self._places[: min(count, self._known)]
         lengths[: len(places)] = np.where(places["block"] == _NOWHERE, -1, places["length"])
@@ -99,7 +100,7 @@ class TokenBlocks:
     # -- saving and loading ---------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The blocks without a copy, and where in them every number's tokens are."""
+        """The blocks, without a copy, and the position of each number's tokens in them."""
         places = self._places[: self._known]
         return {
             "blocks": {number: torch.from_numpy(b.tokens[: b.filled]) for number, b in self._blocks.items()},
@@ -107,10 +108,10 @@ class TokenBlocks:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the blocks of a state, without a copy; none of them is written to.
+        """Share the blocks of a state without a copy. None of them is written to.
 
         Raises:
-            CacheError: Tokens are said to be where none are.
+            CacheError: A position lies outside its block.
         """
         blocks = {int(n): _Block(tokens.numpy(), len(tokens)) for n, tokens in state["blocks"].items()}
         places = np.zeros(len(state["block"]), _PLACE)
@@ -123,10 +124,13 @@ class TokenBlocks:
         live = np.zeros(len(numbers), np.int64)
         np.add.at(live, index, there["length"])
         if min(there["start"].min(initial=0), there["length"].min(initial=0)) < 0:
-            raise CacheError("the state of the token blocks is damaged: negative positions")
+            raise CacheError("the checkpoint's cache is damaged (negative positions): resume from another checkpoint")
         for number, end, count in zip(numbers.tolist(), ends.tolist(), live.tolist(), strict=True):
             if number not in blocks or end > blocks[number].filled:
-                raise CacheError(f"the state of the token blocks is damaged: tokens missing in block {number}")
+                raise CacheError(
+                    f"the checkpoint's cache is damaged (tokens missing in block {number}): resume from another "
+                    "checkpoint"
+                )
             blocks[number].live = count
         self._blocks, self._places, self._known = blocks, places, len(places)
         self._held = len(there)
@@ -140,7 +144,7 @@ class TokenBlocks:
         return self.stored_tokens - self.live_tokens
 
     def _know(self, number: int) -> None:
-        """Make room for a number; the doubling makes it cheap on average."""
+        """Make room for a number. Doubling makes this cheap on average."""
         if number >= len(self._places):
             places = np.zeros(max(2 * len(self._places), number + 1, 1024), _PLACE)
             places["block"] = _NOWHERE
@@ -164,13 +168,13 @@ class TokenBlocks:
         self.stored_tokens += count
         self._places[number] = (self._newest, start, count)
 
-    def _give_up_deadest(self) -> None:
-        given_up = max(self._blocks, key=lambda n: self._blocks[n].filled - self._blocks[n].live)
-        if given_up == self._newest:
+    def _drop_deadest_block(self) -> None:
+        dropped = max(self._blocks, key=lambda n: self._blocks[n].filled - self._blocks[n].live)
+        if dropped == self._newest:
             self._newest = _NOWHERE
-        block = self._blocks.pop(given_up)
+        block = self._blocks.pop(dropped)
         self.stored_tokens -= block.filled
         places = self._places[: self._known]
-        for number in np.flatnonzero(places["block"] == given_up).tolist():
+        for number in np.flatnonzero(places["block"] == dropped).tolist():
             _, start, length = places[number].item()
             self._write(number, block.tokens[start : start + length])

@@ -1,1 +1,1 @@
-"""What every room uses: the records that travel, errors, files, seeds, ranks, time."""
+"""What every room uses: the records of an iteration, errors, files, hashes, seeds, ranks and times."""

@@ -1,8 +1,7 @@
-"""The one exception hierarchy of the package.
+"""The exceptions of the package.
 
-Everything a user can get wrong raises a subclass of :class:`RPOError` whose message is a single
-line saying what is wrong, where (file, row or key), and what to do. The command line prints that
-line and nothing else.
+Whatever a user can get wrong raises a subclass of :class:`RPOError`. Its message is one line: what is wrong, where
+(file, row or key), and what to do. The command line prints that line and no traceback.
 """
 
 from __future__ import annotations
@@ -15,18 +14,22 @@ class RPOError(Exception):
 
 
 class ConfigurationError(RPOError):
-    """A setting, or a combination of settings, that cannot work."""
+    """A setting or a combination of settings cannot work."""
 
 
 class DataError(RPOError):
-    """A data set that cannot be read: missing file, unknown column, malformed row."""
+    """A data set cannot be read: missing file, unknown column, malformed row."""
 
 
 def require_modules(extra: str, *names: str) -> None:
     """Check that the modules of an extra are installed.
 
+    Args:
+        extra: Name of the extra, for the message.
+        names: The modules.
+
     Raises:
-        ConfigurationError: One is not.
+        ConfigurationError: A module is missing.
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
@@ -34,16 +37,16 @@ def require_modules(extra: str, *names: str) -> None:
 
 
 class CacheError(RPOError):
-    """An experience cache that does not belong to this tokenizer, data set or version."""
+    """An experience cache is damaged, or belongs to another tokenizer, data set or version."""
 
 
 class EngineError(RPOError):
-    """A rollout engine that cannot generate: not attached, stale weights, crashed."""
+    """A rollout engine cannot generate: it is not attached, has stale weights, or crashed."""
 
 
 class RewardError(RPOError):
-    """A reward function that cannot be imported, or that raised or returned nonsense."""
+    """A reward function cannot be imported, raised, or returned something other than a finite number."""
 
 
 class UpdateError(RPOError):
-    """An update that would have ruined the policy, such as a gradient that is not finite."""
+    """An update would ruin the policy, for example because its gradient is not finite."""

@@ -1,4 +1,4 @@
-"""Files that matter are written whole or not at all."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_json_lines(rows: Iterable[Mapping[str, Any]], path: str | Path) -> Non
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a path to write to that takes the place of ``path`` once the block has ended well."""
+    """Yield a path to write to. When the block ends without an exception, that file replaces ``path``."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

@@ -1,8 +1,7 @@
-"""The ranks of a run: what they add up and what they tell each other.
+"""What the ranks of a run add up and exchange.
 
-Everything that has to be the same on all ranks (denominators of the loss, the decision to update, the cache,
-what is logged) goes through here; gradients and parameters are the strategy's business. On one device every
-operation returns what it was given.
+Use it for everything that must be equal on all ranks: denominators of the loss, the decision to update, the cache,
+logged values. Gradients and parameters belong to the strategy. With one rank, every operation returns its input.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """Collectives over all ranks that train.
+    """Collectives over all ranks that train. All ranks must call each of them.
 
     Args:
-        strategy: Lightning's strategy; one rank alone if not given.
+        strategy: Lightning's strategy; a single rank if not given.
     """
 
     def __init__(self, strategy: Any = None) -> None:
         self._strategy = strategy
 
     def follow(self, strategy: Any) -> None:
-        """Be the ranks of another strategy, for whoever holds this object: a module may go from trainer to trainer."""
+        """Use another strategy, for all holders of this object: a module may move to another trainer."""
         self._strategy = strategy
 
     @property
@@ -38,15 +37,15 @@ class Ranks:
 
     @property
     def rank(self) -> int:
-        """Which of them this is."""
+        """This process's rank, from 0."""
         return 0 if self._strategy is None else int(getattr(self._strategy, "global_rank", 0))
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over ranks, on the CPU."""
+        """Sum over ranks, returned on the CPU."""
         return self._reduce(values, "sum")
 
     def max(self, values: Tensor) -> Tensor:
-        """Maximum over ranks, on the CPU."""
+        """Maximum over ranks, returned on the CPU."""
         return self._reduce(values, "max")
 
     def most(self, count: int) -> int:
@@ -54,7 +53,7 @@ class Ranks:
         return int(self.max(torch.tensor(count, dtype=torch.float64)))
 
     def gather(self, mine: T) -> list[T]:
-        """What each rank has, in their order, on every rank."""
+        """Every rank's object, in rank order, on every rank."""
         return gather_objects(mine) if self.size > 1 else [mine]
 
     def _reduce(self, values: Tensor, how: str) -> Tensor:
@@ -65,9 +64,9 @@ class Ranks:
 
 
 def gather_objects(mine: T) -> list[T]:
-    """What each process has, in the order of their ranks, on every one of them; a collective.
+    """Every process's object, in rank order, on every process; a collective.
 
-    It goes over the CPU: what is gathered are token ids and rows, and accelerators have better things to keep.
+    It uses the CPU's memory, because token ids and rows would take accelerator memory from the policy.
     """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return [mine]
@@ -78,16 +77,21 @@ def gather_objects(mine: T) -> list[T]:
 
 @lru_cache(maxsize=1)
 def _cpu_group(world: Any) -> Any:
-    """A group of all ranks that works in the CPU's memory, made once for each default group."""
+    """A process group of all ranks for objects in the CPU's memory; made once for each default group."""
     if "gloo" in str(distributed.get_backend(world)):
         return world
     return distributed.new_group(backend="gloo")
 
 
 def gather_rows(rows: list[dict[str, Any]], key: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of all ranks; the first of those with equal keys, as metrics count them.
+    """The rows of all ranks, one for each key; a collective.
 
-    Samplers repeat questions to give all ranks equally many. All ranks must call it.
+    Distributed samplers repeat questions to give all ranks equally many. The first row of a key stays, as in the
+    metrics.
+
+    Args:
+        rows: This rank's rows.
+        key: Columns that identify a row.
     """
     first: dict[tuple[Any, ...], dict[str, Any]] = {}
     for of_rank in gather_objects(rows):

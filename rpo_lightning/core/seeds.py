@@ -1,8 +1,8 @@
-"""One seed for a run: Lightning's ``seed_everything``.
+"""Seeds of everything that is drawn, derived from one seed of the run (Lightning's ``seed_everything``).
 
-Nothing that is drawn during a run comes from a global generator. Rollouts, cuts and cache refreshes derive their seeds
-from the run's seed and from *what* is drawn (rank and iteration, or question and visit). So a resumed run continues as
-the uninterrupted one. Dropout and user code may use the global generators: checkpoints hold their states.
+Rollouts, cuts and cache refreshes derive their seeds from the run's seed and from what is drawn: rank and iteration,
+or question and visit. They use no global generator, so a resumed run draws what the uninterrupted run would have
+drawn. Dropout and user code may use the global generators; checkpoints hold their states.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 
 class SeedPurpose(IntEnum):
-    """What a seed is for: purposes never share random numbers."""
+    """What a seed is for. Different purposes get different random numbers."""
 
     TRAINING = 0
     EVALUATION = 1
@@ -29,22 +29,22 @@ class SeedPurpose(IntEnum):
 
 
 def run_seed() -> int:
-    """The seed given to ``seed_everything`` (or ``--seed_everything``), else 0."""
+    """The seed given to ``seed_everything`` or ``--seed_everything``; 0 if none was given."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 def derive_seed(purpose: SeedPurpose, *parts: int) -> int:
-    """A seed of the run for one purpose, e.g. for rank and iteration."""
+    """A seed for a purpose and its parts, e.g. rank and iteration."""
     return int(np.random.SeedSequence([run_seed(), purpose, *parts]).generate_state(1, np.uint32)[0])
 
 
 def derive_generator(purpose: SeedPurpose, *parts: int) -> np.random.Generator:
-    """A generator of the run for one purpose, e.g. for question and visit."""
+    """A generator for a purpose and its parts, e.g. question and visit."""
     return np.random.default_rng([run_seed(), purpose, *parts])
 
 
 def generator_states() -> dict[str, Any]:
-    """States of Python's and torch's generators, as primitives and tensors."""
+    """States of Python's and torch's global generators, as primitives and tensors."""
     return {
         "python": random.getstate(),
         "torch": torch.get_rng_state(),
@@ -53,7 +53,7 @@ def generator_states() -> dict[str, Any]:
 
 
 def set_generator_states(states: Mapping[str, Any]) -> None:
-    """Put the generators back; CUDA's only where the number of devices is the same."""
+    """Restore the global generators; CUDA's only if the number of devices is the same."""
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(states["torch"])

@@ -1,8 +1,8 @@
-"""Seconds per phase of an iteration.
+"""Seconds of each phase of an iteration.
 
-Phases: ``initialise`` (filling the cache before training), ``prefill`` and ``decode`` (the rollout),
-``reward``, ``old_logprobs``, ``reference_logprobs``, ``update``, ``sync``, ``cache``, and ``rest``, which is
-what an iteration took beyond them. A phase within a phase counts for the inner one only, so they add up.
+Phases: ``initialise`` (filling the cache before training), ``prefill`` and ``decode`` (the rollout), ``reward``,
+``old_logprobs``, ``reference_logprobs``, ``update``, ``sync``, ``cache``, and ``rest`` (the iteration's remaining
+time). A nested phase's seconds count for the inner phase only, so the phases add up to the iteration.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ PHASES = (
 
 
 class PhaseTimer:
-    """Adds up wall-clock seconds under phase names until they are taken."""
+    """Adds up wall-clock seconds by phase until :meth:`take` returns them."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
         self._paused: dict[str, float] = {}
-        self._inner: list[float] = []  # seconds of the phases within each open phase
+        self._inner: list[float] = []  # for each open phase, the seconds of the phases nested in it
         self._since = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Time a block; CUDA work that it launched is waited for."""
+        """Time a block. Waits for the CUDA work that the block launched."""
         start = time.perf_counter()
         self._inner.append(0.0)
         try:
@@ -44,13 +44,13 @@ class PhaseTimer:
                 self._inner[-1] += elapsed
 
     def move(self, source: str, target: str, share: float) -> None:
-        """Book a share of the seconds of one phase under another."""
+        """Move a share (0 to 1) of one phase's seconds to another phase."""
         seconds = self._seconds.get(source, 0.0) * share
         self._add(source, -seconds)
         self._add(target, seconds)
 
     def take(self) -> dict[str, float]:
-        """Seconds of each phase since the last call, and ``rest``; then start anew."""
+        """Return the seconds of each phase since the last call, ``rest`` included, and start from zero."""
         taken, self._seconds = self._seconds, {}
         now = time.perf_counter()
         taken["rest"] = max(now - self._since - sum(taken.values()), 0.0)
@@ -58,11 +58,11 @@ class PhaseTimer:
         return taken
 
     def pause(self) -> None:
-        """Set aside what has been timed, for work that is not part of an iteration."""
+        """Set the seconds so far aside before work that is not part of an iteration."""
         self._paused = self.take()
 
     def resume(self) -> None:
-        """Forget what has been timed since :meth:`pause`, and go on from there."""
+        """Drop the seconds since :meth:`pause` and continue from the seconds set aside."""
         self._since = time.perf_counter() - sum(self._paused.values())
         self._paused.pop("rest")
         self._seconds = self._paused

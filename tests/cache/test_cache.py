@@ -146,13 +146,13 @@ def test_many_entries_survive_files_and_checkpoints_exactly(tmp_path):
     assert cache_contents(of_file) == cache_contents(of_state) == cache_contents(cache)
 
 
-def test_a_file_of_many_pieces_holds_everything(tmp_path, monkeypatch):
+def test_a_file_of_many_batches_holds_everything(tmp_path, monkeypatch):
     from rpo_lightning.cache import parquet as cache_file
 
-    monkeypatch.setattr(cache_file, "PIECE_ROWS", 7)
+    monkeypatch.setattr(cache_file, "BATCH_ROWS", 7)
     cache = visited_cache(500)
     write_cache(cache, tmp_path / "cache.parquet")
-    monkeypatch.setattr(cache_file, "PIECE_ROWS", 11)
+    monkeypatch.setattr(cache_file, "BATCH_ROWS", 11)
     loaded = ExperienceCache("abc")
     loaded = read_cache(tmp_path / "cache.parquet", loaded.tokenizer_fingerprint)
     assert cache_contents(loaded) == cache_contents(cache)
@@ -212,7 +212,7 @@ def test_a_file_of_other_columns_or_with_empty_values_is_refused(tmp_path):
     write_cache(filled_cache(), path)
     table = pq.read_table(path)
     pq.write_table(table.drop_columns(["reward"]), path)
-    with pytest.raises(CacheError, match="columns are not an experience cache's"):
+    with pytest.raises(CacheError, match="columns are not an experience cache's, which are uid, token_ids, reward"):
         read_cache(path, "abc")
     rewards = pa.array([0.5, None])
     pq.write_table(table.set_column(2, "reward", rewards), path)
