@@ -28,10 +28,15 @@ def test_the_embedding_example_trains_and_saves(tmp_path, monkeypatch):
     AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
 
 
-def test_every_place_of_the_map_exists():
-    root = README.parent
-    section = README.read_text().split("## Map")[1]
-    names = re.findall(r"`([\w/]+\.py|[\w]+/)`", section)
-    assert len(names) > 15
-    for name in names:
-        assert (root / name).exists() or (root / "rpo_lightning" / name).exists(), name
+def test_the_map_names_every_room_and_nothing_else():
+    package = README.parent / "rpo_lightning"
+    section = README.read_text().split("## Map")[1].split("## More")[0]
+    rooms = re.findall(r"^\| `([\w.]+)/?` \|", section, re.MULTILINE)
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert set(rooms) == folders | {"module.py"}
+    for name in re.findall(r"`([\w/]+/|[\w/]+\.py)`", section.replace("rpo_lightning/", "")):
+        assert not name or (package / name).exists(), name
+
+
+def test_the_readme_is_one_page():
+    assert len(README.read_text().splitlines()) <= 130
