@@ -1,1 +1,1 @@
-"""The policy: loading, adapters, weights as a stream, export, its output head."""
+"""The policy: loading, adapters, its weights as a stream, export, its output head, several devices, shared rows."""

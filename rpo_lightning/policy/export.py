@@ -1,7 +1,7 @@
-"""Policies as ordinary Hugging Face folders, whatever they are wrapped in.
+"""Writes policies as ordinary Hugging Face folders.
 
-Sharded parameters are gathered one by one onto the first rank; adapters are merged, or saved alone as PEFT does;
-quantised weights are saved in the precision they are computed in.
+Sharded parameters are gathered one by one onto the first rank. Adapters are merged, or saved alone as PEFT does.
+Quantised weights are saved in the precision that they are computed in.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from rpo_lightning.policy.weights import gathered, named_weights, plain_class, p
 def export_policy(
     policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, merged: bool, ranks: Ranks
 ) -> None:
-    """Write a policy and its tokenizer; a collective, of which the first rank writes.
+    """Write a policy and its tokenizer. All ranks must call this; the first one writes.
 
     Args:
         policy: The policy.
         tokenizer: Its tokenizer.
-        folder: Where to; an earlier policy is replaced once the new one is whole, other files stay.
-        merged: Merge an adapter into the weights, or save it alone.
-        ranks: The ranks that call it.
+        folder: Where to. A policy that is there is replaced once the new one is whole; other files stay.
+        merged: Whether to merge an adapter into the weights; if not, it is saved alone.
+        ranks: The ranks that call this.
 
     Raises:
-        ConfigurationError: The folder holds an adapter, and a whole policy is saved, or the other way round.
+        ConfigurationError: The folder holds an adapter and a whole policy is to be saved, or the reverse.
     """
     require_room(policy, folder, merged, ranks)
     alone = has_adapter(policy) and not merged
     weights = _adapter_weights(policy) if alone else named_weights(policy)
     tied = set() if alone else _tied_names(policy)
-    # Every rank takes part in gathering, the first one keeps what comes.
+    # Every rank takes part in gathering; only the first one stores the weights.
     state = {name: w.cpu() for name, w in weights if ranks.rank == 0 and name not in tied}
     if ranks.rank:
         return
@@ -52,10 +52,10 @@ def export_policy(
 
 
 def require_room(policy: PreTrainedModel, folder: str | Path, merged: bool, ranks: Ranks) -> None:
-    """Check that a folder does not hold the other kind of policy; a collective. See :func:`export_policy`.
+    """Check that :func:`export_policy` may write to a folder. All ranks must call this.
 
     Raises:
-        ConfigurationError: It does.
+        ConfigurationError: The folder holds an adapter and a whole policy is to be saved, or the reverse.
     """
     alone = has_adapter(policy) and not merged
     others = ("config.json", "model*.safetensors", "pytorch_model*.bin") if alone else ("adapter_config.json",)
@@ -63,13 +63,13 @@ def require_room(policy: PreTrainedModel, folder: str | Path, merged: bool, rank
     seen = [path for paths in ranks.gather(found) for path in paths]
     if seen:
         raise ConfigurationError(
-            f"{seen[0]} is there, so that {'the adapter and another policy' if alone else 'the policy and an adapter'} "
+            f"{seen[0]} exists; {'the adapter and another policy' if alone else 'the policy and an adapter'} "
             "would be loaded together: save into another folder"
         )
 
 
 def _empty_model(policy: Any) -> Any:
-    """The policy's architecture without weights: a sharded or quantised model does not save itself as a plain one."""
+    """The policy's architecture without weights; a sharded or quantised model cannot save itself as a plain one."""
     own: Any = underlying_model(policy)
     with torch.device("meta"):
         model = plain_class(own)._from_config(plain_configuration(policy))
@@ -82,7 +82,7 @@ def _adapter_weights(policy: Any) -> Any:
 
 
 def _tied_names(policy: Any) -> set[str]:
-    """Names under which another parameter appears again."""
+    """Names that repeat a parameter of another name."""
     model = underlying_model(policy)
     if not model.config.get_text_config().tie_word_embeddings:
         return set()
@@ -91,14 +91,14 @@ def _tied_names(policy: Any) -> set[str]:
 
 
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
-    """Write an ordinary Hugging Face folder; what else is in it stays."""
+    """Write an ordinary Hugging Face folder. Other files in it stay."""
     with writing_policy(folder) as partial:
         policy.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return Path(folder)
 
 
-# Weights in whatever number of pieces, and what loading a policy or its tokenizer looks for besides.
+# Weights in any number of files, and other files that loading a policy or its tokenizer looks for.
 _OF_A_POLICY = re.compile(
     r"(adapter_|pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|generation_config|chat_template)\.json"
@@ -108,15 +108,17 @@ _OF_A_POLICY = re.compile(
 
 @contextmanager
 def writing_policy(folder: str | Path) -> Iterator[Path]:
-    """Give a folder to write a policy into, whose files go to ``folder`` once the block has ended well.
+    """Give a temporary folder for a policy, and move its files to ``folder`` when the block ends without an error.
 
-    A new folder appears whole. In one that exists, files of the same name are replaced one by one (but not a model
-    card), weights and tokenizer files of an earlier policy that the new one does not have are removed, and everything
-    else stays.
+    A new folder appears whole. In a folder that exists:
+
+    * Files of the same name are replaced one by one, except a model card (``README.md``).
+    * Weights and tokenizer files that the new policy does not have are removed.
+    * Everything else stays.
     """
     folder = Path(folder).resolve()
     is_new = not folder.exists()
-    # On the file system of the folder, which may be mounted.
+    # On the same file system as the folder, which may be a mount point: files can then be renamed.
     partial = folder.with_name(folder.name + ".partial") if is_new else folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

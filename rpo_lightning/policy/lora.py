@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA; Hu et al., arXiv 2106.09685) through PEFT, on quantised weights too (QLoRA, 2305.14314).
 
-Only the adapter trains. The starting policy is the policy without it, so that the KL penalty's reference is no
-second model; the rollout engine is given merged weights.
+Only the adapter trains. The policy without its adapter is the starting policy and serves as the KL penalty's reference:
+no second model is needed. The rollout engine gets merged weights.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ class LoRA:
     """Settings of an adapter.
 
     Args:
-        rank: Rank of the updates.
-        alpha: They are scaled by ``alpha / rank``.
-        target_modules: Names of the linear layers that get one, or ``all-linear``.
-        dropout: Dropout of the adapter's input. Above 0 members of a group cannot share rows in the update.
-        quantization: Hold the frozen weights in 4 bits (NF4) or 8, by bitsandbytes. Products in 8 bits round their
-            inputs too, some of them by what else is computed at once, so that a rollout's log-probs and the update's
-            differ by some 1e-2 now and then: raise ``model.update.mismatch_bound.jump`` with them.
-        options: Anything else that ``peft.LoraConfig`` takes.
+        rank: Rank of the adapter's matrices.
+        alpha: The adapter's output is scaled by ``alpha / rank``.
+        target_modules: Names of the linear layers that get an adapter, or ``all-linear``.
+        dropout: Dropout of the adapter's input. Above 0 the members of a group cannot share rows in the update.
+        quantization: Hold the policy's own weights in 4 bits (NF4) or in 8, by bitsandbytes. Products in 8 bits round
+            their inputs too, and some of that rounding depends on what else is in the batch. Log-probs of the rollout
+            and of the update then differ by about 1e-2 at times: raise ``model.update.mismatch_bound.jump``.
+        options: Any other setting of ``peft.LoraConfig``.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class LoRA:
         self.options = options or {}
 
     def loading_options(self) -> dict[str, Any]:
-        """What loading the policy needs to be told, for quantised weights.
+        """Options of ``from_pretrained`` that quantise the weights; empty without quantisation.
 
         Raises:
             ConfigurationError: bitsandbytes is not installed.
@@ -73,11 +73,11 @@ class LoRA:
         return {"quantization_config": config, "device_map": {"": torch.get_default_device()}}
 
     def apply(self, policy: Any) -> Any:
-        """Freeze a policy and give it an adapter.
+        """Stop a policy's own weights from training and add an adapter.
 
         Raises:
-            ConfigurationError: PEFT is not installed, the target modules are not there, or the output head would no
-                longer be the embedding where they are tied.
+            ConfigurationError: PEFT is not installed, the policy lacks a target module, or the adapter would untie an
+                output head from its embedding.
         """
         require_modules("lora", "peft")
         from peft import LoraConfig, get_peft_model
@@ -100,21 +100,21 @@ class LoRA:
 
 
 def _require_tied_weights(policy: Any, options: dict[str, Any]) -> None:
-    """Neither engines nor a merged policy could hold a head and an embedding that are no longer one."""
+    """Refuse an adapter that changes a tied head or embedding alone: engines and merged policies hold one tensor."""
     ends = (policy.get_input_embeddings(), policy.get_output_embeddings())
     changed = any(hasattr(end, "base_layer") or hasattr(end, "modules_to_save") for end in ends)
     if changed and policy.config.get_text_config().tie_word_embeddings and not options.get("ensure_weight_tying"):
         raise ConfigurationError(
-            "model.adapter changes the embedding or the output head, which this policy ties to one another: leave them "
+            "model.adapter changes the embedding or the output head, but this policy ties them together: leave them "
             "out of target_modules and modules_to_save, or set model.adapter.options.ensure_weight_tying=true"
         )
 
 
 def _keep_weights_unpacked(policy: Any) -> None:
-    """Have bitsandbytes leave 4-bit weights as they are on CPUs with AVX512-BF16.
+    """Stop bitsandbytes from packing 4-bit weights again on CPUs with AVX512-BF16.
 
-    There it packs them anew at the first evaluation, for good: scales are rounded to bf16, sizes that are no multiples
-    of its blocks fail, and what reads the weights (engine, export) would find another format.
+    It would do that at the first evaluation and never undo it. Scales are then rounded to bf16, sizes that are no
+    multiple of its block size fail, and engine and export find another format.
     """
     for module in policy.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

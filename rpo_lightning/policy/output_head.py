@@ -1,12 +1,14 @@
-"""Log-probs and entropies straight from hidden states, without the logits of a whole row.
+"""Log-probs and entropies straight from hidden states, without the logits of whole rows.
 
-While a model runs, its output head is asked for the log-probs of given tokens instead of logits: it
-works on the positions that are needed only, in chunks whose logits are computed again in the backward
-pass. Peak memory depends on the chunk, not on row length times vocabulary. Running inside the model's
-own forward pass keeps sharding hooks, autocast and adapters on the head working.
+While a model runs, its output head computes log-probs of given tokens instead of logits. It works on the positions
+that are needed, in chunks, and computes the logits of a chunk again in the backward pass. Peak memory depends on the
+chunk, not on row length times vocabulary. All of it runs inside the model's own forward pass: sharding hooks, autocast
+and adapters on the head keep working.
 
-Liger's fused linear cross-entropy is not used: a policy loss weighs every token's log-prob for itself, for which its
-gradients were wrong until July 2026 (linkedin/Liger-Kernel, pull request 1298), and it gives no entropies.
+Liger's fused linear cross-entropy is no replacement. A policy loss weighs the log-prob of each token; Liger's
+gradients are wrong for that before July 2026 (linkedin/Liger-Kernel, pull request 1298). It also gives no entropies.
+
+Shape suffixes are those of ``core/types.py``, and ``K`` for scored tokens, ``H`` for the hidden size.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-# Logits of one chunk: 2**26 fp32 numbers are 256 MiB.
+# Logits of one chunk; in fp32 they take 256 MiB.
 CHUNK_ELEMENTS = 2**26
 # Positions whose entropies are computed at once.
 _ENTROPY_ROWS = 64
@@ -32,9 +34,9 @@ class Targets:
     """Which tokens to score.
 
     Attributes:
-        batch_K: Row of each token's predecessor.
-        position_K: Position of each token's predecessor in its row.
-        token_K: The token.
+        batch_K: Row of the token before each scored token.
+        position_K: Position of that token in its row.
+        token_K: The scored tokens.
         temperature: Divides the logits.
     """
 
@@ -46,12 +48,12 @@ class Targets:
 
 @contextmanager
 def scoring(model: Any, targets: Targets, chunk_elements: int = CHUNK_ELEMENTS) -> Iterator[None]:
-    """Have ``model(...).logits`` be log-probs and entropies of the targets, [2, K].
+    """Within this context ``model(...).logits`` are log-probs and entropies of the targets, [2, K].
 
     Args:
         model: A transformers causal language model, possibly wrapped by PEFT.
         targets: What to score.
-        chunk_elements: Logits held at once.
+        chunk_elements: How many logits to hold at once.
     """
     head = model.get_output_embeddings()
     apply: Callable[[Tensor], Tensor] = head.forward
@@ -60,7 +62,7 @@ def scoring(model: Any, targets: Targets, chunk_elements: int = CHUNK_ELEMENTS) 
         hidden_KH = hidden_BTH[targets.batch_K, targets.position_K]
         size = max(1, chunk_elements // model.config.get_text_config().vocab_size)
         chunks = list(zip(hidden_KH.split(size), targets.token_K.split(size), strict=True))
-        # A single chunk is held anyway; computing it twice would save nothing.
+        # A single chunk is held in any case; computing it twice saves nothing.
         recompute = len(chunks) > 1 and torch.is_grad_enabled()
         scored = [
             checkpoint(_score, apply, hidden, token, targets.temperature, use_reentrant=False)
@@ -78,7 +80,7 @@ def scoring(model: Any, targets: Targets, chunk_elements: int = CHUNK_ELEMENTS) 
         if of_instance:
             head.forward = apply
         else:
-            del head.forward  # the class's own comes back
+            del head.forward  # uncovers the method of the class
 
 
 def _score(apply: Callable[[Tensor], Tensor], hidden_KH: Tensor, token_K: Tensor, temperature: float) -> Tensor:
@@ -87,13 +89,19 @@ def _score(apply: Callable[[Tensor], Tensor], hidden_KH: Tensor, token_K: Tensor
 
 
 def token_scores(logits_KV: Tensor, token_K: Tensor, temperature: float) -> Tensor:
-    """Log-probs of tokens (with gradient) and entropies (without), [2, K], in fp32 or better."""
+    """Log-probs of tokens (with gradient) and entropies (without), [2, K], in fp32 or fp64.
+
+    Args:
+        logits_KV: Logits, [K, V].
+        token_K: The tokens, [K].
+        temperature: Divides the logits.
+    """
     logprobs_K, entropy_K = _TokenScores.apply(logits_KV, token_K, temperature)
     return torch.stack([logprobs_K, entropy_K])
 
 
 class _TokenScores(torch.autograd.Function):
-    """Log-probs and entropies that keep one tensor of the logits' size, not several."""
+    """Log-probs and entropies; saves one tensor of the logits' size for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, logits_KV: Tensor, token_K: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -104,7 +112,7 @@ class _TokenScores(torch.autograd.Function):
         logprobs_K = logprobs_KV.gather(-1, token_K[:, None]).squeeze(-1)
         probs_KV = logprobs_KV.exp()
         del scaled_KV, logprobs_KV
-        # entr(0) is 0, for tokens that a model rules out; in parts, since it makes another tensor.
+        # entr(0) is 0, as it must be for a token that the model rules out. In parts, because entr makes another tensor.
         entropy_K = torch.cat([torch.special.entr(part).sum(-1) for part in probs_KV.split(_ENTROPY_ROWS)])
         ctx.save_for_backward(probs_KV, token_K)
         ctx.temperature, ctx.dtype = temperature, logits_KV.dtype

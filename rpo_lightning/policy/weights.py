@@ -1,14 +1,13 @@
-"""A policy's weights as a stream of (name, tensor), whatever the policy is wrapped in.
+"""A policy's weights as a stream of (name, tensor), for engines and exports.
 
-One parameter at a time is gathered (FSDP2, ZeRO-3) or merged (LoRA and other PEFT adapters), so that
-there is never a second full copy. The policy itself is left bit for bit as it was: an adapter is
-merged into its layer, the merged weight copied, and the layer's own weight put back from a copy,
-because subtracting the adapter again would leave rounding behind.
+The policy may be sharded (FSDP2, ZeRO-3), quantised, or wrapped by PEFT. One parameter at a time is gathered or
+merged: there is never a second full copy. The policy itself does not change by a bit. An adapter is merged into its
+layer, the merged weight is copied, and the layer's own weight is restored from a copy. Subtracting the adapter
+instead would leave rounding errors.
 
-Quantised weights are given in the precision that they are computed in. Buffers that checkpoints hold (biases of
-routers, scales of layers) are weights too.
-
-Tied parameters appear under each of their names: vLLM 0.32 on a CPU otherwise keeps an old output head.
+* Quantised weights come in the precision that they are computed in.
+* Buffers that checkpoints hold (biases of routers, scales of layers) are weights too.
+* Tied parameters appear under each of their names: vLLM 0.32 on a CPU keeps an old output head otherwise.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 
 def checkpoint_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Stream the weights as a checkpoint of this architecture names and divides them, which is what engines load.
+    """Stream the weights under the names and in the shapes of a checkpoint of this architecture; engines load these.
 
-    transformers computes with experts in one tensor, for one, which checkpoints hold one by one. With sharded
-    parameters this is a collective: every rank has to exhaust it.
+    They may differ from those in memory: transformers computes with all experts of a layer in one tensor, checkpoints
+    hold them one by one. With sharded parameters every rank must exhaust the stream.
     """
     model = underlying_model(policy)
     for _, weights in groupby(named_weights(policy), key=lambda weight: _layer_of(weight[0])):
@@ -38,9 +37,9 @@ def checkpoint_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def named_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Stream the weights that the policy computes with, under the names that its architecture gives them.
+    """Stream the weights that the policy computes with, under the names of its architecture.
 
-    With sharded parameters this is a collective: every rank has to exhaust it.
+    With sharded parameters every rank must exhaust the stream.
     """
     model = underlying_model(policy)
     adapters = {name: module for name, module in model.named_modules() if _is_adapted(module)}
@@ -61,18 +60,18 @@ def named_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def underlying_model(policy: Any) -> Any:
-    """The transformers model within a PEFT model, or the model itself."""
+    """The transformers model inside a PEFT model, or the model itself."""
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
 
 def save_architecture(policy: nn.Module, folder: Path) -> str:
-    """Write the policy's configuration, all that an engine without weights of its own needs."""
+    """Write the policy's configuration for an engine that gets its weights later; return the folder's name."""
     plain_configuration(policy).save_pretrained(folder)
     return str(folder)
 
 
 def plain_configuration(policy: nn.Module) -> Any:
-    """Configuration of the policy with whole, merged weights that are not quantised."""
+    """The policy's configuration, as it is for whole, merged weights without quantisation."""
     model: Any = underlying_model(policy)
     settings = model.config.to_dict()
     settings.pop("quantization_config", None)
@@ -82,12 +81,12 @@ def plain_configuration(policy: nn.Module) -> Any:
 
 
 def plain_class(model: nn.Module) -> Any:
-    """A model's architecture: sharding gives it a class of its own."""
+    """The class of a model's architecture. FSDP2 gives a model a class of its own, which is skipped."""
     return next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
 
 
 def gathered(parameter: Any) -> Tensor:
-    """The whole of a parameter that may be sharded over ranks."""
+    """A whole parameter, detached. If it is sharded, all ranks must call this."""
     if isinstance(parameter, DTensor):
         return parameter.full_tensor().detach()
     if hasattr(parameter, "ds_id"):
@@ -114,7 +113,7 @@ def _merged(layer: Any, inner: str) -> Tensor:
 
 
 def _merged_quantised(layer: Any) -> Tensor:
-    """PEFT would quantise the merged weight again, and round the adapter away."""
+    """Merge by hand: PEFT quantises the merged weight again, which rounds the adapter away."""
     weight = _dequantised(layer.base_layer)
     with torch.no_grad():
         deltas = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A]
@@ -122,12 +121,12 @@ def _merged_quantised(layer: Any) -> Tensor:
 
 
 def is_quantised(parameter: Any) -> bool:
-    """Whether a parameter is one of bitsandbytes'."""
+    """Whether a parameter is quantised by bitsandbytes."""
     return type(parameter).__name__ in ("Params4bit", "Int8Params")
 
 
 def _dequantised(layer: Any) -> Tensor:
-    """The weight of one of bitsandbytes' layers, which is left alone: PEFT's function breaks 8-bit ones on a CPU."""
+    """The weight of a bitsandbytes layer. The layer is not changed: PEFT's function breaks 8-bit layers on a CPU."""
     from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
     weight = layer.weight
@@ -151,7 +150,7 @@ def _is_within(name: str, adapters: dict[str, nn.Module]) -> bool:
 
 
 def _layer_of(name: str) -> tuple[str, ...]:
-    """The beginning of a name up to the number of its layer; weights of a layer come one after another."""
+    """The parts of a name up to the number of its layer. Weights of one layer follow one another."""
     parts = name.split(".")
     return tuple(parts[: next((i + 1 for i, part in enumerate(parts) if part.isdecimal()), 0)])
 

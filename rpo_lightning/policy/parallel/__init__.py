@@ -1,1 +1,1 @@
-"""The policy on several devices: one file for each kind of strategy."""
+"""The policy on several devices, a file for each kind of strategy."""

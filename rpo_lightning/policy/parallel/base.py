@@ -1,12 +1,15 @@
-"""What a strategy must provide, and the classes for one device and for DDP.
+"""What the policy needs from a strategy, and the classes for one device and for DDP.
 
-A :class:`Placement` says where a policy is loaded and how it is laid over the ranks. A policy is whole while it is
-loaded and inspected (which attention it allows, a copy as the reference) and is sharded only then.
+A :class:`Placement` says where a policy is loaded and how it is spread over the ranks. A policy is whole while it is
+loaded, inspected (which attention it allows) and copied as the reference. It is sharded after that.
 
 A :class:`GradientAccumulation` says how an update's gradient is accumulated, reduced over ranks, clipped and applied.
-An update is several backward passes and one optimizer step; under manual optimisation Lightning leaves them to the
-module. Three things must hold: gradients travel once an update, with the last pass; the norm is that of the whole
-gradient, wherever its shards lie; a gradient that is not finite changes no parameter.
+An update is several backward passes and one optimizer step. Under manual optimisation the module makes them, not
+Lightning. Every class must ensure three things:
+
+* Gradients travel between ranks once an update, with the last pass.
+* The norm is that of the whole gradient, wherever its shards lie.
+* A gradient that is not finite changes no parameter.
 """
 
 from __future__ import annotations
@@ -25,18 +28,18 @@ from rpo_lightning.core.errors import UpdateError
 
 
 class Placement:
-    """The policy is whole on every rank's device."""
+    """One device and DDP: the policy is whole on every rank's device."""
 
     def loading(self) -> AbstractContextManager[Any]:
-        """What the policy is loaded and prepared in."""
+        """A context in which to load and prepare the policy."""
         return nullcontext()
 
     def place(self, model: Any) -> None:
-        """Lay the policy, or its reference, over the ranks."""
+        """Spread the policy, or its reference, over the ranks, in place."""
 
 
 class GradientAccumulation(ABC):
-    """Backward passes and the step that ends them.
+    """The backward passes and the optimizer step of an update.
 
     Args:
         module: The ``RPOModule``.
@@ -46,20 +49,20 @@ class GradientAccumulation(ABC):
         self.module = module
 
     def forward(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Compute the loss of a micro-batch."""
+        """Call ``compute``, which returns the loss of a micro-batch."""
         return compute()
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Add the gradient of a micro-batch; with the last one, reduce over ranks."""
+        """Add the gradient of a micro-batch. After the last one of an update, reduce the sum over ranks."""
         with self._synchronising(is_last):
             self.module.manual_backward(loss)
 
     @abstractmethod
     def _synchronising(self, is_last: bool) -> AbstractContextManager[Any]:
-        """What a backward pass runs in."""
+        """A context in which to run a backward pass."""
 
     def step(self, optimizer: Any, max_norm: float) -> float:
-        """Clip, make the step, and return the norm before clipping.
+        """Clip the gradient to ``max_norm``, make the step, and return the norm before clipping.
 
         Raises:
             UpdateError: The norm is not finite; no parameter was changed.
@@ -74,8 +77,8 @@ class GradientAccumulation(ABC):
         if not math.isfinite(norm):
             update = self.module.global_step if update is None else update
             raise UpdateError(
-                f"update {update}: the gradient norm is {norm}; the policy was left as it was. "
-                "Lower the learning rate, or resume from an earlier checkpoint"
+                f"update {update}: the gradient norm is {norm}, and no parameter was changed: lower the learning rate, "
+                "or resume from an earlier checkpoint"
             )
 
 
@@ -87,7 +90,7 @@ class SingleDeviceAccumulation(GradientAccumulation):
 
 
 class ReplicatedAccumulation(GradientAccumulation):
-    """DDP: every rank has the whole policy; gradients are averaged while the last pass runs."""
+    """DDP: every rank has the whole policy. Gradients are averaged during the last pass."""
 
     def _synchronising(self, is_last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if is_last else self.module.trainer.strategy.model.no_sync()

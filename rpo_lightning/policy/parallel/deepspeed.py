@@ -1,16 +1,17 @@
-"""DeepSpeed's ZeRO: what its settings must be, a policy in partitions, and whole again for a while.
+"""DeepSpeed's ZeRO: checks its settings, partitions a policy, and gathers it for a while.
 
-A policy is loaded whole, tried and copied as without DeepSpeed, and partitioned parameter by parameter afterwards:
-``zero.Init``, in which Lightning configures models under ZeRO-3, is left meanwhile. So a node needs CPU memory for as
-many policies as it has processes, and a GPU never holds a whole one. Under ZeRO-1 and 2 the policy is loaded on the
-GPU, where it is whole anyway. A reference policy stays whole on every rank, in what DeepSpeed computes in.
+Under ZeRO-3 a policy is loaded whole on the CPU, inspected and copied as without DeepSpeed, and then partitioned
+parameter by parameter. Lightning configures models inside ``zero.Init``; this module leaves it for that time. A node
+needs CPU memory for as many whole policies as it has processes. A GPU never holds a whole one. Under ZeRO-1 and 2 the
+policy is loaded on the GPU, where it stays whole. A reference policy stays whole on every rank, in the precision that
+DeepSpeed computes in.
 
-Checkpoints are DeepSpeed's folders; they are taken up by as many ranks as wrote them, and DeepSpeed refuses others.
-To go on with another number of ranks, start from the exported policy. Where the optimizer is offloaded, DeepSpeed
-demands ``model.optimizer: deepspeed.ops.adam.DeepSpeedCPUAdam``.
+Checkpoints are DeepSpeed's folders. DeepSpeed resumes them on as many ranks as wrote them and refuses other numbers.
+To continue on another number of ranks, start from the exported policy. With an offloaded optimizer DeepSpeed demands
+``model.optimizer: deepspeed.ops.adam.DeepSpeedCPUAdam``.
 
-Lightning lets DeepSpeed run on CUDA only. The tests replace that check and run ZeRO-2 and ZeRO-3 on two processes on
-the CPU; nothing here has been run on CUDA yet, nor with ZeRO-1, offloading or NVMe.
+Lightning lets DeepSpeed run on CUDA only. The tests replace that check and run ZeRO-2 and ZeRO-3 with two processes on
+the CPU. Untested are CUDA, ZeRO-1, offloading and NVMe.
 """
 
 from __future__ import annotations
@@ -30,42 +31,42 @@ from rpo_lightning.policy.weights import is_quantised
 
 
 class PlainSteps(_ForwardRedirection):
-    """Has Lightning call the steps of a module as they are, not within the engine's forward pass.
+    """Makes Lightning call a module's steps directly, not within the engine's forward pass.
 
-    A step here has a rollout in it, many forward passes or none. The engine's forward pass is that of a micro-batch;
-    around a whole step, it would set out to gather the first layers for a pass that does not come.
+    A step of this module contains a rollout and any number of forward passes. The engine's forward pass is for one
+    micro-batch. Around a whole step it would gather the first layers for a pass that does not come.
     """
 
     def __call__(self, wrapper_module: Any, original_module: Any, method_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call the method."""
+        """Call the module's method."""
         return getattr(original_module, method_name)(*args, **kwargs)
 
 
 def zero_stage(config: dict[str, Any]) -> int:
-    """The stage of a DeepSpeed configuration; 0 if ZeRO is off."""
+    """The ZeRO stage of a DeepSpeed configuration; 0 if ZeRO is off."""
     return int((config.get("zero_optimization") or {}).get("stage", 0))
 
 
 def prepare_settings(config: dict[str, Any], max_norm: float | None) -> None:
-    """Check a DeepSpeed configuration and have it clip gradients at the module's limit.
+    """Check a DeepSpeed configuration and set its gradient clipping to the module's limit.
 
     Args:
         config: The configuration; changed in place.
         max_norm: ``model.update.max_grad_norm``; ``None`` for a module that does not train.
 
     Raises:
-        ConfigurationError: A setting that the module's update cannot work with.
+        ConfigurationError: The module's update cannot work with a setting.
     """
     if zero_stage(config) == 0:
         raise ConfigurationError("trainer.strategy deepspeed with ZeRO off (stage 0) is not supported: use ddp")
     if (config.get("fp16") or {}).get("enabled"):
         raise ConfigurationError(
-            "trainer.precision=16-mixed with deepspeed would skip updates silently: use bf16-mixed or 32-true"
+            "trainer.precision=16-mixed: DeepSpeed skips updates silently in fp16: use bf16-mixed or 32-true"
         )
     if (config.get("torch_autocast") or {}).get("enabled"):
         raise ConfigurationError("DeepSpeed's torch_autocast is not supported: use trainer.precision=bf16-mixed")
     if "optimizer" in config:
-        raise ConfigurationError("DeepSpeed's configuration has an optimizer: give it as model.optimizer instead")
+        raise ConfigurationError("DeepSpeed's configuration has an optimizer: remove it and set model.optimizer")
     if max_norm is None:
         return
     clipping = config.get("gradient_clipping") or max_norm
@@ -79,7 +80,7 @@ def prepare_settings(config: dict[str, Any], max_norm: float | None) -> None:
 
 @contextmanager
 def outside_init() -> Iterator[None]:
-    """Leave ``zero.Init``: within, models are made as ever."""
+    """Leave ``zero.Init`` for a while: models made in this context are not partitioned."""
     from deepspeed.runtime.zero.partition_parameters import restore_init_context, shutdown_init_context
 
     shutdown_init_context()
@@ -90,7 +91,7 @@ def outside_init() -> Iterator[None]:
 
 
 def to_computing_precision(model: nn.Module, config: dict[str, Any]) -> None:
-    """Convert a model's parameters, not its buffers, as DeepSpeed does with those it trains."""
+    """Convert a model's parameters to bf16 if DeepSpeed computes in it; buffers stay, as in models that it trains."""
     if (config.get("bf16") or {}).get("enabled"):
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -103,16 +104,16 @@ def partition(model: nn.Module, config: dict[str, Any], device: torch.device, re
     Args:
         model: The model, on the CPU.
         config: DeepSpeed's configuration.
-        device: Where gathered parameters, and buffers, are.
-        remote_device: Where partitions are, if elsewhere.
+        device: Where gathered parameters and buffers are.
+        remote_device: Where partitions are; ``device`` if not given.
 
     Raises:
-        ConfigurationError: Its weights are quantised, which cannot be partitioned.
+        ConfigurationError: The model's weights are quantised; these cannot be partitioned.
     """
     import deepspeed
 
     if any(is_quantised(parameter) for parameter in model.parameters()):
-        raise ConfigurationError("model.adapter.quantization does not go with ZeRO-3: use deepspeed_stage_2 or ddp")
+        raise ConfigurationError("model.adapter.quantization is not possible with ZeRO-3: use deepspeed_stage_2 or ddp")
     with outside_init():
         deepspeed.zero.Init(module=model, config_dict_or_path=config, remote_device=remote_device)
         for buffer in model.buffers():
@@ -121,9 +122,9 @@ def partition(model: nn.Module, config: dict[str, Any], device: torch.device, re
 
 @contextmanager
 def whole_partitions(model: nn.Module) -> Iterator[None]:
-    """Keep all parameters gathered: within, forward passes are no collectives. All ranks must enter and leave.
+    """Keep all parameters gathered: ranks may run different numbers of forward passes. All must enter and leave.
 
-    DeepSpeed's hooks, which would let parameters go after every layer, are off meanwhile.
+    DeepSpeed's hooks are off in this context, because they release parameters after every layer.
     """
     import deepspeed
 
@@ -139,17 +140,18 @@ def whole_partitions(model: nn.Module) -> Iterator[None]:
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether a model's parameters are partitioned by ZeRO-3."""
+    """Whether ZeRO-3 has partitioned a model's parameters."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 class DeepSpeedAccumulation(GradientAccumulation):
     """ZeRO: DeepSpeed's engine reduces, clips and steps.
 
-    It reduces the gradients of every pass (ZeRO-1: of the last one), since a rank keeps only its partition of them.
+    A rank holds only its partition of the gradients. The engine therefore reduces those of every pass (ZeRO-1: of the
+    last pass).
 
-    The engine counts passes by its ``forward``: without one for every pass, ZeRO-3 would write each pass's gradients
-    over those of the one before; hence :meth:`forward`.
+    The engine counts passes by calls of its ``forward``. Without a call for every pass, ZeRO-3 would overwrite the
+    gradients of the pass before. This is why :meth:`forward` runs the loss inside the engine.
     """
 
     def __init__(self, module: Any) -> None:
@@ -159,7 +161,7 @@ class DeepSpeedAccumulation(GradientAccumulation):
         self._update = 0
 
     def forward(self, compute: Callable[[], Tensor]) -> Tensor:
-        """Compute the loss of a micro-batch within the engine's forward pass."""
+        """Call ``compute``, which returns the loss of a micro-batch, within the engine's forward pass."""
         own = self.module.forward
         self.module.forward = compute
         try:
@@ -173,21 +175,29 @@ class DeepSpeedAccumulation(GradientAccumulation):
         return nullcontext()
 
     def step(self, optimizer: Any, max_norm: float) -> float:
-        """Have the engine clip, at the ``max_norm`` it was set up with, and make the step."""
+        """Let the engine clip and make the step, and return the norm before clipping.
+
+        Args:
+            optimizer: The optimizer that DeepSpeed wraps.
+            max_norm: Not used: :func:`prepare_settings` gives it to the engine.
+
+        Raises:
+            UpdateError: The norm is not finite; no parameter was changed.
+        """
         self._update = self.module.global_step
         optimizer.step()
-        if not self.engine.was_step_applied():  # the engine itself may look for what is not finite, and pass over it
+        if not self.engine.was_step_applied():  # the engine found a value that is not finite, and skipped the step
             self._require_finite(math.nan, self._update)
         return float(self.engine.get_global_grad_norm())
 
     def _before_step(self, *_: Any) -> None:
-        """The engine knows the norm, and has changed nothing yet; it writes -1 for what is not finite."""
+        """Stop at a norm that is not finite. The engine knows it, as -1, and has changed no parameter here."""
         norm = float(self.engine.optimizer._global_grad_norm)
         self._require_finite(math.nan if norm < 0 else norm, self._update)
 
 
 class DeepSpeedPlacement(Placement):
-    """ZeRO.
+    """ZeRO: partitions under stage 3; the policy is whole on every rank below.
 
     Args:
         trainer: Lightning's trainer, with a ``DeepSpeedStrategy``.
@@ -199,11 +209,15 @@ class DeepSpeedPlacement(Placement):
         prepare_settings(self.strategy.config, None if update is None else update.max_grad_norm)
 
     def loading(self) -> AbstractContextManager[Any]:
-        """As without DeepSpeed: on the CPU if the policy is to be partitioned."""
+        """A context outside ``zero.Init``, in which models are made whole."""
         return outside_init()
 
     def place(self, model: Any) -> None:
-        """Partition under ZeRO-3; a reference, of which nothing trains, stays whole."""
+        """Convert to the computing precision, and partition under ZeRO-3; a reference stays whole.
+
+        Raises:
+            ConfigurationError: The model's weights are quantised and would be partitioned.
+        """
         strategy = self.strategy
         to_computing_precision(model, strategy.config)
         if zero_stage(strategy.config) == 3 and any(p.requires_grad for p in model.parameters()):

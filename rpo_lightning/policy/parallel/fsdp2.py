@@ -1,8 +1,8 @@
-"""FSDP2: a policy in shards over all ranks, and whole again for a while.
+"""FSDP2: shards a policy over all ranks, and gathers it for a while.
 
-Every decoder layer is a unit that is gathered when it is computed and let go afterwards; embeddings and output
-head, which may be tied, form one more with what is left. A policy is loaded on the CPU and sharded layer by layer, so
-that no device ever holds more than a layer of it whole.
+Every decoder layer is a unit. It is gathered when it is computed and released afterwards. All other parameters form
+one more unit; embeddings and output head are in it, and may be tied. A policy is loaded on the CPU and sharded layer by
+layer: no device holds more than one whole layer at a time.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from rpo_lightning.policy.weights import is_quantised
 
 
 def require_data_parallel(strategy: ModelParallelStrategy) -> Any:
-    """The mesh of a strategy in which every rank is a data-parallel one.
+    """The data-parallel mesh of a strategy.
 
     Raises:
-        ConfigurationError: It has tensor-parallel ranks, which is Lightning's default.
+        ConfigurationError: The strategy has tensor-parallel ranks, as Lightning's default does.
     """
     mesh = strategy.device_mesh
     if mesh["tensor_parallel"].size() > 1:
         raise ConfigurationError(
-            f"trainer.strategy ModelParallelStrategy would split {mesh['tensor_parallel'].size()} ranks by tensors, "
-            f"which the policy does not do: set its init_args to data_parallel_size: {mesh.size()} and "
+            f"trainer.strategy=ModelParallelStrategy has tensor_parallel_size={mesh['tensor_parallel'].size()}, but a "
+            f"policy cannot be split by tensors: set its init_args to data_parallel_size: {mesh.size()} and "
             "tensor_parallel_size: 1"
         )
     return mesh["data_parallel"]
@@ -43,8 +43,8 @@ def shard(model: Any, mesh: Any, precision: str) -> None:
     Args:
         model: A transformers or PEFT model, on the CPU.
         mesh: The ranks to shard over.
-        precision: Lightning's; with ``bf16-mixed`` parameters travel and compute in bf16, and gradients are
-            reduced in fp32.
+        precision: ``trainer.precision``. With ``bf16-mixed`` parameters travel and compute in bf16, and gradients
+            are reduced in fp32.
     """
     policy = MixedPrecisionPolicy()
     if precision == "bf16-mixed":
@@ -55,14 +55,14 @@ def shard(model: Any, mesh: Any, precision: str) -> None:
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """The layers that a model says must not be split."""
+    """The layers that a model declares as units (``_no_split_modules``)."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
 @contextmanager
 def whole_shards(model: nn.Module) -> Iterator[None]:
-    """Keep all parameters gathered: within, forward passes are no collectives. All ranks must enter and leave."""
+    """Keep all parameters gathered: ranks may run different numbers of forward passes. All must enter and leave."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     resharding = [unit for unit in units if unit is not model]
     for unit in units:
@@ -81,8 +81,8 @@ def whole_shards(model: nn.Module) -> Iterator[None]:
 class ShardedAccumulation(GradientAccumulation):
     """FSDP2: every rank has a shard of each parameter.
 
-    Until the last pass gradients stay whole on every rank, unless ``model.update.accumulate_sharded`` has each pass
-    reduce its own: as much traffic as there are passes, and the memory of a shard.
+    Gradients stay whole on every rank until the last pass. With ``model.update.accumulate_sharded`` every pass reduces
+    its own: more traffic, once a pass, and only the memory of a shard.
     """
 
     def _synchronising(self, is_last: bool) -> AbstractContextManager[Any]:
@@ -92,7 +92,7 @@ class ShardedAccumulation(GradientAccumulation):
 
 
 class ShardedPlacement(Placement):
-    """FSDP2.
+    """FSDP2: every decoder layer is sharded over all ranks.
 
     Args:
         trainer: Lightning's trainer, with a ``ModelParallelStrategy``.
@@ -103,7 +103,7 @@ class ShardedPlacement(Placement):
         self.precision = str(trainer.precision)
 
     def loading(self) -> AbstractContextManager[Any]:
-        """The CPU."""
+        """A context in which models are made on the CPU."""
         return torch.device("cpu")
 
     def place(self, model: Any) -> None:
@@ -114,7 +114,7 @@ class ShardedPlacement(Placement):
         """
         if any(is_quantised(parameter) for parameter in model.parameters()):
             raise ConfigurationError(
-                "model.adapter.quantization does not go with ModelParallelStrategy, which cannot split quantised "
-                "weights: use trainer.strategy=ddp, or leave them unquantised"
+                "model.adapter.quantization is not possible with ModelParallelStrategy, which cannot split quantised "
+                "weights: use trainer.strategy=ddp, or leave model.adapter.quantization out"
             )
         shard(model, self.mesh, self.precision)

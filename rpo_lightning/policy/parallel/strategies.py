@@ -1,4 +1,4 @@
-"""The one table from Lightning's strategies to what the policy needs on each of them."""
+"""Chooses the placement and the gradient accumulation for a Lightning strategy. All strategies are listed here."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from rpo_lightning.policy.parallel.fsdp2 import ShardedAccumulation, ShardedPlac
 
 
 def placement_for(trainer: Any) -> Placement:
-    """The placement that goes with a trainer's strategy."""
+    """The placement for a trainer's strategy; one device if there is no trainer."""
     strategy = None if trainer is None else trainer.strategy
     if isinstance(strategy, ModelParallelStrategy):
         return ShardedPlacement(trainer)
@@ -43,29 +43,29 @@ def placement_for(trainer: Any) -> Placement:
 
 
 def prepare_strategy(trainer: Any) -> None:
-    """Set what a strategy has to know before it configures the model."""
+    """Change a strategy before it configures the model. Only DeepSpeed needs this."""
     strategy = None if trainer is None else trainer.strategy
     if isinstance(strategy, DeepSpeedStrategy) and strategy.config is not None:
-        # For DeepSpeed's log only; Lightning would make a training data loader to ask for it, in evaluation too.
+        # For DeepSpeed's log only. Without it Lightning makes a training data loader to find it, even for evaluation.
         strategy.config.setdefault("train_micro_batch_size_per_gpu", 1)
         strategy._forward_redirection = PlainSteps()
 
 
 def whole_parameters(model: nn.Module) -> AbstractContextManager[None]:
-    """Keep all parameters gathered: within, forward passes are no collectives. All ranks must enter and leave."""
+    """Keep all parameters gathered: ranks may run different numbers of forward passes. All must enter and leave."""
     return whole_partitions(model) if is_partitioned(model) else whole_shards(model)
 
 
 def accumulation_for(strategy: Strategy, module: Any) -> GradientAccumulation:
-    """The accumulation that goes with a strategy.
+    """The gradient accumulation for a strategy.
 
     Raises:
         ConfigurationError: The strategy or the precision is not supported.
     """
     if str(module.trainer.precision).startswith("16"):
         raise ConfigurationError(
-            f"trainer.precision={module.trainer.precision} scales the loss, and with it the gradients that are "
-            "clipped: use bf16-mixed, bf16-true or 32-true"
+            f"trainer.precision={module.trainer.precision} scales the loss, so gradients would be clipped at a wrong "
+            "norm: use bf16-mixed, bf16-true or 32-true"
         )
     if isinstance(strategy, ModelParallelStrategy):
         return ShardedAccumulation(module)

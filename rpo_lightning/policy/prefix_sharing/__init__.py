@@ -1,1 +1,1 @@
-"""One row for a group: the prompt and prefix are computed once for all its members."""
+"""Shared rows: the context (prompt and prefix) is computed once for all members of a group."""

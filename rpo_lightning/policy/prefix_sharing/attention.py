@@ -1,17 +1,17 @@
-"""Attention for rows in which several suffixes share a context, as an implementation of transformers'.
+"""Attention for rows in which several suffixes share a context, as an attention implementation for transformers.
 
-A row is context | suffix_1 | … | suffix_G. The context attends causally to itself; each suffix to the context's
-keys and values and causally to itself. Both parts are ordinary attention, so no scores are computed that
-a mask would throw away, and the context's keys and values receive the sum of the suffixes' gradients.
+A row is context | suffix_1 | … | suffix_G. The context attends causally to itself. Each suffix attends to the context
+and causally to itself. Both parts are ordinary attention: no score is computed and then masked, and the context's keys
+and values get the sum of the suffixes' gradients.
 
-On a GPU in 16 bits ``packed_attention`` takes all rows at once. Elsewhere they are taken one by one: on a CPU
-by ``suffix_attention``, on a GPU in fp32 by masked SDPA with a copy of the context for each suffix.
+Three kernels do the work. On a GPU in 16 bits ``gpu.py`` computes all rows at once. Elsewhere rows are computed one by
+one: on a CPU by ``cpu.py``, on a GPU in fp32 by masked SDPA with a copy of the context for each suffix.
 
-A row may also continue a *detached* context, whose keys and values come from an earlier pass without gradient
-and which is not computed again: less work, and a biased gradient.
+A row may also continue a *detached* context: its keys and values come from an earlier pass without gradient. That is
+less work, and the gradient is biased.
 
-Models take it through their ``attn_implementation``; without a layout it is plain SDPA, so decoding and
-every other use of the model stays as it was.
+A model uses this through its ``attn_implementation``. Without a layout it is plain SDPA; decoding and other uses of the
+model do not change.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ IMPLEMENTATION = "rpo_shared_prefix"
 
 
 class DetachedContexts(dict[int, tuple[Tensor, Tensor]]):
-    """Keys and values of concatenated contexts, [1, heads, tokens, size], by the index of their layer."""
+    """Keys and values of concatenated contexts, [1, heads, tokens, size] each, by index of the layer."""
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """One row within the concatenation of a micro-batch's rows.
+    """One row among the concatenated rows of a micro-batch.
 
     Attributes:
-        start: Its first token.
-        context_length: Tokens of the context that are computed.
-        detached: First and last position (exclusive) of its detached part among all detached tokens.
-        stop: One past its last token.
-        index_GS: Positions of the suffixes' tokens relative to the context's end, padded with a token of
-            their own; ``None`` for a row without branches.
-        valid_GS: True where that is no padding.
-        context_mask: Which keys each of the context's tokens sees; ``None`` if it is causal without a detached part.
-        mask: Which keys (context, then own suffix) each of a suffix's tokens sees; not needed on the CPU.
+        start: Position of its first token.
+        context_length: Number of context tokens to compute; the whole row if it has no branches.
+        stop: Position after its last token.
+        detached: Start and stop of its detached tokens among those of all rows.
+        index_GS: Positions of the suffixes' tokens, counted from the end of the context. Padding repeats the suffix's
+            first token. ``None`` for a row without branches.
+        valid_GS: False at padding.
+        context_mask: Which keys each context token sees; ``None`` if nothing is detached and the mask is causal.
+        mask: Which keys (context, then own suffix) each suffix token sees; ``None`` on a CPU, which needs no mask.
     """
 
     start: int
@@ -68,7 +68,7 @@ class RowLayout:
 
     @classmethod
     def of(cls, start: int, shape: RowShape, detached_start: int, device: torch.device) -> RowLayout:
-        """Describe a row; with a single suffix, or none, it has no branches."""
+        """Describe a row. With one suffix or none it has no branches."""
         stop, detached = start + len(shape), (detached_start, detached_start + shape.detached)
         context_length = shape.context if shape.branches else len(shape)
         context_mask = _causal(context_length, shape.detached + context_length, device) if shape.detached else None
@@ -86,10 +86,10 @@ class RowLayout:
 
 
 class SharedLayout:
-    """Where the rows of a micro-batch are, described for whichever kernels ask.
+    """Positions of a micro-batch's rows, in the form that each kernel needs.
 
     Args:
-        shapes: Its rows, in the order in which they are concatenated.
+        shapes: The rows, in the order of their concatenation.
         device: Where the model is.
     """
 
@@ -99,12 +99,12 @@ class SharedLayout:
 
     @cached_property
     def packed(self) -> PackedRows:
-        """All rows at once."""
+        """All rows at once, for ``gpu.py``."""
         return PackedRows.of(self._shapes, self._device)
 
     @cached_property
     def rows(self) -> list[RowLayout]:
-        """Row by row."""
+        """Row by row, for the other kernels."""
         rows, start, detached = [], 0, 0
         for shape in self._shapes:
             rows.append(RowLayout.of(start, shape, detached, self._device))
@@ -113,7 +113,7 @@ class SharedLayout:
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> Any:
-    """Mask with which the last query sees all keys, the one before all but one, and so on."""
+    """Causal mask aligned at the end: the last query sees all keys, the one before it all but the last, and so on."""
     if device.type == "cpu":
         return torch.ones((queries, keys), dtype=torch.bool).tril(diagonal=keys - queries)
     return causal_lower_right(queries, keys)
@@ -132,20 +132,23 @@ def shared_prefix_attention(
     detach_into: DetachedContexts | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over concatenated rows ([1, heads, tokens, size]); plain SDPA where no layout is given.
+    """Attention of concatenated rows; plain SDPA without a layout.
 
     Args:
         module: The attention layer.
-        query: Queries.
-        key: Keys, of as many heads or fewer.
-        value: Values, like the keys.
-        attention_mask: For plain SDPA.
+        query: Queries, [1, heads, tokens, size].
+        key: Keys, [1, key heads, tokens, size]; key heads divide the heads.
+        value: Values, shaped like the keys.
+        attention_mask: For plain SDPA only.
         scaling: Factor of the scores.
-        dropout: For plain SDPA.
-        shared_layout: Where the rows are.
-        detached_contexts: Keys and values of the detached parts of their contexts.
-        detach_into: Takes the keys and values of this pass.
-        **kwargs: What else transformers hands on.
+        dropout: For plain SDPA only.
+        shared_layout: Positions of the rows.
+        detached_contexts: Keys and values of the detached tokens.
+        detach_into: Filled with the keys and values of this pass, detached.
+        **kwargs: Other arguments of transformers' attention functions.
+
+    Returns:
+        Output, [1, tokens, heads, size], and no attention weights.
     """
     if shared_layout is None:
         output, _ = sdpa_attention_forward(
@@ -159,8 +162,8 @@ def shared_prefix_attention(
     detached = None if detached_contexts is None else detached_contexts[layer]
     if takes(query, key, value):
         return packed_attention(query, key, value, shared_layout.packed, scaling, detached), None
-    pieces = [piece for row in shared_layout.rows for piece in _row(query, key, value, row, scaling, detached)]
-    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+    parts = [part for row in shared_layout.rows for part in _row(query, key, value, row, scaling, detached)]
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _row(
@@ -171,7 +174,7 @@ def _row(
     scaling: float | None,
     detached: tuple[Tensor, Tensor] | None,
 ) -> list[Tensor]:
-    """Attention of one row: of its context, and of its suffixes where it has several."""
+    """Output of one row: its context, then its suffixes if it has several."""
     q, k, v = (x[:, :, row.start : row.stop] for x in (query, key, value))
     if detached is not None:
         k, v = (torch.cat([x[:, :, slice(*row.detached)], own], dim=2) for x, own in zip(detached, (k, v), strict=True))
@@ -184,14 +187,14 @@ def _row(
 
 
 def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast rotary embeddings leave queries and keys in fp32; kernels want one dtype."""
+    """Cast queries, keys and values to one dtype, which kernels need: under autocast rotary embeddings return fp32."""
     device = tensors[0].device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensors[-1].dtype
     return tuple(x.to(dtype) for x in tensors)
 
 
 def _context(q: Tensor, k: Tensor, v: Tensor, row: RowLayout, scaling: float | None) -> Tensor:
-    """Attention of a context to itself and to what is detached before it."""
+    """Attention of a context to itself and to its detached part."""
     if row.context_mask is None:
         grouped = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
@@ -218,7 +221,7 @@ def _suffixes(
 
 
 def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values with as many heads as the queries: what kernels that take a mask want."""
+    """Keys and values repeated to as many heads as the queries have, as kernels with a mask need them."""
     repeats = q.shape[1] // k.shape[1]
     return (k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)) if repeats > 1 else (k, v)
 

@@ -1,8 +1,8 @@
-"""What a model allows: shared rows, and scoring within its output head. Asked of the model itself.
+"""Finds out whether a model allows shared rows, and scoring inside its output head.
 
-Both are tried once on a few tokens against ordinary rows with full logits, because what a model does with
-its attention (recurrent layers have none) or to its logits (caps, scales) is not told by its
-configuration. What a few tokens cannot show, windows, chunks, caps and dropout, is read from it.
+A model's configuration does not say what the model does with its attention (recurrent layers have none) or to its
+logits (caps, scales). Both are therefore tried once, on a few tokens, and compared with plain rows and full logits. A
+few tokens cannot show windows, chunks, caps and dropout; these are read from the configuration.
 """
 
 from __future__ import annotations
@@ -19,39 +19,40 @@ from rpo_lightning.policy.prefix_sharing.rows import Row, RowCost, SharedRow
 
 log = logging.getLogger(__name__)
 
-# The trial's log-probs agree to rounding in the model's precision, or are plainly different.
+# Largest difference of log-probs that is rounding, by dtype. Those of a wrong computation differ by much more.
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}
 _COARSE_AGREEMENT = 0.2
-# Layers whose attention is full up to a known length. Sparse and indexed ones may be so for a trial's few tokens.
+# Layers whose attention is full up to a known length. Sparse and indexed layers may look full on a few tokens.
 _FULL_UP_TO_A_LENGTH = {"full_attention", "sliding_attention", "chunked_attention"}
-# Settings of models that call a function for dropout instead of having a module.
+# Settings of models that call a dropout function instead of a module.
 _DROPOUTS = ("attention_dropout", "activation_dropout", "dropout")
-# Attention kernels reach about half the rate of matrix products (benchmarks/update_phase.py, on a CPU).
+# Attention kernels reach about half the rate of matrix products (measured by benchmarks/update_phase.py on a CPU).
 _ATTENTION_SLOWDOWN = 2.0
-# Gathering and merging a suffix's hidden states, in operations of matrix products per element (same script, on the
-# embedded reasoner: a fifth of a token's cost there, next to nothing from 100M parameters on).
+# Cost of gathering and merging one hidden-state element of a suffix, in operations of a matrix product. The same script
+# measured it on the embedded reasoner: a fifth of a token's cost there, almost nothing from 100M parameters on.
 _BRANCH_OPERATIONS = 200.0
 
 
 def needs_full_logits(model: Any) -> bool:
-    """Whether the model changes logits after its output head, so that scoring within it would be wrong."""
-    if getattr(model.config.get_text_config(), "final_logit_softcapping", None) is None:  # small logits are not capped
+    """Whether the model changes logits after its output head; scoring inside the head is wrong then. Logs a warning."""
+    # A cap is read from the configuration: the logits of a trial may be too small to show it.
+    if getattr(model.config.get_text_config(), "final_logit_softcapping", None) is None:
         exact, scored = (_trial(model, shared=False, full_logits=full) for full in (True, False))
         if agree(model, exact, scored):
             return False
     log.warning(
-        f"{type(model).__name__} changes its logits after the output head: log-probs take the logits of whole rows, "
-        "which needs more memory"
+        f"{type(model).__name__} changes its logits after the output head: log-probs are computed from the logits of "
+        "whole rows, which takes more memory"
     )
     return True
 
 
 def row_cost(model: Any, shares: bool, full_logits: bool) -> RowCost:
-    """What rows of this model cost, and whether members of a group may share one.
+    """Cost of rows for this model, and whether members of a group may share one. Logs why not.
 
     Args:
         model: The policy.
-        shares: Whether sharing is wanted.
+        shares: Whether sharing is wanted (``model.update.share_prefixes``).
         full_logits: See :func:`needs_full_logits`.
     """
     longest = _longest_short_sequence(model.config.get_text_config())
@@ -59,11 +60,11 @@ def row_cost(model: Any, shares: bool, full_logits: bool) -> RowCost:
         return RowCost(shares=False, longest_shared=longest)
     obstacle = sharing_obstacle(model, full_logits)
     if obstacle is not None:
-        log.warning(f"{obstacle}: every response is trained on in a row of its own, its prefix computed again")
+        log.warning(f"{obstacle}: every response gets a row of its own, and its prefix is computed again in each")
         return RowCost(shares=False, longest_shared=longest)
     if longest is not None:
         log.warning(
-            f"{type(model).__name__} computes long sequences otherwise (sliding window, chunks, rotary embeddings): "
+            f"{type(model).__name__} treats long sequences differently (sliding window, chunks or rotary embeddings): "
             f"only sequences of at most {longest} tokens share rows"
         )
     attention, branch = _costs(model)
@@ -77,12 +78,12 @@ def sharing_obstacle(model: Any, full_logits: bool = False) -> str | None:
     config = model.config.get_text_config()
     dropouts = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
     if any(p for p in dropouts + [getattr(config, name, None) for name in _DROPOUTS]):
-        return f"{type(model).__name__} trains with dropout, which members would share"
+        return f"{type(model).__name__} trains with dropout, and members would share that of their context"
     if getattr(config, "attn_temperature_tuning", False) and not all(getattr(config, "no_rope_layers", [])):
-        return f"{type(model).__name__} scales its queries by their place in a row (attn_temperature_tuning)"
+        return f"{type(model).__name__} scales its queries by their position in a row (attn_temperature_tuning)"
     others = set(getattr(config, "layer_types", None) or ()) - _FULL_UP_TO_A_LENGTH
     if others:
-        return f"{type(model).__name__} has layers of {', '.join(sorted(others))}, for which shared rows are not made"
+        return f"{type(model).__name__} has layers of {', '.join(sorted(others))}, which do not support shared rows"
     alone = _trial(model, shared=False, full_logits=full_logits)
     model.set_attn_implementation(IMPLEMENTATION)
     if model.config._attn_implementation != IMPLEMENTATION:
@@ -95,7 +96,7 @@ def sharing_obstacle(model: Any, full_logits: bool = False) -> str | None:
 
 
 def _failure_of_shared_rows(model: Any, alone: Tensor, full_logits: bool) -> str | None:
-    """What is wrong with a trial of shared rows, with and without gradient of the context; ``None`` if nothing is."""
+    """Why a trial of shared rows fails, with or without gradient through the context; ``None`` if it does not."""
     for prefix_gradient in (True, False):
         try:
             together = _trial(model, True, full_logits, prefix_gradient)
@@ -107,7 +108,7 @@ def _failure_of_shared_rows(model: Any, alone: Tensor, full_logits: bool) -> str
 
 
 def _longest_short_sequence(config: Any) -> int | None:
-    """Tokens up to which windows and chunks hide nothing and rotary embeddings stay; ``None`` if it does not matter."""
+    """Longest sequence without effect of windows, chunks and long rotary embeddings; ``None`` if there is no limit."""
     layers = getattr(config, "layer_types", None)
     limits = []
     if getattr(config, "use_sliding_window", True) and (layers is None or "sliding_attention" in layers):
@@ -115,13 +116,13 @@ def _longest_short_sequence(config: Any) -> int | None:
     if layers is None or "chunked_attention" in layers:
         limits.append(getattr(config, "attention_chunk_size", None))
     rotary = getattr(config, "rope_parameters", None) or {}
-    if rotary.get("rope_type") == "longrope":  # the longest row of a pass decides for all of them
+    if rotary.get("rope_type") == "longrope":  # the longest row of a pass decides for all its rows
         limits.append(rotary.get("original_max_position_embeddings") or config.original_max_position_embeddings)
     return min((int(limit) for limit in limits if limit is not None), default=None)
 
 
 def _costs(model: Any) -> tuple[float, float]:
-    """Costs of a query–key pair and of a branch's token over that of a token's matrix products."""
+    """Costs of a query–key pair and of a suffix token in a shared row, where a token's matrix products cost 1."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -133,6 +134,7 @@ def _costs(model: Any) -> tuple[float, float]:
 
 
 def _trial(model: Any, shared: bool, full_logits: bool, prefix_gradient: bool = True) -> Tensor:
+    """Log-probs of two members of a group, in a shared row or in plain rows, [2, 2]."""
     ids = [3, 5, 4, 6, 7, 8, 9]
     ids = [i % model.config.get_text_config().vocab_size for i in ids]
     members = [Row(0, 0, tuple(ids[:3]), tuple(ids[3:5]), 2), Row(0, 1, tuple(ids[:3]), tuple(ids[5:]), 2)]
@@ -141,8 +143,8 @@ def _trial(model: Any, shared: bool, full_logits: bool, prefix_gradient: bool = 
     model.eval()
     try:
         device = next(model.parameters()).device
-        # Lightning builds models under its own default device, which need not be the model's.
-        # Autocast is off: the tolerance is that of the model's own precision.
+        # Lightning builds models under a default device that may differ from the model's.
+        # Autocast is off, because the tolerance is for the model's own precision.
         with torch.no_grad(), device, torch.autocast(device.type, enabled=False):
             return token_logprobs(model, batch, 1.0, 0, device, full_logits, prefix_gradient).logprobs_BS
     finally:
@@ -150,8 +152,8 @@ def _trial(model: Any, shared: bool, full_logits: bool, prefix_gradient: bool = 
 
 
 def agree(model: Any, first: Tensor, second: Tensor) -> bool:
-    """Whether log-probs differ by no more than rounding in the model's precision."""
-    # Of the coarsest parameters: quantised ones compute in 16 bits, whatever their embeddings are in.
+    """Whether log-probs are equal up to rounding in the model's precision."""
+    # The coarsest dtype decides: quantised models compute in 16 bits, whatever the dtype of their embeddings.
     tolerance = max(_AGREEMENT.get(dtype, _COARSE_AGREEMENT) for dtype in {p.dtype for p in model.parameters()})
     if first.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         tolerance = _COARSE_AGREEMENT  # TF32

@@ -1,10 +1,10 @@
-"""Attention of several suffixes to one context and to themselves, without a copy of the context for each.
+"""Attention of several suffixes to one context and to themselves on a CPU, without copies of the context.
 
-Attention to the context is computed for all suffixes at once, attention of each to itself separately, and the two
-are merged by their log-sum-exps, which is exact. So is the backward pass: given the merged output and
-log-sum-exp, each part's kernel computes its share of the gradient of the whole softmax.
+One kernel call computes attention of all suffixes to the context, another attention of each suffix to itself. The two
+are merged by their log-sum-exps, which is exact. The backward pass is exact too: from the merged output and log-sum-exp
+each kernel computes its share of the gradient of the whole softmax.
 
-The CPU's flash kernels do that, grouped heads included; ``packed_attention`` is the same on a GPU.
+The kernels are torch's flash attention for CPUs, which supports grouped heads. ``gpu.py`` does the same on a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class SuffixAttention(torch.autograd.Function):
-    """Causal attention of suffixes [G, heads, S, size] that all follow one context [1, heads, T, size]."""
+    """Causal attention of suffixes [G, heads, S, size] that follow one context [1, heads, T, size]."""
 
     @staticmethod
     def forward(
@@ -29,12 +29,12 @@ class SuffixAttention(torch.autograd.Function):
         """Output [G, heads, S, size].
 
         Args:
-            ctx: What the backward pass needs.
+            ctx: Holds tensors for the backward pass.
             q: Queries of the suffixes.
-            k: Their keys, of as many heads or a divisor of them.
-            v: Their values.
+            k: Keys of the suffixes; their number of heads divides that of the queries.
+            v: Values of the suffixes.
             context_k: Keys of the context.
-            context_v: Its values.
+            context_v: Values of the context.
             scale: Factor of the scores; 1/√size if not given.
         """
         of_context, lse_of_context = _forward(_together(q), context_k, context_v, 0.0, False, scale=scale)
@@ -47,7 +47,7 @@ class SuffixAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of queries, keys and values; the context's are summed over the suffixes."""
+        """Gradients of queries, keys and values. Those of the context are sums over the suffixes."""
         q, k, v, context_k, context_v, output, lse = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         q_of_context, k_grad, v_grad = _backward(
@@ -59,16 +59,16 @@ class SuffixAttention(torch.autograd.Function):
 
 
 def merge(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of queries to two sets of keys from attention to each.
+    """Combine attention of the same queries to two sets of keys into attention to both.
 
     Args:
-        first: Output of the first, [..., size].
-        first_lse: Log-sum-exps of its scores, [...].
-        second: Output of the second.
-        second_lse: Its log-sum-exps.
+        first: Output for the first set, [..., size].
+        first_lse: Log-sum-exps of the scores of the first set, [...].
+        second: Output for the second set, [..., size].
+        second_lse: Log-sum-exps of the scores of the second set, [...].
 
     Returns:
-        Output and log-sum-exps.
+        Output [..., size] and log-sum-exps [...].
     """
     lse = torch.logaddexp(first_lse, second_lse)
     output = first * torch.exp(first_lse - lse)[..., None] + second * torch.exp(second_lse - lse)[..., None]
@@ -76,7 +76,7 @@ def merge(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) 
 
 
 def _together(x: Tensor) -> Tensor:
-    """[G, heads, S, …] as [1, heads, G·S, …]."""
+    """Reshape [G, heads, S, …] to [1, heads, G·S, …]."""
     return x.transpose(0, 1).flatten(1, 2)[None].contiguous()
 
 

@@ -1,11 +1,11 @@
-"""Attention of concatenated rows with flash attention's kernels for sequences of any length: 16 bits, on a GPU.
+"""Attention of concatenated rows on a GPU in 16 bits, by flash attention's kernels for sequences of any length.
 
-Two kernel calls a layer serve a whole micro-batch, however many rows and suffixes it has. In the first every
-context and every suffix attends causally to itself; in the second all suffixes of a row together attend to their
-context. Where both meet they are merged by their log-sum-exps, as in ``suffix_attention``: nothing is padded, no
-context is copied for its suffixes, and no score is computed that a mask would throw away.
+Two kernel calls a layer serve a whole micro-batch with any number of rows and suffixes. In the first, every context and
+every suffix attends causally to itself. In the second, the suffixes of each row attend to their context. The two
+outputs of a suffix are merged by their log-sum-exps, as in ``cpu.py``. Nothing is padded, no context is copied for its
+suffixes, and no score is computed and then masked.
 
-The kernels are torch's own, called as torch calls them but not by a public name; ``flash_support`` tries them first.
+The kernels are torch's, called by names that are not public. ``gpu_check.py`` tries them before their first use.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from rpo_lightning.policy.prefix_sharing.rows import RowShape
 
 @dataclass(frozen=True)
 class Sequences:
-    """Queries and keys that attend to each other, sequence by sequence.
+    """Sequences for one kernel call: the queries of each attend to the keys of the same sequence.
 
     Attributes:
-        query_index: Which of the computed tokens ask; ``None`` for all of them.
-        key_index: Which answer, of the detached tokens followed by the computed ones; ``None`` for all of them.
-        query_bounds: Where each sequence's queries begin, and where the last one's end.
-        key_bounds: The same of its keys.
-        most_queries: Of one sequence.
-        most_keys: Of one sequence.
-        causal: Whether the last query sees all keys, the one before all but one, and so on; else all see all.
+        query_index: Indices of the queries among the computed tokens; ``None`` for all of them.
+        key_index: Indices of the keys among the detached tokens followed by the computed ones; ``None`` for all.
+        query_bounds: Start of each sequence's queries, and the end of the last, [sequences + 1], int32.
+        key_bounds: Start of each sequence's keys, and the end of the last, [sequences + 1], int32.
+        most_queries: Largest number of queries of a sequence.
+        most_keys: Largest number of keys of a sequence.
+        causal: Whether the last query sees all keys, the one before it all but the last, and so on. If not, every
+            query sees every key.
     """
 
     query_index: Tensor | None
@@ -55,7 +56,7 @@ class Sequences:
         key_index: Tensor | None = None,
         causal: bool = False,
     ) -> Sequences:
-        """Sequences of so many queries and keys each."""
+        """Sequences with the given numbers of queries and keys; the other arguments are as in the attributes."""
         bounds = [
             torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (queries, keys)
         ]
@@ -68,8 +69,8 @@ class PackedRows:
     """The rows of a micro-batch as sequences.
 
     Attributes:
-        own: Every context and every suffix with itself, or a whole row where it has one suffix at most.
-        shared: The suffixes of every row that has several, with their context; ``None`` if there is no such row.
+        own: Every context and every suffix with itself; a row with one suffix or none is one sequence.
+        shared: All suffixes of a row with their context, for rows with several suffixes; ``None`` without such rows.
     """
 
     own: Sequences
@@ -77,7 +78,7 @@ class PackedRows:
 
     @classmethod
     def of(cls, shapes: Sequence[RowShape], device: torch.device) -> PackedRows:
-        """Describe rows that are concatenated in this order; so are their detached tokens."""
+        """Describe rows that are concatenated in this order; their detached tokens are too."""
         detached_starts = [0, *accumulate(shape.detached for shape in shapes)]
         starts = [0, *accumulate(len(shape) for shape in shapes)]
         detached_tokens = detached_starts[-1]
@@ -115,11 +116,11 @@ def packed_attention(
 
     Args:
         query: Queries, [1, heads, tokens, size].
-        key: Keys, of as many heads or a divisor of them.
-        value: Values, like the keys.
-        rows: Where the rows are.
+        key: Keys, [1, key heads, tokens, size]; key heads divide the heads.
+        value: Values, shaped like the keys.
+        rows: Positions of the rows.
         scale: Factor of the scores; 1/√size if not given.
-        detached: Keys and values of the detached tokens.
+        detached: Keys and values of the detached tokens, [1, key heads, detached tokens, size] each.
     """
     if detached is not None:
         key, value = (torch.cat([before, own], dim=2) for before, own in zip(detached, (key, value), strict=True))
@@ -146,7 +147,7 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Given the whole output and log-sum-exp, each call's share of the gradient is exact."""
+        """Sum the gradients of both calls: from the merged output and log-sum-exp each gives its exact share."""
         q, k, v, output, lse = ctx.saved_tensors
         rows, gradient = ctx.rows, gradients[0].contiguous()
         q_grad, *own = _attend_backward(gradient, q, k, v, output, lse, rows.own, ctx.scale)
@@ -179,7 +180,7 @@ def _attend_backward(
     sequences: Sequences,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the queries, keys and values that take part."""
+    """Gradients of the queries, keys and values of these sequences."""
     s = sequences
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
     return torch.ops.aten._flash_attention_backward(
@@ -195,5 +196,5 @@ def _pick(x: Tensor, index: Tensor | None) -> Tensor:
 
 
 def _placed(x: Tensor, like: Tensor, index: Tensor | None) -> Tensor:
-    """The inverse of :func:`_pick`: zeros where nothing was picked."""
+    """The inverse of :func:`_pick`, with zeros for tokens that were not picked."""
     return x if index is None else torch.zeros_like(like).index_add_(0, index, x)

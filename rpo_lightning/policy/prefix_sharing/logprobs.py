@@ -1,10 +1,10 @@
 """Log-probs of responses under a model: one forward pass over a micro-batch of rows.
 
-Where no row is shared, rows are stacked and padded on the right, and the model masks as it always does.
-Otherwise rows are concatenated without padding, and ``shared_attention`` keeps them apart.
+If no row is shared, rows are stacked and padded on the right, and the model makes its usual mask. Otherwise rows are
+concatenated without padding, and ``attention.py`` separates them.
 
-Without gradient through the prefix, the contexts are computed first and only their keys and values are kept;
-their last tokens, which predict the suffixes' first, are computed with the suffixes.
+Without gradient through the prefix a first pass computes the contexts and stores their keys and values only. The last
+token of each context predicts the first token of its suffixes; it is computed in the second pass, with the suffixes.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from rpo_lightning.policy.prefix_sharing.rows import Row, SharedRow
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probs and entropies at the loss scope of the rows of a micro-batch, right-aligned.
+    """Log-probs and entropies of the tokens in the loss scope, right-aligned, for a micro-batch.
 
     Attributes:
         rows: The rows, in the order of the tensors.
-        logprobs_BS: Log-probs of the tokens, with gradient if one was asked for.
+        logprobs_BS: Log-probs of the tokens, with gradient where torch records one.
         entropy_BS: Entropy of the next-token distribution, without gradient.
-        mask_BS: True at tokens of the scope.
+        mask_BS: True at tokens in the scope, False at padding.
     """
 
     rows: list[Row]
@@ -41,13 +41,13 @@ class TokenLogprobs:
 
 
 class _Layout:
-    """Token ids and positions of a micro-batch, and where the scored tokens are.
+    """Token ids and positions of a micro-batch, and the positions of its scored tokens.
 
     Args:
         batch: The rows.
-        pad_id: Any token id.
-        detached_lengths: How much of each row's context is not computed here.
-        concatenated: Whether rows are concatenated even if none is shared.
+        pad_id: Any token id; fills padded positions.
+        detached_lengths: Number of detached tokens of each row's context; these are not computed here.
+        concatenated: Concatenate rows even if none is shared.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class _Layout:
         self.ids_BT = torch.full(shape, pad_id)
         self.position_BT = torch.zeros(shape, dtype=torch.long)
         self.scored: list[tuple[int, int, int]] = []  # row, position of the predecessor, token
-        self.scope_indices: list[list[int]] = []  # of each row, into ``scored``
+        self.scope_indices: list[list[int]] = []  # indices into ``scored``, one list a response
         start = 0
         for index, (shared, detached) in enumerate(zip(batch, self.detached_lengths, strict=True)):
             self._place(0 if self.is_shared else index, start, shared, detached)
@@ -86,7 +86,7 @@ class _Layout:
         for row in shared.members:
             self._write(index, start, row.suffix_ids, detached + len(context))
             of_suffix = [
-                # The first token of every suffix follows the context's last.
+                # The first token of every suffix is predicted by the last one of the context.
                 self._score(index, start + offset - 1 if offset else last_of_context, token)
                 for offset, token in enumerate(row.suffix_ids)
             ]
@@ -103,13 +103,16 @@ class _Layout:
         return len(self.scored) - 1
 
     def inputs(self, device: torch.device, attention: str) -> dict[str, Any]:
-        """What the model is called with."""
+        """Arguments of the model."""
         inputs: dict[str, Any] = {"input_ids": self.ids_BT.to(device), "use_cache": False}
         if self.is_shared:
             if attention != IMPLEMENTATION:
-                raise UpdateError(f"shared rows need attention {IMPLEMENTATION!r}, the model has {attention!r}")
+                raise UpdateError(
+                    f"shared rows need attention {IMPLEMENTATION!r}, the model has {attention!r}: call "
+                    f"model.set_attn_implementation({IMPLEMENTATION!r})"
+                )
             inputs["position_ids"] = self.position_BT.to(device)
-            # Of four dimensions, so that the model makes none of its own; our attention does not look at it.
+            # With four dimensions the model takes it as final and makes no mask. Our attention ignores it.
             inputs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
             shapes = [
                 shared.shape(detached) for shared, detached in zip(self.batch, self.detached_lengths, strict=True)
@@ -118,12 +121,12 @@ class _Layout:
         return inputs
 
     def targets(self, device: torch.device, temperature: float) -> Targets:
-        """The scored tokens."""
+        """The scored tokens, as the output head takes them."""
         batch_K, position_K, token_K = torch.tensor(self.scored, dtype=torch.long, device=device).reshape(-1, 3).T
         return Targets(batch_K, position_K, token_K, temperature)
 
     def scope(self) -> tuple[Tensor, Tensor]:
-        """Index of each scope position into the scored tokens, right-aligned, [B, S], and its mask."""
+        """Indices of the scope's positions into the scored tokens, right-aligned, [B, S], and their mask."""
         span = max(len(indices) for indices in self.scope_indices)
         index_BS = torch.zeros((len(self.rows), span), dtype=torch.long)
         mask_BS = torch.zeros((len(self.rows), span), dtype=torch.bool)
@@ -142,17 +145,19 @@ def token_logprobs(
     full_logits: bool = False,
     prefix_gradient: bool = True,
 ) -> TokenLogprobs:
-    """Log-probs of the tokens in the loss scope of every row.
+    """Log-probs and entropies of the tokens in the loss scope of every response.
 
     Args:
         model: The policy or the reference.
-        batch: One micro-batch.
-        temperature: The sampling temperature: the policy is what was sampled from.
-        pad_id: Any token id; padded positions are masked.
+        batch: The rows of one micro-batch.
+        temperature: The sampling temperature; it divides the logits.
+        pad_id: Any token id; fills padded positions.
         device: Where the model is.
-        full_logits: Compute the logits of all positions, for models that change them after their head.
-        prefix_gradient: Whether the gradient goes through prompt and prefix. Without it they must not be in
-            the loss scope.
+        full_logits: Compute the logits of all positions. Models that change logits after their output head need it.
+        prefix_gradient: Whether the gradient goes through the context. Without it the loss scope must be the suffix.
+
+    Raises:
+        UpdateError: Rows are concatenated, and the model has another attention than ``attention.py``'s.
     """
     if prefix_gradient:
         layout, detached = _Layout(batch, pad_id), None
@@ -177,13 +182,13 @@ def token_logprobs(
 def _detached_contexts(
     model: PreTrainedModel, batch: Sequence[SharedRow], lengths: Sequence[int], pad_id: int, device: torch.device
 ) -> DetachedContexts | None:
-    """Keys and values of the first ``lengths`` tokens of every context; ``None`` if there are none."""
+    """Keys and values of the first ``lengths`` tokens of every context; ``None`` if all lengths are 0."""
     detached_ids = [shared.context_ids[:length] for shared, length in zip(batch, lengths, strict=True) if length]
     if not detached_ids:
         return None
     rows = [SharedRow((Row(0, 0, ids, (), 0),)) for ids in detached_ids]
     layout, detached = _Layout(rows, pad_id, concatenated=True), DetachedContexts()
     inputs = layout.inputs(device, model.config._attn_implementation)
-    with torch.no_grad(), scoring(model, layout.targets(device, 1.0)):  # nothing is scored: the head is spared
+    with torch.no_grad(), scoring(model, layout.targets(device, 1.0)):  # without targets the head computes nothing
         model(**inputs, detach_into=detached)
     return detached

@@ -1,13 +1,13 @@
-"""Rows: what is computed together, so that a prompt and its kept prefix are computed once per group.
+"""Arranges responses in rows and rows in micro-batches; a row computes the context of a group once.
 
-A :class:`SharedRow` is one row of a forward pass: prompt and prefix once (its *context*), then the suffixes
-of several members of a group. With one member it is an ordinary row. Every suffix sees the context and
-itself only, so each member's log-probs and gradients are those of a row of its own, to rounding; the
-context stays on the autograd graph and receives the sum of the members' gradients.
+A :class:`SharedRow` is one row of a forward pass: a context, then the suffixes of several members of a group. With one
+member it is a plain row. Every suffix sees the context and itself only. Each member's log-probs and gradients are
+therefore those of a plain row, to rounding. The context stays on the autograd graph and gets the sum of the members'
+gradients.
 
-Members are spread over several rows where a group is longer than a micro-batch; the context is then
-repeated, and as gradients add up the result is the same. Where sharing costs more than it saves (next to
-no context, long suffixes), every member has a row of its own.
+A group that is longer than a micro-batch is spread over several rows. Each repeats the context; gradients add up, and
+the result is the same. Where sharing costs more than it saves (a short context, long suffixes), every member gets a
+plain row.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ LossScope = Literal["suffix", "response"]
 
 @dataclass(frozen=True)
 class Row:
-    """One response, ready to be computed.
+    """One response as token ids.
 
     Attributes:
         group: Index of its group in the batch.
-        member: Index within the group.
-        context_ids: Prompt and kept prefix, the same for all members of a group.
-        suffix_ids: What this member sampled.
-        scope_length: Number of tokens at the end that are in the loss scope.
+        member: Index of the member within the group.
+        context_ids: Prompt and prefix, the same for all members of a group.
+        suffix_ids: The tokens that this member sampled.
+        scope_length: Number of tokens in the loss scope, counted from the end.
     """
 
     group: int
@@ -45,22 +45,22 @@ class Row:
 
 @dataclass(frozen=True)
 class SharedRow:
-    """Rows of one group that are computed as one."""
+    """Responses of one group that are computed in one row."""
 
     members: tuple[Row, ...]
 
     @property
     def context_ids(self) -> tuple[int, ...]:
-        """Prompt and kept prefix."""
+        """Prompt and prefix."""
         return self.members[0].context_ids
 
     @property
     def branches(self) -> bool:
-        """Whether there are suffixes to keep apart."""
+        """Whether the row has several members."""
         return len(self.members) > 1
 
     def shape(self, detached: int = 0) -> RowShape:
-        """Its parts, the first ``detached`` tokens of the context apart."""
+        """Lengths of its parts, if the first ``detached`` tokens of the context are not computed."""
         return RowShape(detached, len(self.context_ids) - detached, tuple(len(row.suffix_ids) for row in self.members))
 
     def __len__(self) -> int:
@@ -69,12 +69,12 @@ class SharedRow:
 
 @dataclass(frozen=True)
 class RowShape:
-    """How many tokens the parts of a row have.
+    """Lengths of the parts of a row, in tokens.
 
     Attributes:
-        detached: Beginning of the context, whose keys and values come from an earlier pass.
+        detached: First part of the context; its keys and values come from an earlier pass.
         context: The rest of the context.
-        suffixes: Each suffix.
+        suffixes: Length of each suffix.
     """
 
     detached: int
@@ -83,25 +83,25 @@ class RowShape:
 
     @property
     def branches(self) -> bool:
-        """Whether there are suffixes to keep apart."""
+        """Whether the row has several suffixes."""
         return len(self.suffixes) > 1
 
     def __len__(self) -> int:
-        """Tokens that are computed."""
+        """Number of tokens that are computed."""
         return self.context + sum(self.suffixes)
 
 
 @dataclass(frozen=True)
 class RowCost:
-    """Relative cost of computing a row.
+    """Cost of computing a row. The unit is the matrix products of one token.
 
     Attributes:
-        attention: Cost of a query–key pair, where a token's matrix products cost 1; 0 ignores attention.
-        branch: Extra cost of a suffix's token in a row of several members, which gathers and merges it.
-        shares: Whether members may share a row at all.
-        context: Cost of a context's token, where a suffix's costs 1; a third without gradient through the context.
-        longest_shared: Longest sequence (context and one suffix) that may be in a shared row: attention of
-            shared rows knows no windows and chunks, and some rotary embeddings are others beyond it.
+        attention: Cost of a query–key pair; 0 ignores attention.
+        branch: Extra cost of a suffix token in a row of several members, for gathering and merging it.
+        shares: Whether members may share a row.
+        longest_shared: Longest sequence (context and one suffix) that may be in a shared row; ``None`` for any. Shared
+            rows do not support windows and chunks, and some rotary embeddings change for longer sequences.
+        context: Cost of a context token: 1, or a third without gradient through the context.
     """
 
     attention: float = 0.0
@@ -111,7 +111,7 @@ class RowCost:
     context: float = 1.0
 
     def of(self, row: SharedRow) -> float:
-        """Cost of a row. Suffixes on a context are computed as long as the longest."""
+        """Cost of a row. Attention pads the suffixes of a row to the longest of them."""
         context, longest = len(row.context_ids), max(len(member.suffix_ids) for member in row.members)
         pairs = self.context * context**2 / 2 + len(row.members) * (longest * context + longest**2 / 2)
         suffixes = (len(row) - context) * (1.0 + (self.branch if row.branches else 0.0))
@@ -119,7 +119,7 @@ class RowCost:
 
 
 def rows_of(groups: Sequence[Group], scope: LossScope) -> list[Row]:
-    """The rows of all members of all groups."""
+    """One row a response, for all members of all groups."""
     rows = []
     for index, group in enumerate(groups):
         context = group.request.prompt.token_ids + group.request.prefix_ids
@@ -130,7 +130,13 @@ def rows_of(groups: Sequence[Group], scope: LossScope) -> list[Row]:
 
 
 def shared_rows(rows: Sequence[Row], max_tokens: int, cost: RowCost) -> list[SharedRow]:
-    """Put the members of each group together as far as that is cheapest and fits into ``max_tokens``."""
+    """Let members of a group share rows if that is cheaper.
+
+    Args:
+        rows: The responses.
+        max_tokens: Most tokens of a shared row.
+        cost: Cost of a row.
+    """
     groups: dict[int, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.group, []).append(row)
@@ -140,15 +146,15 @@ def shared_rows(rows: Sequence[Row], max_tokens: int, cost: RowCost) -> list[Sha
 def micro_batches(
     rows: Sequence[SharedRow], max_tokens: int, longest_shared: int | None = None
 ) -> list[list[SharedRow]]:
-    """Split into as few micro-batches of at most ``max_tokens`` tokens as needed, padding included, of similar size.
+    """Split rows into the fewest micro-batches of at most ``max_tokens`` tokens, and make these similar in size.
 
-    A row longer than that makes a micro-batch of its own. Long rows come first, so that memory peaks early.
+    A row that is longer gets a micro-batch of its own. Long rows come first: memory then peaks early in a run.
 
     Args:
-        rows: What is to be computed.
-        max_tokens: Tokens of a micro-batch.
-        longest_shared: See :class:`RowCost`. Longer rows never stand beside shorter ones: the whole micro-batch
-            would be computed without the window, or with the rotary embedding of the longest.
+        rows: The rows to compute.
+        max_tokens: Most tokens of a micro-batch, padding included.
+        longest_shared: See :class:`RowCost`. Longer rows and shorter ones are never in the same micro-batch: all its
+            rows would be computed without a window, or with the rotary embedding of the longest row.
     """
     ordered = sorted(rows, key=lambda r: (-len(r), r.members[0].group, r.members[0].member))
     beyond: list[SharedRow] = []
@@ -162,7 +168,7 @@ def micro_batches(
 def _even(ordered: Sequence[SharedRow], max_tokens: int) -> list[list[SharedRow]]:
     batches = _fill(ordered, max_tokens)
     low, high = 1, max_tokens
-    while low < high:  # the smallest limit that needs no more micro-batches makes them even
+    while low < high:  # the smallest limit with that many micro-batches makes them even
         middle = (low + high) // 2
         if len(_fill(ordered, middle)) <= len(batches):
             high = middle
@@ -177,7 +183,7 @@ def _cheapest(members: Sequence[Row], max_tokens: int, cost: RowCost) -> list[Sh
     if not cost.shares or (cost.longest_shared is not None and longest > cost.longest_shared):
         return alone
     together: list[SharedRow] = []
-    # Similar lengths together: suffixes are computed as long as the longest of their row.
+    # Members of similar length share a row, because attention pads suffixes to the longest.
     for row in sorted(alone, key=lambda r: (len(r), r.members[0].member)):
         if together and len(together[-1]) + len(row.members[0].suffix_ids) <= max_tokens:
             together[-1] = SharedRow((*together[-1].members, *row.members))
@@ -191,7 +197,7 @@ def _fill(ordered: Sequence[SharedRow], max_tokens: int) -> list[list[SharedRow]
     tokens, shares = 0, False  # of the last micro-batch
     for row in ordered:
         tokens, shares = tokens + len(row), shares or row.branches
-        # Where one is shared rows lie end to end, else they are padded to the longest, which comes first.
+        # With a shared row all rows are concatenated. Otherwise they are padded to the longest, which is the first.
         if batches and (tokens if shares else len(batches[-1][0]) * (len(batches[-1]) + 1)) <= max_tokens:
             batches[-1].append(row)
         else:
