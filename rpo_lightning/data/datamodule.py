@@ -52,11 +52,15 @@ class RPODataModule(LightningDataModule):
         batch_size: Questions of one iteration, on each rank; a group of responses is sampled for each.
         eval_batch_size: Questions of one evaluation batch.
         max_prompt_tokens: Longer prompts are dropped and counted.
-        question_column: Column of the question; ``problem``, ``question`` or ``prompt`` if not given.
-        answer_column: Column of the gold answer; ``answer``, ``final_answer`` or ``solution`` if not given.
+        question_column: Column of the question; ``problem``, ``question``, ``prompt``, ``messages`` or
+            ``conversations`` if not given. ``a.b`` is the key ``b`` of the objects in column ``a``.
+        answer_column: Column of the gold answer; ``answer``, ``final_answer``, ``solution`` or verl's
+            ``reward_model.ground_truth`` if not given.
         uid_column: Column of a stable identifier; a content hash if not given.
         system_prompt: System message of every prompt that does not bring its own.
         use_chat_template: Whether to apply the tokenizer's chat template; by default if it has one.
+        continue_final_message: Whether a conversation that ends with a message of the assistant is continued by the
+            policy; otherwise its row is dropped and counted.
         shuffle: Whether to shuffle the training questions anew each epoch.
     """
 
@@ -74,6 +78,7 @@ class RPODataModule(LightningDataModule):
         uid_column: str | None = None,
         system_prompt: str | None = None,
         use_chat_template: bool | None = None,
+        continue_final_message: bool = False,
         shuffle: bool = True,
     ) -> None:
         super().__init__()
@@ -93,6 +98,7 @@ class RPODataModule(LightningDataModule):
         self.uid_column = uid_column
         self.system_prompt = system_prompt
         self.use_chat_template = use_chat_template
+        self.continue_final_message = continue_final_message
         self.shuffle = shuffle
         self.make_request: Callable[[Prompt], RolloutRequest] | None = None
         self.prompts: dict[str, list[Prompt]] = {}
@@ -147,6 +153,7 @@ class RPODataModule(LightningDataModule):
             uid_column=self.uid_column,
             system_prompt=self.system_prompt,
             use_chat_template=self.use_chat_template,
+            continue_final_message=self.continue_final_message,
         )
         source = as_source(data, hub_split(split))
         self.prompts[key], report = builder.build(source)
@@ -169,6 +176,11 @@ class RPODataModule(LightningDataModule):
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt that has been read."""
         return max((len(p.token_ids) for prompts in self.prompts.values() for p in prompts), default=0)
+
+    @property
+    def highest_token_id(self) -> int:
+        """The largest token id of all prompts that have been read."""
+        return max((max(p.token_ids) for prompts in self.prompts.values() for p in prompts if p.token_ids), default=0)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run is in its training questions."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -36,6 +37,12 @@ def gold_answer(value: Any, tolerance: Any = None) -> GoldAnswer:
 
 
 def _answer_text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        keys = ", ".join(map(str, value))
+        raise ValueError(
+            f"its gold answer is an object with the keys {keys}: name one of them, as in "
+            "data.answer_column=reward_model.ground_truth"
+        )
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() else format(Decimal(repr(value)), "f")
     text = str(value)

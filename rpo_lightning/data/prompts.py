@@ -7,17 +7,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rpo_lightning.core.errors import DataError
 from rpo_lightning.core.hashing import short_name
 from rpo_lightning.core.types import Prompt
+from rpo_lightning.data.conversations import last_user_text, read_messages
 from rpo_lightning.data.gold_answers import TOLERANCE_COLUMN, gold_answer, is_empty
 from rpo_lightning.data.sources import DataSource
 from rpo_lightning.rewards.base import Verifier
 
-QUESTION_COLUMNS = ("problem", "question", "prompt")
-ANSWER_COLUMNS = ("answer", "final_answer", "solution")
+QUESTION_COLUMNS = ("problem", "question", "prompt", "messages", "conversations")
+ANSWER_COLUMNS = ("answer", "final_answer", "solution", "reward_model.ground_truth")
 
 
 @dataclass
@@ -60,6 +62,8 @@ class PromptBuilder:
         uid_column: Column of a stable identifier; a hash of question and answer if not given.
         system_prompt: Opening system message, for chat models; conversations with one of their own keep that.
         use_chat_template: Whether to apply the tokenizer's chat template; by default if it has one.
+        continue_final_message: Whether a conversation that ends with a message of the assistant is continued; otherwise
+            its row is dropped.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class PromptBuilder:
         uid_column: str | None = None,
         system_prompt: str | None = None,
         use_chat_template: bool | None = None,
+        continue_final_message: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.verifier = verifier
@@ -80,6 +85,7 @@ class PromptBuilder:
         self.answer_column = answer_column
         self.uid_column = uid_column
         self.system_prompt = system_prompt
+        self.continue_final_message = continue_final_message
         has_template = getattr(tokenizer, "chat_template", None) is not None
         self.use_chat_template = has_template if use_chat_template is None else use_chat_template
         if self.use_chat_template and not has_template:
@@ -107,11 +113,11 @@ class PromptBuilder:
                 report.unusable.append(f"{where}: dropped, its {what} is empty")
                 continue
             try:
+                messages = self._messages(question)
                 answer = gold_answer(value, row.get(TOLERANCE_COLUMN) if "final_answer" in row else None)
             except ValueError as error:
                 report.unusable.append(f"{where}: dropped, {error}")
                 continue
-            messages = question if isinstance(question, list) else [{"role": "user", "content": str(question)}]
             asked = _asked(messages, answer, where)
             problem = self.verifier.gold_problem(answer)
             if problem is not None:
@@ -137,35 +143,92 @@ class PromptBuilder:
 
     def _value(self, row: Mapping[str, Any], column: str | None, usual: Iterable[str], what: str, where: str) -> Any:
         names = [column] if column else list(usual)
-        name = next((n for n in names if n in row), None)
-        if name is None:
+        for name in names:
+            is_there, value = _nested(row, name)
+            if is_there:
+                return value
+        else:
             raise DataError(
                 f"{where}: no column {' or '.join(repr(n) for n in names)} for the {what}; it has "
                 f"{', '.join(sorted(row)) or 'none'}: set data.{what}_column"
             )
-        return row[name]
+
+    def _messages(self, question: Any) -> list[dict[str, Any]]:
+        """The messages of a question.
+
+        Raises:
+            ValueError: They cannot be used.
+        """
+        messages = read_messages(question)
+        if messages[-1]["role"] == "assistant" and not self.continue_final_message:
+            raise ValueError(
+                "its conversation ends with a message of the assistant: leave that out, or set "
+                "data.continue_final_message=true if the policy is to continue it"
+            )
+        return messages
 
     def _tokenise(self, messages: list[Any], where: str) -> tuple[str, list[int]]:
-        """Text of the last message (without the template) and token ids of the whole prompt."""
-        text = str(messages[-1]["content"])
+        """The question's text (without the template) and token ids of the whole prompt."""
+        text = last_user_text(messages)
         if not self.use_chat_template:
             if len(messages) > 1:
                 raise DataError(
                     f"{where}: a conversation of {len(messages)} messages needs a chat template, and the tokenizer has "
                     "none (or it is turned off)"
                 )
-            return text, list(self.tokenizer(text)["input_ids"])
+            token_ids = list(self.tokenizer(text)["input_ids"])
+            while token_ids and token_ids[-1] == self.tokenizer.eos_token_id:
+                token_ids.pop()  # some tokenizers end every text with it
+            return text, token_ids
         if self.system_prompt and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text, list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        token_ids = list(self.tokenizer(self._rendered(messages, where), add_special_tokens=False)["input_ids"])
+        if token_ids and token_ids[-1] == self.tokenizer.eos_token_id:
+            raise DataError(
+                f"{where}: the chat template ends the prompt with the end-of-sequence token "
+                f"{self.tokenizer.eos_token!r}, after which there is nothing to say: give the tokenizer a template "
+                "with a generation prompt"
+            )
+        return text, token_ids
+
+    def _rendered(self, messages: list[Any], where: str) -> str:
+        continues = messages[-1]["role"] == "assistant"
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=not continues,
+                    continue_final_message=continues,
+                )
+            )
+        except TemplateError as error:
+            reason = str(error).splitlines()[0]
+            remedy = (
+                "leave out data.system_prompt and system messages" if "system" in reason.lower()
+                else "change the conversation, or set data.use_chat_template=false"
+            )  # fmt: skip
+            raise DataError(f"{where}: the tokenizer's chat template refuses it ({reason}): {remedy}") from error
 
     def _uid(self, row: Mapping[str, Any], asked: str, answer: str, where: str) -> str:
         if self.uid_column is None:
             return short_name(f"{asked}\0{answer}")
-        if row.get(self.uid_column) is None:
+        _, value = _nested(row, self.uid_column)
+        if value is None:
             raise DataError(f"{where}: no value in the uid column {self.uid_column!r}")
-        return str(row[self.uid_column])
+        return str(value)
+
+
+def _nested(row: Mapping[str, Any], column: str) -> tuple[bool, Any]:
+    """Whether a row has a column, and its value; ``a.b`` is the key ``b`` of the object in column ``a``."""
+    if column in row:
+        return True, row[column]
+    value: Any = row
+    for key in column.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            return False, None
+        value = value[key]
+    return True, value
 
 
 def _asked(messages: list[Any], answer: str, where: str) -> str:

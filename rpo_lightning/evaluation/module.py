@@ -1,6 +1,6 @@
-"""PolicyModule: a policy with its rollout engine and its grader, and everything that does not train it.
+"""PolicyModule: a policy with its rollout engine and grader. It loads, rolls out, evaluates and saves the policy.
 
-Evaluation answers questions without a prefix. :class:`~rpo_lightning.module.RPOModule` adds training.
+:class:`~rpo_lightning.module.RPOModule` adds training.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.ranks import Ranks
@@ -24,6 +25,7 @@ from rpo_lightning.core.types import Batch, Group, RolloutRequest
 from rpo_lightning.evaluation.evaluation import Evaluation
 from rpo_lightning.evaluation.settings import EvaluationSettings
 from rpo_lightning.policy.export import export_policy
+from rpo_lightning.policy.limits import require_known_tokens, require_positions
 from rpo_lightning.policy.load import load_policy
 from rpo_lightning.policy.lora import LoRA
 from rpo_lightning.policy.parallel.strategies import placement_for, prepare_strategy
@@ -36,22 +38,22 @@ _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64
 
 
 class PolicyModule(LightningModule):
-    """A policy that can answer, be graded and be saved.
+    """A policy that answers questions, with its rollout engine and grader.
 
     Args:
         policy: A Hugging Face folder or hub name, ``embedded:arithmetic-reasoner``, or a model.
-        tokenizer: The policy's tokenizer, where ``policy`` is a model.
+        tokenizer: The policy's tokenizer. Needed if ``policy`` is a model.
         grader: Verifier, rewards and the processes they run in.
         engine: Generates responses.
-        max_response_tokens: Limit of a whole response, kept prefix included.
-        sampling: How training rollouts are drawn.
-        evaluation: How evaluation answers are drawn.
+        max_response_tokens: Limit of a whole response, prefix included.
+        sampling: How training rollouts are sampled.
+        evaluation: How evaluation answers are sampled.
         adapter: A low-rank adapter that is trained instead of the policy's weights.
 
     Attributes:
-        evaluations: What was answered in the current or last evaluation, a set of questions each.
+        evaluations: The current or last evaluation, one for each set of questions.
         answered: The groups of the last ``predict`` step.
-        decoded_tokens: Tokens sampled so far, for whatever purpose.
+        decoded_tokens: Tokens sampled so far, in training and evaluation.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class PolicyModule(LightningModule):
         if isinstance(policy, str):
             tokenizer = load_tokenizer(policy)
         elif tokenizer is None:
-            raise ConfigurationError("model.tokenizer is needed where model.policy is a model rather than a name")
+            raise ConfigurationError("model.policy is a model, not a name: give model.tokenizer too")
         self.tokenizer = tokenizer
         self.policy: PreTrainedModel | None = None
         self.engine = engine
@@ -78,7 +80,7 @@ class PolicyModule(LightningModule):
         self.sampling = sampling
         self.evaluation = evaluation
         self.adapter = adapter
-        # A checkpoint holds what trains: frozen weights are those of the starting policy.
+        # With an adapter, a checkpoint holds the adapter only.
         self.strict_loading = adapter is None
         self.ranks = Ranks()
         self.timer = PhaseTimer()
@@ -89,11 +91,11 @@ class PolicyModule(LightningModule):
         self._policy_source = policy
 
     def setup(self, stage: str) -> None:
-        """Tell the strategy what it has to know before the policy is loaded."""
+        """Configure the strategy before the policy is loaded."""
         prepare_strategy(self._trainer)
 
     def configure_model(self) -> None:
-        """Load the policy, shard it where the strategy does, and introduce the engine to it and to the run."""
+        """Load the policy, place it on the ranks, and attach the engine."""
         self.ranks.follow(None if self._trainer is None else self._trainer.strategy)
         if self.policy is None:
             placement = placement_for(self._trainer)
@@ -102,6 +104,10 @@ class PolicyModule(LightningModule):
                 others = self.prepare_policy()
             for model in (self.policy, *others):
                 placement.place(model)
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if hasattr(data, "longest_prompt"):
+            require_positions(self.policy, data.longest_prompt, self.max_response_tokens)
+            require_known_tokens(self.policy, data.highest_token_id)
         self.engine.attach(self.policy, self.tokenizer, self._engine_setup())
 
     def _load(self) -> PreTrainedModel:
@@ -115,26 +121,28 @@ class PolicyModule(LightningModule):
         """The policy.
 
         Raises:
-            ConfigurationError: It has not been loaded yet.
+            ConfigurationError: It is not loaded.
         """
         if self.policy is None:
-            raise ConfigurationError("the policy has not been loaded yet: it is once a trainer has set the module up")
+            raise ConfigurationError(
+                "the policy is not loaded: run the module with a trainer, or call configure_model()"
+            )
         return self.policy
 
     def prepare_policy(self) -> list[PreTrainedModel]:
-        """Do what has to be done while the policy is whole; returns further models to lay over the ranks."""
+        """Prepare the whole policy before it is placed on the ranks; returns further models to place."""
         return []
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Convert, but leave an adapter as precise as it is: in bf16 its small updates would be lost.
+        """Convert the module, but keep an adapter's dtype: in bf16 its small updates would be lost.
 
-        ``precision: bf16-true`` converts the whole module, when a checkpoint's weights have already been restored.
+        Lightning converts the whole module with ``precision: bf16-true``, after it has restored a checkpoint's weights.
         """
         trained = [p for p in self.parameters() if p.requires_grad] if self.adapter is not None else []
         before = [p.detach().clone() for p in trained]
         module = super().to(*args, **kwargs)
         for parameter, value in zip(trained, before, strict=True):
-            # FSDP2 wants parameters of one dtype.
+            # FSDP2 (DTensor) needs parameters of one dtype.
             if parameter.dtype != value.dtype and not isinstance(parameter, DTensor):
                 parameter.data = value.to(parameter.device)
         return module
@@ -153,12 +161,12 @@ class PolicyModule(LightningModule):
             world_size=trainer.world_size,
         )
 
+    @override
     def teardown(self, stage: str) -> None:
-        """Stop grading processes and the engine."""
         self.release()
 
     def release(self) -> None:
-        """Stop grading processes and the engine; the next sync starts the engine anew."""
+        """Stop the grading processes and the engine. The next weight sync starts the engine again."""
         self.grader.pool.close()
         self.engine.shutdown()
 
@@ -175,39 +183,39 @@ class PolicyModule(LightningModule):
 
     @property
     def evaluation_sampling(self) -> Sampling:
-        """How evaluation answers are drawn: as in training, unless the settings say otherwise."""
+        """How evaluation answers are sampled: as in training unless ``model.evaluation.sampling`` is given."""
         return self.evaluation.sampling or self.sampling
 
-    # -- evaluation: always without a prefix -----------------------------------------------------
+    # -- evaluation: the data module's requests have no prefix ------------------------------------
 
+    @override
     def on_validation_epoch_start(self) -> None:
-        """Forget earlier answers, and stop the clock of training."""
         self.timer.pause()
         self.evaluations = self._new_evaluations("val")
 
+    @override
     def on_test_epoch_start(self) -> None:
-        """Forget earlier answers."""
         self.evaluations = self._new_evaluations("test")
 
+    @override
     def validation_step(self, requests: Batch[RolloutRequest], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Answer validation questions from scratch."""
         self._evaluate(requests, batch_idx, dataloader_idx)
 
+    @override
     def test_step(self, requests: Batch[RolloutRequest], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Answer test questions from scratch."""
         self._evaluate(requests, batch_idx, dataloader_idx)
 
+    @override
     def on_validation_epoch_end(self) -> None:
-        """Log what came out."""
         self._log_evaluations("val")
         self.timer.resume()
 
+    @override
     def on_test_epoch_end(self) -> None:
-        """Log what came out."""
         self._log_evaluations("test")
 
     def predict_step(self, requests: Batch[RolloutRequest], batch_idx: int) -> list[dict[str, Any]]:
-        """Answer questions; one record an answer, with its verdict."""
+        """Answer questions; returns a record of each answer with its verdict."""
         self.answered = groups = self._answer(requests, batch_idx)
         self.timer.take()
         return [
@@ -218,7 +226,7 @@ class PolicyModule(LightningModule):
 
     def _answer(self, requests: Batch[RolloutRequest], batch_idx: int, dataloader_idx: int = 0) -> list[Group]:
         require_requests(requests)
-        # The same seed at every evaluation: differences are the policy's.
+        # Every evaluation uses the same seed, so differences come from the policy.
         parts = (batch_idx, dataloader_idx) if dataloader_idx else (batch_idx,)
         seed = derive_seed(SeedPurpose.EVALUATION, self.global_rank, *parts)
         return self.roll_out(requests, self.evaluation.samples, self.evaluation_sampling, seed)
@@ -240,7 +248,7 @@ class PolicyModule(LightningModule):
         self.log("tokens/s", rate, batch_size=1, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
     def _log_evaluations(self, stage: str) -> None:
-        """Log every metric of every set, and their means over sets where there are several."""
+        """Log every metric: its mean over sets, and its value for each named set."""
         means = {e.name: e.means() for e in self.evaluations if e.questions}
         if not means:
             return
@@ -250,27 +258,27 @@ class PolicyModule(LightningModule):
         self.log_dict({f"{stage}/{k}": value for k, value in metrics.items()}, prog_bar=len(means) == 1)
 
     def save_pretrained(self, folder: str | Path, merged: bool = True) -> None:
-        """Save the policy as an ordinary Hugging Face folder; all ranks must call it, the first one writes.
+        """Save the policy as a Hugging Face folder; a collective, rank 0 writes.
 
         Args:
-            folder: Where to. A policy that is there is replaced, other files stay.
-            merged: An adapter is merged into the weights; otherwise it is saved alone, as PEFT does.
+            folder: Where to save it. Replaces a policy in the folder; other files stay.
+            merged: Merge an adapter into the weights. Otherwise only the adapter is saved, as PEFT does.
 
         Raises:
-            ConfigurationError: There is no policy yet, or the folder holds an adapter beside which a whole policy
-                would be saved, or the other way round.
+            ConfigurationError: The policy is not loaded, or the folder holds an adapter where a whole policy would be
+                saved, or a whole policy where an adapter would be saved.
         """
         export_policy(self.loaded_policy, self.tokenizer, folder, merged, self.ranks)
 
 
 def require_requests(batch: Any) -> None:
-    """Check what a step was given.
+    """Check the batch of a step.
 
     Raises:
-        ConfigurationError: It is not a batch of requests.
+        ConfigurationError: It is not a :class:`Batch` of requests.
     """
     if not (isinstance(batch, Batch) and len(batch) and isinstance(batch[0], RolloutRequest)):
         raise ConfigurationError(
-            "the module takes a Batch of RolloutRequest, which RPODataModule makes; give it your rows as "
-            "RPODataModule(train=rows)"
+            "the module needs batches of RolloutRequest, not "
+            f"{type(batch).__name__}: give your rows to RPODataModule(train=rows), and that to the trainer"
         )

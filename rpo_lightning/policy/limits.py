@@ -1,0 +1,62 @@
+"""What a policy can be given: how many positions it has, and how many tokens its embedding knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rpo_lightning.core.errors import ConfigurationError
+
+
+def require_positions(policy: Any, longest_prompt: int, max_response_tokens: int) -> None:
+    """Check that the longest sequence of a run fits into the policy's positions.
+
+    Beyond them rotary embeddings go on in silence with positions that were never trained; learned ones end in an
+    ``IndexError`` while a batch is computed.
+
+    Raises:
+        ConfigurationError: It does not fit.
+    """
+    positions = max_positions(policy.config.get_text_config())
+    if positions is not None and longest_prompt + max_response_tokens > positions:
+        room = positions - longest_prompt
+        remedy = (
+            f"lower model.max_response_tokens to at most {room}"
+            if room > 0
+            else f"lower data.max_prompt_tokens to less than {positions}"
+        )
+        raise ConfigurationError(
+            f"model.max_response_tokens={max_response_tokens} after a prompt of {longest_prompt} tokens needs more "
+            f"than the policy's {positions} positions: {remedy}"
+        )
+
+
+def max_positions(config: Any) -> int | None:
+    """Longest sequence of a text model, scaled rotary embeddings included; ``None`` if it has no limit."""
+    found = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    positions = [value for value in found if isinstance(value, int) and value > 0]
+    if not positions:
+        return None
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    of_kinds = [s for s in scaling.values() if isinstance(s, dict)] or [scaling]
+    scaled = [
+        int(s["factor"] * (s.get("original_max_position_embeddings") or positions[0]))
+        for s in of_kinds
+        if isinstance(s.get("factor"), int | float)
+        and s.get("rope_type", s.get("type")) in ("linear", "dynamic", "yarn")
+    ]
+    return max(positions[0], *scaled) if scaled else positions[0]
+
+
+def require_known_tokens(policy: Any, highest_id: int) -> None:
+    """Check that the policy's embedding knows every token of the prompts.
+
+    Raises:
+        ConfigurationError: The tokenizer has tokens beyond it.
+    """
+    embedding = policy.get_input_embeddings()
+    size = getattr(embedding, "num_embeddings", None)
+    if size is not None and highest_id >= size:
+        raise ConfigurationError(
+            f"a prompt has token id {highest_id}, but the policy's embedding has {size} rows: the tokenizer is not "
+            "this policy's, or tokens were added to it without resize_token_embeddings"
+        )
