@@ -1,4 +1,4 @@
-"""Rollout engines."""
+"""Rollouts: engines that sample suffixes, and groups made from their samples."""
 
 from rpo_lightning.rollout.engine import EngineSetup, GenerationRequest, RolloutEngine, Sampling
 from rpo_lightning.rollout.transformers.engine import TransformersEngine

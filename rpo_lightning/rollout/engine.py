@@ -1,13 +1,12 @@
-"""What a rollout engine is: token ids in, token ids and log-probs out.
+"""The interface of rollout engines: token ids in, token ids and log-probs out.
 
-An engine is attached to a policy, told of every change of its weights, and asked to generate in
-between. Engines that hold a copy of the weights (vLLM) copy them in :meth:`~RolloutEngine.load_weights`;
-the transformers engine shares them, so that syncing costs nothing. The order of calls is
+An engine is attached to a policy and gets the policy's weights after every change. vLLM copies them in
+:meth:`~RolloutEngine.load_weights`. The transformers engine shares them, and syncing costs nothing. The order of calls:
 
     ``attach`` → (``load_weights`` or ``wake`` → ``generate``… → ``sleep``) → … → ``shutdown``
 
-The module attaches, generates and lets the engine sleep before it trains;
-:class:`~rpo_lightning.callbacks.WeightSyncCallback` does the rest.
+The module calls ``attach`` and ``generate``, and ``sleep`` before it trains.
+:class:`~rpo_lightning.callbacks.WeightSyncCallback` makes the other calls.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from rpo_lightning.core.types import Completion
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Ask for ``n`` continuations of some tokens.
+    """Asks for ``n`` suffixes of a context.
 
     Attributes:
-        token_ids: Prompt and prefix.
-        n: How many continuations.
-        max_new_tokens: Longest continuation in tokens.
+        token_ids: The context: prompt and prefix.
+        n: Number of suffixes to sample.
+        max_new_tokens: The suffix budget in tokens, at least 1.
     """
 
     token_ids: tuple[int, ...]
@@ -40,7 +39,7 @@ class GenerationRequest:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigurationError(
-                f"a suffix budget of {self.max_new_tokens} tokens leaves nothing to generate: it must be at least 1"
+                f"a suffix budget of {self.max_new_tokens} tokens leaves nothing to generate: make it at least 1"
             )
 
 
@@ -48,13 +47,13 @@ class GenerationRequest:
 class Sampling:
     """How the next token is drawn.
 
-    With ``top_p`` or ``top_k`` in force the sampled distribution is not the policy's, and the
-    clipped ratio is biased; both are off by default.
+    ``top_p`` and ``top_k`` sample from another distribution than the policy's, which biases the clipped ratio. Both are
+    off by default.
 
     Attributes:
         temperature: Divides the logits; 0 is greedy.
-        top_p: Nucleus share; 1 is off.
-        top_k: Keep the k likeliest tokens; 0 is off.
+        top_p: Sample from the likeliest tokens that together have this probability; 1 is off.
+        top_k: Sample from the k likeliest tokens; 0 is off.
     """
 
     temperature: float = 1.0
@@ -64,21 +63,21 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigurationError(
-                f"sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0; got temperature={self.temperature}, "
+                f"sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0: got temperature={self.temperature}, "
                 f"top_p={self.top_p}, top_k={self.top_k}"
             )
 
 
 @dataclass(frozen=True)
 class EngineSetup:
-    """What an engine knows of the run it serves; its defaults come from here.
+    """Facts about the run; an engine takes its defaults from them.
 
     Attributes:
-        max_length: Longest prompt plus response in tokens, where it is known.
-        dtype: What the trainer computes in; the policy's own if not given.
+        max_length: Longest prompt plus response in tokens; ``None`` if unknown.
+        dtype: The dtype that the trainer computes in; the policy's own if not given.
         seed: Seed of the run.
-        rank: Rank of this process among those that train.
-        local_rank: The same on its node.
+        rank: Rank of this process among all that train.
+        local_rank: Rank of this process among those of its node.
         world_size: Number of processes that train.
     """
 
@@ -91,30 +90,30 @@ class EngineSetup:
 
 
 class RolloutEngine(ABC):
-    """Base class of the rollout engines."""
+    """Samples suffixes from a policy. Base class of all engines."""
 
     def __init__(self) -> None:
         self._weights_version: int | None = None
 
     @property
     def weights_version(self) -> int | None:
-        """Version of the policy whose weights the engine holds; ``None`` before the first sync."""
+        """Version of the weights that the engine holds; ``None`` before the first sync."""
         return self._weights_version
 
     @abstractmethod
     def attach(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setup: EngineSetup = EngineSetup()
     ) -> None:
-        """Bind the engine to a policy and a run; called at the start of every stage."""
+        """Bind the engine to a policy and a run. Called at the start of every stage (fit, validate, test)."""
 
     def load_weights(self, policy: PreTrainedModel, version: int) -> None:
-        """Take over the policy's current weights and remember their ``version``."""
+        """Copy the policy's current weights, unless the engine shares them, and remember their ``version``."""
         self._copy_weights(policy)
         self._weights_version = version
 
     @abstractmethod
     def _copy_weights(self, policy: PreTrainedModel) -> None:
-        """Copy the weights into the engine; nothing to do for an engine that shares them."""
+        """Copy the weights into the engine. An engine that shares them does nothing."""
 
     @abstractmethod
     def generate(
@@ -124,50 +123,50 @@ class RolloutEngine(ABC):
         seed: int,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """Sample continuations.
+        """Sample suffixes.
 
         Args:
-            requests: What to continue.
+            requests: The contexts, and how many suffixes of what length to sample.
             sampling: How tokens are drawn.
-            seed: Same requests, weights and seed give the same completions.
-            on_progress: Called with the number of sequences that have just been completed.
+            seed: The same requests, weights and seed give the same completions.
+            on_progress: Called with the number of newly finished sequences.
 
         Returns:
-            For each request, in order, its ``n`` completions.
+            The ``n`` completions of each request, in the order of the requests.
 
         Raises:
-            EngineError: The engine is not attached, or has no weights yet.
+            EngineError: The engine is not attached, has no weights, or fails.
         """
 
     def logprob_caveat(self, sampling: Sampling) -> str | None:
-        """Why the log-probs of such samples cannot be compared with the policy's; ``None`` if they can."""
+        """Why log-probs under this sampling cannot be compared with the policy's; ``None`` if they can."""
         return None
 
     def metrics(self) -> dict[str, float]:
-        """What the engine has to say about the rollouts since the last call, ``rollout/…``."""
+        """Metrics of the rollouts since the last call, named ``rollout/…``."""
         return {}
 
     @abstractmethod
     def prefill_share(self) -> float:
-        """Share of the last :meth:`generate`'s seconds that computing prompts and prefixes took."""
+        """Share of the last :meth:`generate`'s time that was spent on contexts, in [0, 1]."""
 
     def sleep(self) -> None:  # noqa: B027 (optional)
-        """Release memory while the policy trains; engines that share the weights do nothing."""
+        """Release memory while the policy trains. Engines that share the weights do nothing."""
 
     def wake(self) -> None:  # noqa: B027 (optional)
-        """Undo :meth:`sleep` where the weights have not changed since."""
+        """Undo :meth:`sleep` if the weights have not changed since then."""
 
     def shutdown(self) -> None:  # noqa: B027 (optional)
-        """Release everything; the next :meth:`load_weights` starts anew."""
+        """Release everything. The next :meth:`load_weights` starts the engine again."""
 
     def require_version(self, version: int) -> None:
         """Check that the engine is in sync with the policy.
 
         Raises:
-            EngineError: The engine holds the weights of another version.
+            EngineError: The engine holds another version of the weights.
         """
         if self._weights_version != version:
             raise EngineError(
-                f"the rollout engine holds the weights of policy version {self._weights_version}, the policy is at "
-                f"{version}: add rpo_lightning.callbacks.WeightSyncCallback to the trainer's callbacks"
+                f"the rollout engine holds version {self._weights_version} of the weights, but the policy is at "
+                f"version {version}: add rpo_lightning.callbacks.WeightSyncCallback to the trainer's callbacks"
             )

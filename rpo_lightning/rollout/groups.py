@@ -1,4 +1,4 @@
-"""Rollouts: from requests to scored groups, and what the logs say about them."""
+"""From requests to scored groups: samples suffixes, decodes responses, grades them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def generate(
     seed: int,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[list[Completion]]:
-    """Sample suffixes: ``n`` of them for each request, after prompt and prefix."""
+    """Sample ``n`` suffixes for each request; see :meth:`RolloutEngine.generate`."""
     return engine.generate(
         [GenerationRequest((*r.prompt.token_ids, *r.prefix_ids), n, r.max_new_tokens) for r in requests],
         sampling,
@@ -32,7 +32,7 @@ def generate(
 def as_samples(
     request: RolloutRequest, completions: Sequence[Completion], tokenizer: PreTrainedTokenizerBase
 ) -> list[Sample]:
-    """Decode whole responses, the prefix included, for the rewards."""
+    """Decode whole responses, prefix included, for the rewards."""
     return [
         Sample(
             prompt=request.prompt.text,
@@ -52,7 +52,15 @@ def score(
     completions: Sequence[list[Completion]],
     step: int,
 ) -> list[Group]:
-    """Grade whole responses and make groups of them."""
+    """Grade whole responses and return a group for each request.
+
+    Args:
+        grader: Verifies and rewards the responses.
+        tokenizer: Decodes them.
+        requests: The requests.
+        completions: The completions of each request.
+        step: Number of updates that the policy has seen.
+    """
     samples = [as_samples(r, cs, tokenizer) for r, cs in zip(requests, completions, strict=True)]
     graded = grader.grade(samples)
     return [

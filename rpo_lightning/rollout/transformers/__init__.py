@@ -1,1 +1,1 @@
-"""Rollouts that decode with the policy itself."""
+"""Rollouts on plain transformers, which decode with the policy itself."""

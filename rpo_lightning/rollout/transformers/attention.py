@@ -1,11 +1,11 @@
-"""Attention of one new token per sequence, without copies of keys and values.
+"""Attention for decoding one token per sequence, without copies of keys and values.
 
-transformers' SDPA copies keys and values until there are as many as query heads whenever there is a mask, at
-every step and in every layer: with long sequences that is most of decoding. The query heads that share a head of
-keys see the same tokens, so that they can be computed as that many queries of one head.
+With a mask, transformers' SDPA repeats keys and values to the number of query heads, at every step and in every layer.
+With long sequences that is most of decoding. Query heads that share a key head see the same tokens; here they are
+computed as several queries of one head.
 
-So can the sequences that continue one prompt and prefix, their *context*: it is read once for all of them, each
-reads its own tokens, and the two parts are merged by their log-sum-exps, as in training (``suffix_attention``).
+Sequences that share a context are computed the same way: the context is read once for all of them. Each sequence also
+reads its own tokens. The two parts are merged by their log-sum-exps, as in ``policy/prefix_sharing/cpu.py``.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 @dataclass(frozen=True)
 class SharedContexts:
-    """Contexts of the requests whose sequences are decoded.
+    """Contexts of the requests, and the place of each decoded sequence among them.
 
     Attributes:
-        layers: Keys and values of each layer, [R, heads, T, size].
-        mask_R11T: What is added to the scores: minus infinity where a context is padded.
-        members: Sequences of a request at most.
-        slot_N: Place of each sequence among R times ``members``; ``None`` if every place is taken.
+        layers: Keys and values of each layer, [R, heads, T, size] each.
+        mask_R11T: Added to the scores: minus infinity where a context is padded, 0 elsewhere.
+        members: Largest number of sequences of a request.
+        slot_N: Place of each sequence among ``R * members`` places; ``None`` if every place is taken.
     """
 
     layers: list[tuple[Tensor, ...]]
@@ -52,11 +52,11 @@ class SharedContexts:
 
         Args:
             layer: Index of the layer.
-            query: Queries, [N, heads of keys, queries of each, size].
+            query: Queries, [N, key heads, queries of a key head, size].
             scale: Factor of the scores.
 
         Returns:
-            Output like the queries, and log-sum-exps of the scores.
+            Output, shaped like the queries, and log-sum-exps of the scores, [N, key heads, queries of a key head].
         """
         key, value = self.layers[layer]
         slots = query
@@ -79,17 +79,20 @@ def decode_attention(
     shared_contexts: SharedContexts | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as an implementation of transformers', [sequences, queries, heads, size].
+    """Attention of new tokens, as an attention implementation for transformers.
 
     Args:
         module: The attention layer.
         query: Queries, [sequences, heads, queries, size].
-        key: Keys, of as many heads or fewer.
-        value: Values, like the keys.
-        attention_mask: Which keys the queries see; not asked where there are contexts.
+        key: Keys, [sequences, key heads, tokens, size]; key heads divide the heads.
+        value: Values, shaped like the keys.
+        attention_mask: Which keys the queries see; ignored with ``shared_contexts``.
         scaling: Factor of the scores.
-        shared_contexts: What comes before the keys.
-        **kwargs: What else transformers hands on.
+        shared_contexts: Contexts that precede the keys.
+        **kwargs: Other arguments of transformers' attention functions.
+
+    Returns:
+        Output, [sequences, queries, heads, size], and no attention weights.
     """
     if shared_contexts is not None:
         query, key, value = same_dtype(query, key, value)
@@ -114,14 +117,17 @@ def decode_attention(
 def attended(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of all queries to all keys that the mask does not hide, and log-sum-exps of the scores.
+    """Attention without causal order.
 
     Args:
         query: Queries, [rows, heads, queries, size].
-        key: Keys, of as many heads.
-        value: Values, like the keys.
+        key: Keys, [rows, heads, keys, size].
+        value: Values, shaped like the keys.
         scale: Factor of the scores; 1/√size if not given.
-        mask: What is added to the scores.
+        mask: Added to the scores.
+
+    Returns:
+        Output, shaped like the queries, and log-sum-exps of the scores, [rows, heads, queries].
     """
     if query.device.type == "cpu":
         mask = None if mask is None else mask.to(query.dtype)
@@ -133,7 +139,10 @@ def attended(
 def attended_by_products(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attended` where no kernel at hand gives log-sum-exps; scores of one token a sequence are few."""
+    """:func:`attended` by matrix products, for devices without a kernel that returns log-sum-exps.
+
+    It holds all scores; with one token a sequence these are few.
+    """
     scores = _products(query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:
         scores = scores + mask
@@ -141,9 +150,10 @@ def attended_by_products(
 
 
 def _products(query: Tensor, key: Tensor) -> Tensor:
-    """Of all queries and keys, in fp32: the products of 16-bit numbers are not rounded to 16 bits on the way.
+    """Products of all queries with all keys, in fp32; on a GPU those of 16-bit numbers are not rounded to 16 bits.
 
-    Keys of a large mean make large scores, of which the softmax sees the differences. torch's CPU has no such product.
+    Keys with a large mean make large scores, and the softmax depends on their differences. torch has no such product on
+    a CPU.
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         products = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out_dtype=torch.float32)
@@ -153,10 +163,10 @@ def _products(query: Tensor, key: Tensor) -> Tensor:
 
 @contextmanager
 def decoding_attention(policy: PreTrainedModel) -> Iterator[bool]:
-    """Have a model that computes with SDPA, or with ours, decode with :func:`decode_attention`.
+    """Within this context a model decodes with :func:`decode_attention`, if it used SDPA or shared rows before.
 
     Yields:
-        Whether sequences may share a context: the model has been shown to keep members of a shared row apart.
+        Whether sequences may share a context: True for a model that passed the trial of shared rows.
     """
     before = policy.config._attn_implementation
     if before not in ("sdpa", SHARED):

@@ -1,9 +1,9 @@
 """Rollouts on plain transformers: the engine that runs everywhere.
 
-It decodes with the policy itself, so there are no weights to copy. Each request's prompt and prefix
-are prefilled once, and the G samples read the same keys and values of them (``sequence_cache``); requests of
-different lengths share a batch (padded on the left); a sequence leaves the batch when it ends. Grouped heads
-are decoded without copies of their keys and values.
+It decodes with the policy itself and copies no weights. The context of each request is prefilled once; its G samples
+read the same keys and values (``sequence_cache.py``). Requests of different lengths share a batch, padded on the left.
+Sequences that have ended are removed from the batch. Grouped heads are decoded without copies of their keys and values
+(``attention.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from inspect import signature
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from rpo_lightning.core.errors import ConfigurationError, EngineError
 from rpo_lightning.core.types import Completion
@@ -33,17 +34,17 @@ from rpo_lightning.rollout.transformers.sequence_cache import (
     contexts_can_be_shared,
 )
 
-# A finished sequence still costs its share of every step until the batch is rebuilt, and rebuilding
-# copies the cache: rebuild once this share of the sequences has ended.
+# A finished sequence costs time at every step until the batch is rebuilt, and rebuilding copies the cache. Rebuild when
+# this share of the sequences has ended.
 _REBUILD_SHARE = 0.2
 
 
 class TransformersEngine(RolloutEngine):
-    """Decode with the policy that is being trained.
+    """Decodes with the policy that is being trained.
 
     Args:
-        max_sequences: Sequences decoded at once, which bounds the key–value cache; those of one request are never
-            parted.
+        max_sequences: Most sequences decoded at once; it bounds the key–value cache. The sequences of one request are
+            always decoded together, even if there are more.
     """
 
     def __init__(self, max_sequences: int = 128) -> None:
@@ -64,7 +65,7 @@ class TransformersEngine(RolloutEngine):
         """Bind to the policy and learn which tokens end a sequence.
 
         Raises:
-            ConfigurationError: The policy keeps what it has seen otherwise than transformers' caches do.
+            ConfigurationError: The policy does not decode with transformers' caches (``past_key_values``).
         """
         model = underlying_model(policy)
         if "past_key_values" not in signature(model.forward).parameters:
@@ -78,9 +79,11 @@ class TransformersEngine(RolloutEngine):
         self._stop_ids = torch.tensor(sorted(stop_token_ids(policy, tokenizer)))
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
+    @override
     def _copy_weights(self, policy: PreTrainedModel) -> None:
-        """Nothing to copy: the engine decodes with the policy itself."""
+        pass  # the engine decodes with the policy itself
 
+    @override
     def generate(
         self,
         requests: Sequence[GenerationRequest],
@@ -88,9 +91,8 @@ class TransformersEngine(RolloutEngine):
         seed: int,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """Sample continuations; see :meth:`RolloutEngine.generate`."""
         if self._policy is None or self._weights_version is None:
-            raise EngineError("the transformers engine was asked to generate before it was attached and synced")
+            raise EngineError("the engine was used before it was attached and synced: call attach and load_weights")
         start, self._prefill_seconds = time.perf_counter(), 0.0
         generator = torch.Generator(device=self._policy.device).manual_seed(seed)
         results: list[list[Completion]] = [[] for _ in requests]
@@ -106,19 +108,19 @@ class TransformersEngine(RolloutEngine):
         self._generate_seconds = time.perf_counter() - start
         return results
 
+    @override
     def prefill_share(self) -> float:
-        """Measured."""
         return self._prefill_seconds / self._generate_seconds if self._generate_seconds else 0.0
 
     def _shares_contexts(self) -> bool:
-        """Whether sequences may share a context; tried once, where it would pay."""
+        """Whether sequences may share a context. Called only if sharing pays; the trial is made once a policy."""
         assert self._policy is not None
         if self._contexts_can_be_shared is None:
             self._contexts_can_be_shared = contexts_can_be_shared(self._policy)
         return self._contexts_can_be_shared
 
     def _chunks(self, requests: Sequence[GenerationRequest]) -> Iterator[list[int]]:
-        """Group requests of similar budget (a batch lasts as long as its longest suffix)."""
+        """Split requests into batches of similar budget, because a batch lasts as long as its longest suffix."""
         order = sorted(range(len(requests)), key=lambda i: (requests[i].max_new_tokens, len(requests[i].token_ids)))
         chunk: list[int] = []
         sequences = 0
@@ -133,7 +135,7 @@ class TransformersEngine(RolloutEngine):
 
 
 class _DecodingBatch:
-    """Decodes one batch of requests from prefill to the last finished sequence."""
+    """Decodes one batch of requests, from prefill to the end of its last sequence."""
 
     def __init__(
         self,
@@ -174,7 +176,7 @@ class _DecodingBatch:
         return completions
 
     def _prefill(self, requests: Sequence[GenerationRequest]) -> tuple[Tensor, DynamicCache, Tensor]:
-        """Compute the keys and values of every request once; logits of the last position, [R, V]."""
+        """Compute every context once: logits of its last position [R, V], its keys and values, and its mask [R, T]."""
         width = max(len(r.token_ids) for r in requests)
         ids_RT = torch.full((len(requests), width), self.pad_id)
         mask_RT = torch.zeros((len(requests), width), dtype=torch.long)
@@ -196,15 +198,15 @@ class _DecodingBatch:
     def _decode(
         self, logits_NV: Tensor, cache: SequenceCache, positions_N: Tensor, budgets_N: Tensor
     ) -> tuple[list[list[int]], list[list[float]], list[bool]]:
-        """Sample until every sequence has ended or spent its budget."""
+        """Sample until every sequence has ended or spent its budget: tokens, log-probs, and whether it ended."""
         total = len(budgets_N)
         limit = int(budgets_N.max())
         tokens_NT = torch.zeros((total, limit), dtype=torch.long, device=self.device)
         logprobs_NT = torch.zeros((total, limit), dtype=torch.float32, device=self.device)
         lengths_N = torch.zeros(total, dtype=torch.long, device=self.device)
         finished_N = torch.zeros(total, dtype=torch.bool, device=self.device)
-        rows = torch.arange(total, device=self.device)  # the sequences still in the batch
-        live = torch.ones(total, dtype=torch.bool, device=self.device)  # which of them go on
+        rows = torch.arange(total, device=self.device)  # sequences that are in the batch
+        live = torch.ones(total, dtype=torch.bool, device=self.device)  # which of these to continue
         for step in range(limit):
             token_N, logprob_N = draw(logits_NV, self.sampling, self.generator)
             tokens_NT[rows, step] = token_N
@@ -234,12 +236,12 @@ class _DecodingBatch:
 
 @contextmanager
 def _inference(policy: PreTrainedModel) -> Iterator[bool]:
-    """Evaluation mode without gradients, all parameters whole, and as before afterwards.
+    """Within this context the policy is in evaluation mode, without gradients, and with all parameters gathered.
 
-    Ranks decode for different numbers of steps, so that parameters cannot be gathered step by step.
+    Ranks decode for different numbers of steps, and therefore cannot gather parameters step by step.
 
     Yields:
-        Whether sequences may share a context, as far as training knows.
+        Whether the policy passed the trial of shared rows; see :func:`decoding_attention`.
     """
     was_training = policy.training
     policy.eval()

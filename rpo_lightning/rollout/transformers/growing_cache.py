@@ -1,9 +1,8 @@
-"""A key–value cache whose layers grow in blocks instead of by one concatenation per token.
+"""A key–value cache that grows in blocks and writes new tokens in place.
 
-transformers' ``DynamicCache`` copies every key and value at every step; over a long suffix that is
-quadratic and, on a CPU, the larger part of decoding. The layers here keep spare room and write in
-place. Under autocast rotary embeddings leave keys in fp32, which attention casts whenever it reads them: here
-they are cast once, as they are written.
+transformers' ``DynamicCache`` copies all keys and values at every step. Over a long suffix that is quadratic, and on a
+CPU it is the larger part of decoding. The layers here have spare room. Under autocast, rotary embeddings return keys in
+fp32, and attention casts them at every read; here they are cast once, when they are written.
 """
 
 from __future__ import annotations
@@ -40,7 +39,11 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep, repeat or reorder sequences."""
+        """Select, repeat or reorder sequences.
+
+        Args:
+            beam_idx: Index of the old sequence for each new one.
+        """
         used = self.get_seq_length()
         if self._room is None or used == 0:
             return
@@ -59,13 +62,13 @@ class GrowingLayer(DynamicLayer):
 
 
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:
-    """A ``DynamicCache`` for a model whose full-attention layers are :class:`GrowingLayer`."""
+    """A ``DynamicCache`` for a model, with a :class:`GrowingLayer` for each layer of full attention."""
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 def select_sequences(cache: DynamicCache, indices: Tensor) -> None:
-    """Keep, repeat or reorder the sequences of a cache in place; what all kinds of layers can, recurrent ones too."""
+    """Select, repeat or reorder the sequences of a cache in place. Works for all layers, recurrent ones included."""
     with torch.no_grad():
         cache.reorder_cache(cast(torch.LongTensor, indices))

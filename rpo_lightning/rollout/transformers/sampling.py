@@ -1,4 +1,4 @@
-"""Drawing tokens from logits."""
+"""Draws tokens from logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rpo_lightning.rollout.engine import Sampling
 
 
 def draw(logits_NV: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw one token per row.
+    """Draw one token per sequence.
 
     Args:
         logits_NV: Raw logits, [N, V].
@@ -17,8 +17,8 @@ def draw(logits_NV: Tensor, sampling: Sampling, generator: torch.Generator) -> t
         generator: Source of randomness.
 
     Returns:
-        Tokens [N] and their log-probs [N] under the temperature-scaled policy, before ``top_p`` and
-        ``top_k``: the quantity that the trainer computes too.
+        Tokens [N] and their log-probs [N] under the temperature-scaled policy, before ``top_p`` and ``top_k``. The
+        trainer computes the same log-probs.
     """
     logits_NV = logits_NV.float()
     if sampling.temperature == 0:
@@ -34,7 +34,7 @@ def draw(logits_NV: Tensor, sampling: Sampling, generator: torch.Generator) -> t
 
 
 def _truncate(probs_NV: Tensor, sampling: Sampling) -> Tensor:
-    """Zero what top-k, and of the rest top-p, exclude (transformers' and vLLM's order); the likeliest token stays."""
+    """Set excluded tokens to 0: top-k first, then top-p, as in transformers and vLLM. The likeliest token stays."""
     ordered_NV, index_NV = probs_NV.sort(-1, descending=True)
     if sampling.top_k:
         ordered_NV[:, sampling.top_k :] = 0.0
@@ -44,16 +44,16 @@ def _truncate(probs_NV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _pick(probs_NV: Tensor, generator: torch.Generator) -> Tensor:
-    """Invert each row's cumulative distribution at one random number.
+    """Draw one token a row, by inverting its cumulative distribution at a random number.
 
-    On a CPU ``torch.multinomial`` draws a random number for every entry of the vocabulary, one after the other. In
-    double precision, since single precision would lose unlikely tokens among 100,000 others.
+    ``torch.multinomial`` is slow on a CPU: it draws a random number for every entry of the vocabulary, one after the
+    other. The cumulative distribution is in fp64, because fp32 loses unlikely tokens in a vocabulary of 100,000.
     """
-    if probs_NV.device.type != "cpu":  # there it is parallel, and a cumulative sum may not be deterministic
+    if probs_NV.device.type != "cpu":  # multinomial is parallel there, and a cumulative sum may not be deterministic
         return torch.multinomial(probs_NV, 1, generator=generator).squeeze(1)
     cumulated_NV = probs_NV.cumsum(-1, dtype=torch.float64)
     total_N1 = cumulated_NV[:, -1:].contiguous()
     random_N1 = torch.rand(total_N1.shape, generator=generator, device=total_N1.device, dtype=torch.float64)
-    # Below the total even where the product is rounded up to it: no token lies beyond.
+    # The product may be rounded up to the total. Stay below it: no token lies beyond.
     level_N1 = torch.minimum(random_N1 * total_N1, total_N1.nextafter(torch.zeros_like(total_N1)))
     return torch.searchsorted(cumulated_NV, level_N1, right=True).squeeze(1)

@@ -1,11 +1,11 @@
 """Keys and values of the sequences that ``TransformersEngine`` decodes.
 
-Members of a group continue the same prompt and prefix, their *context*. Where the policy has been shown to keep the
-members of a shared row apart (``model_support``), a context stays where it was computed, one for a group: a step reads
-it once instead of once for every member, which is most of decoding where prefixes are long. Elsewhere, and where
-there is little to share, every sequence has a copy of its context.
+Members of a group continue the same context. If the policy passed the trial of shared rows
+(``policy/prefix_sharing/compatibility.py``), a group has one copy of its context, and a step reads it once for all
+members. With long prefixes reading contexts is most of decoding. For other policies, and for small contexts, every
+sequence has a copy of its context.
 
-Shape suffixes are those of ``records``.
+Shape suffixes are those of ``core/types.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from typing_extensions import override
 
 from rpo_lightning.policy.prefix_sharing.attention import same_dtype
 from rpo_lightning.policy.prefix_sharing.compatibility import agree
@@ -25,59 +26,63 @@ from rpo_lightning.rollout.transformers.growing_cache import GrowingLayer, growi
 
 log = logging.getLogger(__name__)
 
-# Attention in two parts takes about as long on a CPU as reading this many bytes of copies in a layer: of 1.6 and 2.0 MB
-# (a reasoner of 3 layers, SmolLM2-135M) copies and parts were equally fast, on one and on two threads.
+# On a CPU, attention in two parts takes as long as reading this many bytes of copied contexts in a layer. Both were
+# equally fast at 1.6 MB (a reasoner of 3 layers) and 2.0 MB (SmolLM2-135M), on one and two threads.
 _BYTES_WORTH_SHARING = 2 * 10**6
 
 
 class SequenceCache(ABC):
-    """What the policy has to know of the tokens so far."""
+    """The state of decoding: keys, values and masks of the tokens so far."""
 
     @abstractmethod
     def inputs(self) -> dict[str, Any]:
-        """Arguments of the policy's next forward pass, which takes one token of each sequence."""
+        """Arguments for the policy's next forward pass, with one token of each sequence."""
 
     @abstractmethod
     def keep(self, indices: Tensor) -> None:
-        """Drop all sequences but these."""
+        """Drop all sequences except these.
+
+        Args:
+            indices: Indices of the sequences that stay.
+        """
 
 
 class CopiedContexts(SequenceCache):
-    """Every sequence has keys and values of all its tokens.
+    """Every sequence has keys and values of all its tokens, context included.
 
     Args:
-        cache: Of the requests; taken over.
-        mask_RT: Zero where a request is padded.
+        cache: Keys and values of the requests; changed in place.
+        mask_RT: 0 where a request is padded, 1 elsewhere.
         owner_N: The request of each sequence.
-        longest: Tokens that a sequence may get.
+        longest: Most tokens that a sequence may get.
     """
 
     def __init__(self, cache: DynamicCache, mask_RT: Tensor, owner_N: Tensor, longest: int) -> None:
         select_sequences(cache, owner_N)
         self._cache = cache
-        # Room for the whole suffix, so that the mask is sliced instead of concatenated at every step.
+        # Room for the whole suffix: each step slices the mask and concatenates nothing.
         self._mask_NT = torch.cat([mask_RT[owner_N], mask_RT.new_ones(len(owner_N), longest)], dim=1)
 
+    @override
     def inputs(self) -> dict[str, Any]:
-        """Keys, values and mask of whole sequences."""
         return {
             "past_key_values": self._cache,
             "attention_mask": self._mask_NT[:, : self._cache.get_seq_length() + 1],
         }
 
+    @override
     def keep(self, indices: Tensor) -> None:
-        """Drop sequences and their copies."""
         select_sequences(self._cache, indices)
         self._mask_NT = self._mask_NT[indices]
 
 
 class OneContextEach(SequenceCache):
-    """Requests have keys and values of their context, sequences those of their own tokens.
+    """A request has keys and values of the context, each sequence those of its own tokens.
 
     Args:
         policy: The model.
-        cache: Of the requests; taken over.
-        mask_RT: Zero where a request is padded.
+        cache: Keys and values of the requests; changed in place.
+        mask_RT: 0 where a request is padded, 1 elsewhere.
         owner_N: The request of each sequence, in ascending order.
     """
 
@@ -94,11 +99,14 @@ class OneContextEach(SequenceCache):
 
     @staticmethod
     def pays(cache: DynamicCache, copies: int) -> bool:
-        """Whether contexts may be shared, and whether that is worth it: always on a GPU, where it was not measured.
+        """Whether this class is possible for a cache, and faster than copies.
+
+        It is possible if every layer stores all tokens; recurrent layers and sliding windows do not. On a GPU it counts
+        as faster in any case, which is not measured.
 
         Args:
-            cache: Of the requests. All of its layers must keep every token (not so recurrent ones and sliding windows).
-            copies: Of contexts that it saves: sequences without requests.
+            cache: Keys and values of the requests.
+            copies: Number of context copies that it saves: sequences minus requests.
         """
         layers = cast(list[GrowingLayer], cache.layers)
         if copies == 0 or not all(type(layer) is GrowingLayer for layer in layers):
@@ -107,20 +115,22 @@ class OneContextEach(SequenceCache):
         copied_bytes = (key[0].nbytes + value[0].nbytes) * copies
         return key.device.type != "cpu" or copied_bytes >= _BYTES_WORTH_SHARING
 
+    @override
     def inputs(self) -> dict[str, Any]:
-        """The mask is that of the contexts: sequences see all tokens of their own."""
+        """See :meth:`SequenceCache.inputs`. The mask is for contexts; a sequence sees all of its own tokens."""
         return {
             "past_key_values": self._own,
             "attention_mask": self._mask_R11T,
             "shared_contexts": self._contexts,
         }
 
+    @override
     def keep(self, indices: Tensor) -> None:
-        """Drop sequences, and each context with the last of its sequences."""
+        """Drop all sequences except these, and contexts without a sequence."""
         select_sequences(self._own, indices)
         slot_N = self._slot_N[indices]
         live_R, owner_N = (slot_N // self._members).unique(return_inverse=True)
-        del self._contexts  # lest all of the old ones live until the last of the new ones is made
+        del self._contexts  # frees old contexts before the new ones are made
         if len(live_R) < len(self._mask_R11T):
             select_sequences(self._cache, live_R)
             self._mask_R11T = self._mask_R11T[live_R]
@@ -128,7 +138,7 @@ class OneContextEach(SequenceCache):
         self._contexts = self._shared()
 
     def _shared(self) -> SharedContexts:
-        """The contexts as attention takes them."""
+        """The contexts, as decoding attention takes them."""
         layers = cast(list[GrowingLayer], self._cache.layers)
         every_place = len(self._slot_N) == len(self._mask_R11T) * self._members
         return SharedContexts(
@@ -140,26 +150,25 @@ class OneContextEach(SequenceCache):
 
 
 def contexts_can_be_shared(policy: PreTrainedModel) -> bool:
-    """Decode a few tokens both ways: some models change keys and values once they are cached.
+    """Whether decoding with shared contexts gives the same log-probs as with copies; tried on a few tokens.
 
-    The update's trial (``model_support``) does not see that. Autocast is off: the tolerance is that of the policy's own
-    precision.
+    Some models change keys and values after caching them, and the trial of shared rows
+    (``policy/prefix_sharing/compatibility.py``) does not show that. Autocast is off, because the tolerance is for the
+    policy's own precision. Logs a warning if the answer is no.
     """
     with torch.autocast(policy.device.type, enabled=False):
         try:
             if agree(policy, *(_tried(policy, shares) for shares in (False, True))):
                 return True
-            reason = "computes something else"
+            reason = "gives other log-probs"
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             reason = f"fails ({error})"
-    log.warning(
-        f"{type(policy).__name__} {reason} where sequences share a prompt's keys: each decodes with its own copy"
-    )
+    log.warning(f"{type(policy).__name__} {reason} if sequences share a context: each decodes with its own copy")
     return False
 
 
 def _tried(policy: PreTrainedModel, shares: bool) -> Tensor:
-    """Log-probs after two tokens of three sequences, which continue two prompts."""
+    """Log-probs after two decoded tokens of three sequences with two contexts, [3, V]."""
     size, device = policy.config.get_text_config().vocab_size, policy.device
     mask_RT = torch.tensor([[0, 1, 1], [1, 1, 1]], device=device)
     contexts_RT = torch.tensor([[0, 3, 5], [4, 6, 7]], device=device) % size

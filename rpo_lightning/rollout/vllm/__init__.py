@@ -1,1 +1,1 @@
-"""Rollouts on vLLM, in the trainer's process."""
+"""Rollouts on vLLM, which runs in the trainer's process."""

@@ -1,11 +1,10 @@
 """Rollouts on vLLM, in the trainer's process ("colocated"): one engine per rank.
 
-The engine is built from the policy's *configuration*, never from a checkpoint: its weights are those
-that are synced into it. Prompt and prefix are computed once for the G samples of a group and found in
-the prefix cache, which is emptied at every sync.
+The engine is built from the policy's *configuration*, never from a checkpoint. Its weights come from syncs only. The
+context of a group is computed once; its other samples find it in the prefix cache. Every sync empties that cache.
 
-Every request has a seed of its own, so that what is sampled depends neither on how requests are
-scheduled nor on what the prefix cache holds: a resumed run continues as the uninterrupted one.
+Every request has its own seed. Samples depend neither on the schedule of requests nor on the content of the prefix
+cache, and a resumed run continues like an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
 
 from rpo_lightning.core.errors import ConfigurationError, EngineError
 from rpo_lightning.core.types import Completion
@@ -34,20 +34,18 @@ SleepLevel = Literal[0, 1, 2]
 
 
 class VLLMEngine(RolloutEngine):
-    """Decode with vLLM.
+    """Decodes with vLLM.
 
     Args:
-        dtype: What the engine computes in; what the trainer computes in if not given.
-        max_model_len: Longest prompt plus response in tokens; taken from the data and
-            ``max_response_tokens`` if not given.
-        gpu_memory_utilization: Share of the GPU's memory for weights and key–value cache; half if not
-            given. On a CPU the cache has 2 GiB instead.
-        tensor_parallel_size: Ranks that share one copy of the weights.
-        enforce_eager: No compilation, no CUDA graphs; on a GPU off, on a CPU on if not given.
-        sleep_level: What is given back while the policy trains: 0 nothing, 1 the key–value cache and,
-            moved to the CPU's memory, the weights, 2 both without a copy. If not given 1 where the
-            platform can (a CPU cannot): the safest, as nothing has to be made again.
-        options: Anything else that vLLM's ``EngineArgs`` takes.
+        dtype: The dtype that the engine computes in; the trainer's if not given.
+        max_model_len: Longest prompt plus response in tokens; from the data and ``max_response_tokens`` if not given.
+        gpu_memory_utilization: Share of the GPU's memory for weights and key–value cache; 0.5 if not given. On a CPU
+            the cache gets 2 GiB instead.
+        tensor_parallel_size: Number of ranks that share one copy of the weights.
+        enforce_eager: Use no compilation and no CUDA graphs. If not given: false on a GPU, true on a CPU.
+        sleep_level: What to release while the policy trains. 0: nothing. 1: the key–value cache, and the weights after
+            moving them to the CPU's memory. 2: both, without a copy. If not given: 1 on a GPU, 0 on a CPU.
+        options: Any other setting of vLLM's ``EngineArgs``.
     """
 
     def __init__(
@@ -91,8 +89,12 @@ class VLLMEngine(RolloutEngine):
     def attach(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setup: EngineSetup = EngineSetup()
     ) -> None:
-        """Remember the policy and the run; the engine starts at the first sync."""
-        vllm_platform.import_vllm()  # to fail early where it is not installed
+        """Remember policy and run. The engine starts at the first sync; it restarts if a stage needs longer sequences.
+
+        Raises:
+            ConfigurationError: vLLM is not installed, cannot be imported, or is too old.
+        """
+        vllm_platform.import_vllm()  # fails early if it is not installed
         self._policy, self._tokenizer = policy, tokenizer
         self._stop_ids = sorted(stop_token_ids(policy, tokenizer))
         needed = (setup.max_length or 0) > (self._setup.max_length or 0)
@@ -117,7 +119,7 @@ class VLLMEngine(RolloutEngine):
         self._seen_seconds = vllm_platform.request_seconds(self._llm)
 
     def _options(self, folder: str) -> dict[str, Any]:
-        """Everything vLLM is started with: the run's, the platform's and the user's options."""
+        """All options for vLLM: the run's, the platform's, and the user's, which win."""
         assert self._policy is not None
         assert self._tokenizer is not None
         self._tokenizer.save_pretrained(folder)
@@ -131,8 +133,8 @@ class VLLMEngine(RolloutEngine):
             "dtype": str(torch.float32 if dtype == torch.float64 else dtype).removeprefix("torch."),
             "seed": request_seeds((setup.seed, setup.rank // self.tensor_parallel_size), 1)[0],
             "enable_prefix_caching": True,
-            "logprobs_mode": "processed_logprobs",  # those at the sampling temperature
-            "disable_log_stats": False,  # counts the hits of the prefix cache
+            "logprobs_mode": "processed_logprobs",  # at the sampling temperature
+            "disable_log_stats": False,  # metrics() needs the counts of the prefix cache
             "enable_sleep_mode": self._used_sleep_level > 0,
             **vllm_platform.platform_options(self.settings),
             **vllm_platform.launcher_options(setup, self.tensor_parallel_size),
@@ -146,40 +148,40 @@ class VLLMEngine(RolloutEngine):
             wanted: SleepLevel = 1 if self.sleep_level is None else self.sleep_level
             if wanted and vllm_platform.earlier_engine_holds_memory():
                 log.warning(
-                    "an earlier vLLM engine of this process still holds memory that can sleep, and vLLM allows one "
-                    "such engine a process: this one stays awake while the policy trains"
+                    "an earlier vLLM engine of this process still holds memory, and vLLM allows a process one engine "
+                    "that can sleep: this one stays awake while the policy trains"
                 )
                 return 0
             return wanted
         if self.sleep_level:
-            log.warning(f"model.engine.sleep_level={self.sleep_level}: vLLM cannot sleep on a CPU, it stays awake")
+            log.warning(f"model.engine.sleep_level={self.sleep_level}: vLLM cannot sleep on a CPU and stays awake")
         return 0
 
+    @override
     def shutdown(self) -> None:
-        """Stop the engine and free its memory."""
         if self._llm is not None:
             llm, self._llm = self._llm, None
             vllm_platform.stop(llm, self._owns_process_group)
         self._weights_version = None
         self._asleep = False
 
+    @override
     def sleep(self) -> None:
-        """Give memory back while the policy trains."""
         if self._llm is None or self._asleep or not self._used_sleep_level:
             return
         self._llm.sleep(level=self._used_sleep_level)
         self._asleep = True
         if self._used_sleep_level == 2:
-            self._weights_version = None  # gone: even the same policy has to be synced again
+            self._weights_version = None  # level 2 drops the weights: even the same policy must be synced again
 
+    @override
     def wake(self) -> None:
-        """Take the memory back."""
         if self._asleep:
             self._llm.wake_up()
             self._asleep = False
 
     def _copy_weights(self, policy: PreTrainedModel) -> None:
-        """Stream the weights in, around which memory is taken back and the prefix cache emptied."""
+        """Wake up, copy the weights into the engine, and empty its prefix cache."""
         if self._llm is None:
             self._start()
         if self._asleep:
@@ -187,18 +189,20 @@ class VLLMEngine(RolloutEngine):
         try:
             vllm_platform.load_weights(self._llm, checkpoint_weights(policy))
         except Exception as error:
-            log.error("vLLM failed while it was given the policy's weights", exc_info=True)
-            raise EngineError(f"vLLM did not take the policy's weights: {_cause(error)}") from error
+            log.error("vLLM failed while it loaded the policy's weights", exc_info=True)
+            raise EngineError(f"vLLM did not load the policy's weights: {_cause(error)}") from error
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
         if not self._llm.reset_prefix_cache():
-            raise EngineError("vLLM did not empty its prefix cache after the sync: requests are still running in it")
+            raise EngineError(
+                "vLLM did not empty its prefix cache: requests are running, sync between calls of generate"
+            )
 
     # -- generation ------------------------------------------------------------------------------
 
     def logprob_caveat(self, sampling: Sampling) -> str | None:
-        """The log-probs of vLLM are those after top-p and top-k."""
+        """See :meth:`RolloutEngine.logprob_caveat`. vLLM gives log-probs after top-p and top-k."""
         if sampling.top_p < 1 or sampling.top_k:
             return (
                 f"with top_p={sampling.top_p} and top_k={sampling.top_k} vLLM's log-probs are those of the truncated "
@@ -207,7 +211,7 @@ class VLLMEngine(RolloutEngine):
         return None
 
     def metrics(self) -> dict[str, float]:
-        """Share of prompt tokens found in the prefix cache since the last call."""
+        """``rollout/prefix_cache_hit_share``: share of prompt tokens found in the prefix cache since the last call."""
         if self._llm is None:
             return {}
         seen, now = self._seen_cache_tokens, vllm_platform.prefix_cache_tokens(self._llm)
@@ -215,13 +219,14 @@ class VLLMEngine(RolloutEngine):
         return {"rollout/prefix_cache_hit_share": (now[1] - seen[1]) / max(now[0] - seen[0], 1)}
 
     def prefill_share(self) -> float:
-        """As vLLM counts it, request by request: requests overlap, so this is an estimate."""
+        """See :meth:`RolloutEngine.prefill_share`. An estimate: vLLM counts time by request, and requests overlap."""
         if self._llm is None:
             return 0.0
         seen, self._seen_seconds = self._seen_seconds, vllm_platform.request_seconds(self._llm)
         prefill, decode = (now - before for now, before in zip(self._seen_seconds, seen, strict=True))
         return prefill / (prefill + decode) if prefill + decode > 0 else 0.0
 
+    @override
     def generate(
         self,
         requests: Sequence[GenerationRequest],
@@ -229,9 +234,8 @@ class VLLMEngine(RolloutEngine):
         seed: int,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """Sample continuations; see :meth:`RolloutEngine.generate`."""
         if self._llm is None or self._weights_version is None or self._asleep:
-            raise EngineError("vLLM was asked to generate before it was synced with the policy")
+            raise EngineError("vLLM was used before it was synced with the policy: call load_weights")
         mine = [(r, s) for r, s in zip(requests, request_seeds(seed, len(requests)), strict=True)]
         shared, start = self._group.gather(mine)
         try:
@@ -242,14 +246,14 @@ class VLLMEngine(RolloutEngine):
         results = []
         for request, output in zip(requests, outputs[start : start + len(requests)], strict=True):
             completions = [_completion(c) for c in output.outputs]
-            # Greedy samples are all the same, and vLLM draws one only.
+            # Greedy samples are equal: vLLM draws one, which is repeated.
             results.append(completions * (request.n // len(completions)))
             if on_progress is not None:
                 on_progress(request.n)
         return results
 
     def _generate(self, requests: Sequence[tuple[GenerationRequest, int]], sampling: Sampling) -> list[Any]:
-        if not requests:  # of which vLLM would make an error
+        if not requests:  # vLLM raises an error for no requests
             return []
         outputs: list[Any] = self._llm.generate(
             [{"prompt_token_ids": list(request.token_ids)} for request, _ in requests],
@@ -267,14 +271,14 @@ class VLLMEngine(RolloutEngine):
             max_tokens=request.max_new_tokens,
             stop_token_ids=self._stop_ids,
             seed=seed,
-            logprobs=0,  # of the sampled token alone
+            logprobs=0,  # for the sampled token only
             flat_logprobs=True,
             detokenize=False,
         )
 
 
 def request_seeds(seed: int | tuple[int, ...], count: int) -> list[int]:
-    """One seed a request; vLLM numbers the samples of a request on from it."""
+    """One seed a request. vLLM counts up from it for the samples of the request."""
     return [int(s) for s in np.random.SeedSequence(seed).generate_state(count, np.uint32)]
 
 

