@@ -30,6 +30,7 @@ from rpo_lightning.policy.load import load_policy
 from rpo_lightning.policy.lora import LoRA
 from rpo_lightning.policy.parallel.strategies import placement_for, prepare_strategy
 from rpo_lightning.policy.tokenizer import load_tokenizer
+from rpo_lightning.policy.weights import require_plain_names
 from rpo_lightning.rewards import Grader
 from rpo_lightning.rollout.engine import EngineSetup, RolloutEngine, Sampling
 from rpo_lightning.rollout.groups import generate, score
@@ -101,6 +102,7 @@ class PolicyModule(LightningModule):
             placement = placement_for(self._trainer)
             with placement.loading():
                 self.policy = self._load()
+                require_plain_names(self.policy)
                 others = self.prepare_policy()
             for model in (self.policy, *others):
                 placement.place(model)

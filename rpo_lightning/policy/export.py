@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.ranks import Ranks
 from rpo_lightning.policy.lora import has_adapter
-from rpo_lightning.policy.weights import gathered, named_weights, plain_class, plain_configuration, underlying_model
+from rpo_lightning.policy.weights import empty_model, gathered, named_weights, require_plain_names, underlying_model
 
 
 def export_policy(
@@ -39,13 +38,15 @@ def export_policy(
     """
     require_room(policy, folder, merged, ranks)
     alone = has_adapter(policy) and not merged
+    if not alone:
+        require_plain_names(policy)
     weights = _adapter_weights(policy) if alone else named_weights(policy)
     tied = set() if alone else _tied_names(policy)
     # Every rank takes part in gathering; only the first one stores the weights.
     state = {name: w.cpu() for name, w in weights if ranks.rank == 0 and name not in tied}
     if ranks.rank:
         return
-    model: Any = policy if alone else _empty_model(policy)
+    model: Any = policy if alone else empty_model(policy)
     with writing_policy(folder) as partial:
         model.save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)
@@ -66,15 +67,6 @@ def require_room(policy: PreTrainedModel, folder: str | Path, merged: bool, rank
             f"{seen[0]} exists; {'the adapter and another policy' if alone else 'the policy and an adapter'} "
             "would be loaded together: save into another folder"
         )
-
-
-def _empty_model(policy: Any) -> Any:
-    """The policy's architecture without weights; a sharded or quantised model cannot save itself as a plain one."""
-    own: Any = underlying_model(policy)
-    with torch.device("meta"):
-        model = plain_class(own)._from_config(plain_configuration(policy))
-    model.generation_config = own.generation_config
-    return model
 
 
 def _adapter_weights(policy: Any) -> Any:

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.core.errors import ConfigurationError, EngineError
 from rpo_lightning.core.hashing import short_name
 from rpo_lightning.policy.load import resolve_policy
+
+# Tokens that a tokenizer names itself, and words of tokens that frame a text in the chat templates of published models.
+_FRAME_NAMES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+_FRAME_WORDS = frozenset(
+    {
+        "s", "bos", "eos", "pad", "unk", "sep", "cls", "mask", "eod", "eot", "eom", "eotid", "eomid", "beginoftext",
+        "endoftext", "beginofsentence", "endofsentence", "imstart", "imend", "imsep", "startheaderid", "endheaderid",
+        "startofturn", "endofturn", "startofturntoken", "endofturntoken", "startofrole", "endofrole", "turn",
+        "start", "end", "return", "inst", "systemprompt", "user", "assistant", "system", "human", "bot", "tool",
+        "observation", "developer", "usertoken", "chatbottoken", "systemtoken", "bostoken", "eostoken", "padtoken",
+    }
+)  # fmt: skip
 
 
 def stop_token_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -47,8 +60,31 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """Text of token ids without special tokens."""
-    return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    """Text of token ids as rewards see it.
+
+    Special tokens that only frame the text are left out: begin, end, padding and turn markers. Special tokens that are
+    content stay, such as ``<think>``, ``<answer>`` and channel markers, which many models have.
+    """
+    special = _special_tokens(tokenizer, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if not any(is_content for is_content in special.values()):
+        return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    text_ids = [token for token in token_ids if special.get(token, True)]
+    return str(tokenizer.decode(text_ids, skip_special_tokens=False))
+
+
+@lru_cache(maxsize=8)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, *_changes: int | None) -> dict[int, bool]:
+    """Ids of the special tokens, and whether they are content; kept until one of the arguments changes."""
+    ids = set(tokenizer.all_special_ids)
+    ids |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = {getattr(tokenizer, f"{name}_token_id", None) for name in _FRAME_NAMES}
+    texts = dict(zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True))
+    return {i: i not in named and _letters(str(text)) not in _FRAME_WORDS for i, text in texts.items()}
+
+
+def _letters(token: str) -> str:
+    """``<|im_start|>`` as ``imstart``, ``<｜end▁of▁sentence｜>`` as ``endofsentence``."""
+    return "".join(character for character in token.lower() if character.isalnum())
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -12,8 +12,9 @@ instead would leave rounding errors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import revert_weight_conversion
+
+from rpo_lightning.core.errors import ConfigurationError
 
 
 def checkpoint_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -41,6 +44,31 @@ def named_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     With sharded parameters every rank must exhaust the stream.
     """
+    return ((name, weight()) for name, weight in _weights(policy))
+
+
+def require_plain_names(policy: nn.Module) -> None:
+    """Check that the stream has exactly the names of the architecture, before anything is trained or written.
+
+    An adapter may wrap a layer in a way that this module does not know. Its weights would come under names that no
+    checkpoint has: an export would lose them, and loading it would make random ones.
+
+    Raises:
+        ConfigurationError: A name is missing or unknown.
+    """
+    expected = set(empty_model(policy).state_dict())
+    streamed = {name for name, _ in _weights(policy)}
+    missing, unknown = sorted(expected - streamed), sorted(streamed - expected)
+    if missing or unknown:
+        raise ConfigurationError(
+            f"model.adapter: the weights cannot be exported or given to an engine as those of "
+            f"{plain_class(underlying_model(policy)).__name__}: missing {', '.join(missing[:3]) or 'none'}; unknown "
+            f"{', '.join(unknown[:3]) or 'none'}. Leave out the option of the adapter that wraps these layers"
+        )
+
+
+def _weights(policy: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Names of the weights, each with what computes it."""
     model = underlying_model(policy)
     adapters = {name: module for name, module in model.named_modules() if _is_adapted(module)}
     saved = model.state_dict().keys()
@@ -49,14 +77,15 @@ def named_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
         layer_name, adapted, inner = name.rpartition(".base_layer.")
         if adapted:
             is_merged = isinstance(tensor, nn.Parameter)
-            yield f"{layer_name}.{inner}", _merged(adapters[layer_name], inner) if is_merged else gathered(tensor)
+            weight = partial(_merged, adapters[layer_name], inner) if is_merged else partial(gathered, tensor)
+            # PEFT puts the adapter of single tokens (trainable_token_indices) beside the embedding it belongs to.
+            yield f"{layer_name.removesuffix('.token_adapter')}.{inner}", weight
         elif _is_within(name, adapters):
             continue  # the adapter's own parameters
         elif ".original_module." not in name:
-            yield (
-                _saved_module_name(name),
-                _dequantised(_owner(model, name)) if is_quantised(tensor) else gathered(tensor),
-            )
+            is_packed = is_quantised(tensor)
+            weight = partial(_dequantised, _owner(model, name)) if is_packed else partial(gathered, tensor)
+            yield _saved_module_name(name), weight
 
 
 def underlying_model(policy: Any) -> Any:
@@ -78,6 +107,15 @@ def plain_configuration(policy: nn.Module) -> Any:
     config = type(model.config).from_dict(settings)
     config.architectures = config.architectures or [plain_class(model).__name__]
     return config
+
+
+def empty_model(policy: Any) -> Any:
+    """The policy's architecture without weights; a sharded or quantised model cannot save itself as a plain one."""
+    own: Any = underlying_model(policy)
+    with torch.device("meta"):
+        model = plain_class(own)._from_config(plain_configuration(policy))
+    model.generation_config = own.generation_config
+    return model
 
 
 def plain_class(model: nn.Module) -> Any:

@@ -1,4 +1,4 @@
-"""LoRA and QLoRA: what trains, what it is compared with, what is saved."""
+"""LoRA and QLoRA: which parameters train, which reference they have, which files are saved."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ def test_a_policy_is_saved_beside_other_files_and_in_place_of_an_earlier_one(tmp
     for path in (notes, tmp_path / "README.md"):
         path.write_text("mine")
     (tmp_path / "chat_template.jinja").write_text("of an earlier tokenizer")
-    pieces = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
-    for name in pieces:
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    for name in shards:
         (tmp_path / name).write_text("of an earlier policy")
     module.save_pretrained(tmp_path)
     assert (notes.read_text(), (tmp_path / "README.md").read_text()) == ("mine", "mine")
-    assert not any((tmp_path / name).exists() for name in pieces)
+    assert not any((tmp_path / name).exists() for name in shards)
     assert load_tokenizer(str(tmp_path)).chat_template == module.tokenizer.chat_template
     assert torch.equal(logits(load_policy(str(tmp_path))), logits(module.policy))
     assert not [*tmp_path.parent.glob("*.partial"), *tmp_path.glob(".partial")]
@@ -163,13 +163,13 @@ def test_target_modules_that_are_not_there_are_told():
 
 
 class Precisions(Callback):
-    """Notes what the adapter and its optimizer are in while training."""
+    """Notes the dtypes of the adapter, the policy and the optimizer while training."""
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         trained = [p for p in pl_module.policy.parameters() if p.requires_grad]
-        frozen = [p for p in pl_module.policy.parameters() if not p.requires_grad]
+        constant = [p for p in pl_module.policy.parameters() if not p.requires_grad]
         states = [s["exp_avg"].dtype for s in trainer.optimizers[0].state.values()]
-        self.seen = {p.dtype for p in trained}, {p.dtype for p in frozen}, set(states)
+        self.seen = {p.dtype for p in trained}, {p.dtype for p in constant}, set(states)
 
 
 def test_an_adapter_stays_in_fp32_beside_a_bf16_policy_and_log_probs_are_not_rounded(tmp_path):
@@ -182,5 +182,5 @@ def test_an_adapter_stays_in_fp32_beside_a_bf16_policy_and_log_probs_are_not_rou
     trainer.fit(module, datamodule=make_data())
     assert precisions.seen == ({torch.float32}, {torch.bfloat16}, {torch.float32})
     log = pd.read_csv(tmp_path / "metrics.csv")
-    # The policy did not change: the second pass computes the frozen log-probs again, not their nearest bf16.
+    # The policy did not change: the second pass gets the old log-probs exactly, not rounded to bf16.
     assert log["loss/ratio_deviation_max"].iloc[-1] < 1e-6

@@ -1,15 +1,19 @@
-"""What an engine is given is what a checkpoint of the policy holds."""
+"""An engine gets exactly the weights that a checkpoint of the policy holds."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, MixtralConfig, Qwen2Config
 
 from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.core.ranks import Ranks
+from rpo_lightning.policy.export import export_policy
 from rpo_lightning.policy.lora import LoRA
-from rpo_lightning.policy.weights import checkpoint_weights
+from rpo_lightning.policy.weights import checkpoint_weights, require_plain_names
+from tests.conftest import make_data, make_module, make_trainer
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -47,3 +51,58 @@ def test_an_adapter_does_not_part_an_output_head_from_its_embedding(changed):
     untied = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES, tie_word_embeddings=False))
     names = dict(checkpoint_weights(untied)).keys()
     assert dict(checkpoint_weights(LoRA(rank=2, **changed).apply(untied))).keys() == names
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_rows_of_single_trained_tokens_are_merged_into_the_embedding(tmp_path, tied):
+    policy = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES, tie_word_embeddings=tied))
+    names = dict(checkpoint_weights(policy)).keys()
+    adapted = LoRA(rank=2, options={"trainable_token_indices": [5, 6]}).apply(policy)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    given = {name: weight.clone() for name, weight in checkpoint_weights(adapted)}
+    assert given.keys() == names
+    require_plain_names(adapted)
+    before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
+    ids = torch.arange(8)[None]
+    logits = adapted.eval()(input_ids=ids).logits
+    export_policy(adapted, WordTokenizer(), tmp_path / "policy", True, Ranks())
+    assert all(torch.equal(p, before[name]) for name, p in adapted.named_parameters())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
+    torch.testing.assert_close(loaded(input_ids=ids).logits, logits, atol=1e-4, rtol=1e-4)
+    whole = adapted.merge_and_unload().state_dict()
+    for name, weight in given.items():
+        torch.testing.assert_close(weight, whole[name], atol=1e-6, rtol=0)
+
+
+class WordTokenizer:
+    """Saves nothing."""
+
+    def save_pretrained(self, folder):
+        pass
+
+
+class Wrapped(nn.Module):
+    """A layer within another, as an adapter that is not known would leave it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.inside = layer
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.inside(x) * self.scale
+
+
+def test_names_that_no_checkpoint_has_are_an_error_before_training_and_before_export(tmp_path, tokenizer):
+    policy = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES))
+    policy.model.layers[0].mlp.up_proj = Wrapped(policy.model.layers[0].mlp.up_proj)
+    told = r"missing model\.layers\.0\.mlp\.up_proj\.weight; unknown model\.layers\.0\.mlp\.up_proj\.inside\.weight"
+    with pytest.raises(ConfigurationError, match=told):
+        require_plain_names(policy)
+    with pytest.raises(ConfigurationError, match=told):
+        make_trainer(tmp_path).fit(make_module(policy=policy, tokenizer=tokenizer), datamodule=make_data())
+    with pytest.raises(ConfigurationError, match=told):
+        export_policy(policy, WordTokenizer(), tmp_path / "policy", True, Ranks())
+    assert not (tmp_path / "policy").exists()

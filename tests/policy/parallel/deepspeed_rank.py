@@ -1,7 +1,7 @@
 """One of two ranks that train under DeepSpeed's ZeRO on the CPU; run by torchrun from ``test_deepspeed.py``.
 
-Arguments: output folder, ZeRO stage (0: one process without DeepSpeed), names of scenarios. Each scenario leaves what
-it found in a folder of its name.
+Arguments: output folder, ZeRO stage (0: one process without DeepSpeed), names of scenarios. Each scenario writes its
+results to a folder of its name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.conftest import make_data, make_group, make_module, make_trainer
 
 
 class DeepSpeedOnCPU(DeepSpeedStrategy):
-    """Without Lightning's checks that devices are GPUs."""
+    """The strategy without Lightning's checks for GPUs."""
 
     def setup_environment(self) -> None:
         super(DeepSpeedStrategy, self).setup_environment()
@@ -43,13 +43,13 @@ class DeepSpeedOnCPU(DeepSpeedStrategy):
     def setup_distributed(self) -> None:
         reset_seed()
         self.set_world_ranks()
-        # All goes over gloo; DeepSpeed would compile collectives in shared memory of its own.
+        # Everything goes over gloo. DeepSpeed would compile its own collectives in shared memory.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm_op"] = False
         self._init_deepspeed_distributed()
 
     def init_deepspeed(self) -> None:
         initialize = deepspeed.initialize
-        # The number of the device, which a CPU has none of.
+        # Drop the device number in ``args``; a CPU has none.
         deepspeed.initialize = lambda args, **settings: initialize(**settings)
         try:
             super().init_deepspeed()
@@ -69,7 +69,7 @@ def deepspeed_trainer(folder: Path, stage: int, config: dict[str, Any] | None = 
 
 
 def fixed_groups() -> list[Group]:
-    """Groups that no policy sampled, of different lengths."""
+    """Groups of different lengths, with random tokens."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> list[int]:
@@ -82,7 +82,7 @@ def fixed_groups() -> list[Group]:
 
 
 def fixed_module(rank: int, size: int, **settings: Any) -> RPOModule:
-    """Trains on the same groups at every step, of which the last rank has one and the first the rest."""
+    """Trains on the same groups at every step. The last of two ranks has one of them, the first the rest."""
     groups = fixed_groups()
     mine = groups if size == 1 else (groups[3:] if rank else groups[:3])
     module = make_module(
@@ -115,7 +115,7 @@ def update(folder: Path, stage: int, rank: int, **settings: Any) -> None:
 
 
 def adapter(folder: Path, stage: int, rank: int) -> None:
-    """The same with an adapter."""
+    """Five updates of an adapter on given groups."""
     torch.manual_seed(0)
     update(folder, stage, rank, adapter=LoRA(rank=4, alpha=8))
 
@@ -142,7 +142,7 @@ def make_loaded() -> Any:
 
 
 def fit(folder: Path, stage: int, rank: int) -> None:
-    """A whole run of four updates, and the same taken up after two."""
+    """A whole run of four updates, and one that resumes it after two."""
     for name, resume in (("whole", None), ("resumed", folder / "whole" / "step=2.ckpt")):
         cache = ExperienceCacheCallback(cut=FractionOfShortestCut(0.5), keep_unfinished=True)
         checkpoint = ModelCheckpoint(folder / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)

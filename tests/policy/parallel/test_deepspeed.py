@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3 on two ranks; on the CPU, which Lightning's strategy has to be made to allow."""
+"""DeepSpeed's ZeRO-2 and ZeRO-3 on two ranks on the CPU, with a strategy that skips Lightning's check for GPUs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.policy.parallel.deepspeed import prepare_settings
 
-if importlib.util.find_spec("deepspeed") is None:  # importing it here would choose an accelerator for other tests
+if importlib.util.find_spec("deepspeed") is None:  # importing it would choose an accelerator for other tests
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 SCENARIOS = ("update", "adapter", "not_finite", "validate", "fit")
 
@@ -43,14 +43,14 @@ def metrics(folder: Path) -> pd.DataFrame:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def results(request, tmp_path_factory) -> Path:
-    """What two ranks did under a stage of ZeRO, a folder for each scenario."""
+    """Results of two ranks under a stage of ZeRO, a folder for each scenario."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return run(tmp_path_factory.mktemp(f"zero{request.param}"), request.param, launcher, SCENARIOS)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """What one process makes of the same groups, without DeepSpeed."""
+    """Results of one process on the same groups, without DeepSpeed."""
     return run(tmp_path_factory.mktemp("alone"), 0, [], ("update", "adapter"))
 
 

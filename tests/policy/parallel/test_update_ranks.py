@@ -1,4 +1,4 @@
-"""On the same rollouts one process, two with DDP and two with FSDP2 make the same policy."""
+"""One process, two with DDP and two with FSDP2 train the same policy from the same rollouts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def one_process(tmp_path_factory):
 
 
 def assert_rows_were_shared(strategy: str, processes: int, folder: Path) -> None:
-    """On every rank, in every case."""
+    """Check that rows were shared on every rank, in every case."""
     for rank in range(processes):
         members = torch.load(folder / f"{strategy}-members-{rank}.pt")
         assert list(members) == list(CASES)

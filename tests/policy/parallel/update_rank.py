@@ -1,8 +1,8 @@
 """One of the processes that update a policy on the same rollouts; run by torchrun from ``test_update_ranks.py``.
 
 Arguments: strategy (``single``, ``ddp``, ``fsdp2``), output folder. The first rank writes the parameters after every
-case of ``CASES``; every rank how many members the fullest row of each case had, and the parameters it ends with after
-50 iterations whose groups are dropped at random.
+case of ``CASES``. Every rank writes the largest number of members in a row for each case, and its parameters after 50
+iterations in which groups are dropped at random.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 class GivenRollouts(RPOModule):
-    """Trains on groups that are given instead of sampled."""
+    """Trains on given groups instead of sampled ones."""
 
     def __init__(self, **settings: Any) -> None:
         defaults: dict[str, Any] = {
@@ -47,9 +47,9 @@ class GivenRollouts(RPOModule):
             "rewards": [AccuracyReward()],
             "verifier": ExactMatchVerifier(),
             "micro_batch_tokens": 128,
-            # Plain SGD: what is compared are gradients. Clipped, so that the norm counts.
+            # With plain SGD the parameters show the gradients. Clipping makes the norm count.
             "max_grad_norm": 0.05,
-            # The engine's log-probs are made up, so that nothing is to be compared with them.
+            # The engine's log-probs are made up and must not be compared with the policy's.
             "importance_correction": NoCorrection(),
             "mismatch_bound": MismatchBound(largest=1e9, jump=1e9),
             "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1.0),
@@ -63,7 +63,7 @@ class GivenRollouts(RPOModule):
 
 
 class DroppedGroups(GivenRollouts):
-    """Rollouts of which groups at random, and now and then all of a rank, have no variance."""
+    """Rollouts in which random groups have no variance, sometimes all groups of a rank."""
 
     def roll_out(self, *_: Any, **__: Any) -> list[Group]:
         """Groups that depend on rank and iteration."""
@@ -78,7 +78,7 @@ class DroppedGroups(GivenRollouts):
 
 
 def uneven_groups(seed: int) -> list[Group]:
-    """Five groups, of which the first rank of two has three; lengths from 2 to 60 tokens, log-probs as they come."""
+    """Five groups: the first of two ranks gets three. Suffixes have 2 to 59 tokens."""
     rng = np.random.default_rng(seed)
     groups = []
     for index in range(5):
@@ -107,7 +107,7 @@ def parameters(module: RPOModule) -> dict[str, torch.Tensor]:
 
 
 def update(module: RPOModule, name: str, folder: Path, iterations: int) -> dict[str, torch.Tensor]:
-    """Train, and give the parameters."""
+    """Train, and return the parameters."""
     torch.manual_seed(0)
     os.environ.pop("PL_GLOBAL_SEED", None)
     devices = 1 if name == "single" else 2
@@ -121,7 +121,7 @@ def update(module: RPOModule, name: str, folder: Path, iterations: int) -> dict[
 
 
 def note_rows() -> list[int]:
-    """Has the update note how many members share each row that it computes."""
+    """Make the update note the number of members of each row that it computes, in the returned list."""
     members: list[int] = []
 
     def noted(model: Any, batch: Any, *rest: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What flash attention's kernels for sequences of any length compute, written out; they exist on GPUs only."""
+"""Plain formulas of flash attention's kernels for sequences of any length, which exist on GPUs only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def dense_sequences(q, k, v, sequences, scale):
-    """Each sequence's queries, keys, values, where its queries are, and its scores [heads, queries, keys]."""
+    """Yield each sequence's queries, keys, values, slices of queries and keys, and scores [heads, queries, keys]."""
     q, k, v = (
         x if index is None else x[index]
         for x, index in ((q, sequences.query_index), (k, sequences.key_index), (v, sequences.key_index))
@@ -33,7 +33,7 @@ def dense_attend(q, k, v, sequences, scale):
 
 
 def dense_attend_backward(gradient, q, k, v, output, lse, sequences, scale):
-    """The formulas of flash attention's backward pass, with the output and log-sum-exp that are given."""
+    """Flash attention's backward pass, from the given output and log-sum-exp."""
     index = sequences.query_index
     gradient, output = (x if index is None else x[index] for x in (gradient, output))
     lse = lse if index is None else lse[:, index]

@@ -1,4 +1,4 @@
-"""Models that compute otherwise than most are found out, by a trial or from their configuration, and still exact."""
+"""Unusual models are detected, by a trial or from their configuration, and are computed exactly."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_dropout_without_a_module_is_found():
 
 
 def test_keys_that_change_once_they_are_cached_keep_rows_apart():
-    """A context's keys are taken from the cache where it is computed without gradient."""
+    """Without gradient through the context its keys come from the cache."""
     model = tiny(DiffLlamaForCausalLM, DiffLlamaConfig)
     assert "does not keep the members of a shared row apart" in sharing_obstacle(model)
 
@@ -100,7 +100,7 @@ def test_what_cannot_share_prompts_decodes_with_copies_of_them(
 
 
 def test_rotary_embeddings_of_long_sequences_do_not_reach_short_rows():
-    """The longest row of a pass decides which of them all of its rows get, so that lengths must not be mixed."""
+    """The longest row of a pass decides the embedding of all its rows: lengths must not be mixed."""
     rotary = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0], "original_max_position_embeddings": 32}
     rotary |= {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}
     model = tiny(

@@ -1,4 +1,4 @@
-"""Rows packed for a GPU's kernels: which tokens meet, and the merged gradient, with dense kernels in fp64 instead."""
+"""Rows packed for a GPU's kernels: which tokens attend to which, and the gradient. Dense kernels in fp64 stand in."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rpo_lightning.policy.prefix_sharing import attention as shared_attention
-from rpo_lightning.policy.prefix_sharing import compatibility as model_support
-from rpo_lightning.policy.prefix_sharing import gpu as packed_attention
-from rpo_lightning.policy.prefix_sharing import gpu_check as flash_support
+from rpo_lightning.policy.prefix_sharing import attention, compatibility, gpu_check
+from rpo_lightning.policy.prefix_sharing import gpu as gpu_attention
 from rpo_lightning.policy.prefix_sharing.gpu import PackedRows
 from rpo_lightning.policy.prefix_sharing.rows import RowShape
 from rpo_lightning.update.objectives import DAPO
@@ -31,12 +29,12 @@ def test_packed_rows_give_the_gradient_of_plain_rows(exact_policy, packed, scope
     if budget == 1000:
         # Both groups, of three members each, in one micro-batch: two calls a layer, two layers.
         assert [len(s.query_bounds) - 1 for s in packed[-4:]] == [8, 2, 8, 2]
-        # Before that the trial's row, once more without gradient of its context, which is a pass of its own.
+        # Before that the trial's row, with gradient through its context (one pass) and without (two passes).
         assert len(packed) == 4 + (2 + 4) + 4
 
 
 @pytest.mark.parametrize("budget", [1000, 14])
-def test_packed_rows_continue_frozen_contexts(exact_policy, monkeypatch, request, budget):
+def test_packed_rows_continue_detached_contexts(exact_policy, monkeypatch, request, budget):
     by_spans, expected = gradient(exact_policy, DAPO(), prefix_gradient=False)
     request.getfixturevalue("packed")
     shared, metrics = gradient(exact_policy, DAPO(), prefix_gradient=False, micro_batch_tokens=budget)
@@ -55,11 +53,11 @@ def test_packed_rows_keep_gradient_checkpointing(exact_policy, packed):
 
 
 def test_rows_are_packed_as_the_sequences_they_consist_of():
-    """By hand: a row of 2 detached + 1 context + 2 + 3 tokens, and one of 1 + 2 + 2 without branches."""
+    """Indices by hand, for a row of 2 detached + 1 context + 2 + 3 tokens and one of 1 + 2 + 2 without branches."""
     rows = PackedRows.of([RowShape(2, 1, (2, 3)), RowShape(1, 2, (2,))], torch.device("cpu"))
     assert rows.own.query_index is None
     assert rows.own.query_bounds.tolist() == [0, 1, 3, 6, 10]
-    # Of the detached tokens 0-2 and the computed ones 3-12: each sequence's detached part before its own.
+    # Detached tokens are 0-2, computed ones 3-12. Each sequence's detached part comes before its own.
     assert rows.own.key_index.tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 2, 9, 10, 11, 12]
     assert rows.own.key_bounds.tolist() == [0, 3, 5, 8, 13]
     assert (rows.own.most_queries, rows.own.most_keys, rows.own.causal) == (4, 5, True)
@@ -70,48 +68,48 @@ def test_rows_are_packed_as_the_sequences_they_consist_of():
 
 
 def agree():
-    return flash_support.kernels_agree.__wrapped__(torch.device("cpu"), torch.bfloat16, 6, 2, 16)
+    return gpu_check.kernels_agree.__wrapped__(torch.device("cpu"), torch.bfloat16, 6, 2, 16)
 
 
 class OnGPU(torch.Tensor):
-    """A tensor of the CPU that says that it is on a GPU."""
+    """A tensor on the CPU that claims to be on a GPU."""
 
     is_cuda = True
 
 
 @pytest.fixture
 def gpu(packed, monkeypatch):
-    """Has ``flash_support`` decide as on a GPU, whose kernels are the dense ones; no decision is remembered.
+    """Makes ``gpu_check`` decide as on a GPU with the dense kernels, without cached decisions.
 
     Returns:
-        The calls of the kernels, and how rows are asked about.
+        The calls of the kernels, and the function that checks tensors.
     """
 
     def takes(*tensors):
-        return flash_support.takes(*(x.as_subclass(OnGPU) for x in tensors))
+        return gpu_check.takes(*(x.as_subclass(OnGPU) for x in tensors))
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(shared_attention, "takes", takes)
-    flash_support.kernels_agree.cache_clear()
+    monkeypatch.setattr(attention, "takes", takes)
+    gpu_check.kernels_agree.cache_clear()
     yield packed, takes
-    flash_support.kernels_agree.cache_clear()
+    gpu_check.kernels_agree.cache_clear()
 
 
 def of_trial(calls):
-    """Which calls of the kernels are the trial's."""
-    trial = PackedRows.of(flash_support._TRIAL, torch.device("cpu"))
+    """For each call of the kernels, whether the trial made it."""
+    trial = PackedRows.of(gpu_check._TRIAL, torch.device("cpu"))
     return [any(torch.equal(call.key_bounds, x.key_bounds) for x in (trial.own, trial.shared)) for call in calls]
 
 
 def test_kernels_are_tried_before_their_first_use(gpu, exact_policy, caplog):
-    """By what a model's layers ask: once for all layers and updates, and the rows come after it."""
+    """Once for all layers and updates, before the first rows."""
     calls, _ = gpu
     policy = exact_policy.bfloat16()
     shared, metrics = gradient(policy, DAPO())
     assert metrics["tokens"] == 31
-    # The trial's own and shared sequences, then two layers with ``model_support``'s row, with and without gradient of
-    # its context, and with one of both groups.
+    # The trial's own and shared sequences. Then, in two layers each, the row of ``compatibility`` with and without
+    # gradient through its context, and a row for each of the two groups.
     assert of_trial(calls) == [True] * 2 + [False] * (4 + 6 + 4)
     calls.clear()
     gradient(policy, DAPO())
@@ -125,10 +123,10 @@ def test_kernels_are_tried_before_their_first_use(gpu, exact_policy, caplog):
 def test_kernels_whose_trial_fails_are_never_used(gpu, exact_policy, monkeypatch, caplog):
     calls, _ = gpu
     with monkeypatch.context() as patch:
-        patch.setattr(shared_attention, "takes", lambda *_: False)
+        patch.setattr(attention, "takes", lambda *_: False)
         by_spans, _ = gradient(exact_policy.bfloat16(), DAPO())
     assert not calls
-    monkeypatch.setattr(packed_attention, "_attend_backward", without_contexts)
+    monkeypatch.setattr(gpu_attention, "_attend_backward", without_contexts)
     for _ in range(2):
         assert_same(by_spans, gradient(exact_policy, DAPO())[0], 0.0)
     assert of_trial(calls) == [True] * 2
@@ -143,7 +141,7 @@ def test_the_trial_is_the_same_in_whatever_surrounds_it(gpu, caplog):
     # As in a model's forward pass: without gradient, under autocast and Lightning's default device.
     for surroundings in (torch.no_grad(), torch.inference_mode(), torch.device("meta")):
         calls.clear()
-        flash_support.kernels_agree.cache_clear()
+        gpu_check.kernels_agree.cache_clear()
         with surroundings, torch.autocast("cpu", dtype=torch.bfloat16):
             assert takes(query, key, value)
         assert of_trial(calls) == [True] * 2
@@ -161,7 +159,7 @@ def test_what_the_kernels_do_not_take_is_not_tried(gpu, monkeypatch):
     assert not takes(*tensors(12, 12))
     assert not takes(*tensors(264, 264))
     assert not takes(*tensors(16, 24))
-    assert not flash_support.takes(*tensors())  # on the CPU after all
+    assert not gpu_check.takes(*tensors())  # these are on the CPU
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert not takes(*tensors())
     assert not calls
@@ -172,27 +170,27 @@ def test_the_trial_within_a_checkpointed_layer_leaves_the_layer_alone(exact_poli
     plain, _ = gradient(exact_policy, DAPO(), batch=batch)
     exact_policy.gradient_checkpointing_enable({"use_reentrant": False})
     exact_policy.train()
-    model_support.row_cost(exact_policy, shares=True, full_logits=False)
+    compatibility.row_cost(exact_policy, shares=True, full_logits=False)
     tried = []
 
     def takes(query, key, value):
-        if torch.is_grad_enabled() and not tried:  # first in a layer that is computed again
+        if torch.is_grad_enabled() and not tried:  # the first call with gradient is in a layer that is computed again
             tried.append(agree())
         return True
 
-    monkeypatch.setattr(shared_attention, "takes", takes)
-    monkeypatch.setattr(model_support, "_trial", lambda *_, **__: torch.zeros(1))
+    monkeypatch.setattr(attention, "takes", takes)
+    monkeypatch.setattr(compatibility, "_trial", lambda *_, **__: torch.zeros(1))
     assert_same(plain, gradient(exact_policy, DAPO(), batch=batch)[0], GOAL)
     assert tried == [True]
 
 
 def top_left(q, k, v, sequences, scale):
-    """A kernel whose first query sees the first key only, as torch's SDPA has it."""
+    """A kernel whose first query sees the first key only, as in torch's SDPA."""
     if not sequences.causal:
         return dense_attend(q, k, v, sequences, scale)
     pairs = torch.stack([sequences.query_bounds.diff(), sequences.key_bounds.diff()]).amin(0)
-    kept = torch.cat([first + torch.arange(n) for first, n in zip(sequences.key_bounds, pairs, strict=False)])
-    keys = kept if sequences.key_index is None else sequences.key_index[kept]
+    seen = torch.cat([first + torch.arange(n) for first, n in zip(sequences.key_bounds, pairs, strict=False)])
+    keys = seen if sequences.key_index is None else sequences.key_index[seen]
     bounds = torch.cat([torch.zeros(1, dtype=torch.int32), pairs.cumsum(0).int()])
     return dense_attend(
         q, k, v, replace(sequences, key_index=keys, key_bounds=bounds, most_keys=int(pairs.max())), scale
@@ -200,7 +198,7 @@ def top_left(q, k, v, sequences, scale):
 
 
 def without_contexts(*arguments):
-    """A backward pass that leaves the keys' gradients out where suffixes share them."""
+    """A backward pass without the key gradients of shared contexts."""
     of_queries, of_keys, of_values = dense_attend_backward(*arguments)
     return of_queries, of_keys * float(arguments[6].causal), of_values
 
@@ -220,7 +218,7 @@ def missing(*arguments):
 def test_kernels_that_compute_something_else_are_not_used_and_a_warning_says_why(
     packed, monkeypatch, caplog, name, kernel, reason
 ):
-    monkeypatch.setattr(packed_attention, name, kernel)
+    monkeypatch.setattr(gpu_attention, name, kernel)
     assert not agree()
     assert len(caplog.records) == 1
     assert reason in caplog.text

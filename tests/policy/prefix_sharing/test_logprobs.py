@@ -16,13 +16,13 @@ from rpo_lightning.update.objectives import CISPO, DAPO, GRPO, GSPO, Objective
 from rpo_lightning.update.settings import UpdateSettings
 from tests.conftest import make_group
 
-# Two groups of different prompts, prefixes and suffix lengths; ids are those of the arithmetic tokenizer.
+# Two groups with different prompts, prefixes and suffix lengths. Ids are those of the arithmetic tokenizer.
 GROUPS = [
     ([1.0, 0.0, 0.0], [(8, 9, 10, 2), (11, 2), (12, 13, 2)], (1, 4, 5, 6), (20, 21, 22)),
     ([0.2, 0.9, 0.4], [(9, 2), (5, 6, 7, 8, 9, 2), (7, 7, 7, 7)], (1, 30, 31), ()),
 ]
 
-# transformers' RMSNorm computes in fp32 whatever the model's dtype: terms that cancel leave that much.
+# transformers' RMSNorm computes in fp32 for any dtype of the model. Terms that cancel leave this much.
 ALGEBRA = 2e-6
 
 
@@ -117,7 +117,7 @@ def test_the_dapo_gradient_equals_plain_autograd_on_single_rows(exact_policy):
 
 
 def test_with_a_token_mean_the_prefix_terms_cancel(policy):
-    """Section 4 of the method: suffix and response scope differ in their normaliser only."""
+    """Section 4 of the paper: suffix and response scope differ in their normaliser only."""
     policy = policy.double()
     batch = groups()[:1]
     suffix = gradient(policy, DAPO(), batch)
@@ -162,7 +162,7 @@ def test_masking_truncated_responses_takes_them_out_of_loss_and_denominator(exac
     assert_same({n: p.grad for n, p in policy.named_parameters()}, masked, tolerance=1e-12)
 
 
-def test_frozen_log_probs_make_the_ratio_and_equal_the_policy_that_sampled(policy):
+def test_old_log_probs_make_the_ratio_and_equal_the_policy_that_sampled(policy):
     batch = groups()
     loss = PolicyLoss(policy, None, DAPO(), settings(), pad_id=0)
     loss.store_old_logprobs(batch)
@@ -178,7 +178,7 @@ def test_frozen_log_probs_make_the_ratio_and_equal_the_policy_that_sampled(polic
     assert loss.backward(batch, advantages, lambda x, _: x.backward())["loss/ratio_deviation_max"] > 0.01
 
 
-def test_log_probs_that_were_interrupted_are_not_half_frozen(policy, monkeypatch):
+def test_log_probs_that_were_interrupted_are_not_half_stored(policy, monkeypatch):
     batch = groups()
     loss = PolicyLoss(policy, None, DAPO(), settings(micro_batch_tokens=20), pad_id=0)
     assert len(loss._micro_batches(rows_of(batch, "suffix"))) > 1

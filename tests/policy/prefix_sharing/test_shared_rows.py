@@ -1,4 +1,4 @@
-"""Shared rows: exact for everything that can be trained, chosen where they are cheaper, refused where wrong."""
+"""Shared rows are exact for every objective, chosen where they are cheaper, and refused where they would be wrong."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ from tests.policy.prefix_sharing.test_logprobs import (
     together,
 )
 
-# The goal of the issue: every parameter's gradient in fp64.
+# Largest error of any parameter's gradient, in fp64.
 GOAL = 1e-10
 
 
 def sharing_wherever_it_may(loss):
-    """Whatever it costs: the models of these tests are so small that sharing rarely pays."""
+    """Ignores costs: in the small models of these tests sharing rarely pays."""
     loss._row_cost = RowCost(shares=loss._row_cost.shares, longest_shared=loss._row_cost.longest_shared)
     return loss
 
@@ -83,11 +83,11 @@ def test_shared_rows_give_the_gradient_of_plain_rows(exact_policy, objective, sc
     plain, expected = gradient(exact_policy, objective, reference, loss_scope=scope, share_prefixes=False)
     shared, metrics = gradient(exact_policy, objective, reference, loss_scope=scope)
     assert_same(plain, shared, GOAL)
-    # Contexts of 7 and 3 tokens, suffixes of 9 and 12: nothing here is shared by accident or not at all.
+    # Contexts have 7 and 3 tokens, suffixes 9 and 12: plain rows share nothing, shared rows share all.
     assert (expected["tokens"], metrics["tokens"]) == (3 * 7 + 9 + 3 * 3 + 12, 7 + 9 + 3 + 12)
     for name in ("loss/total", "loss/entropy", "loss/kl"):
         assert metrics[name] == pytest.approx(expected[name], abs=GOAL)
-    # A budget that the first group (16 tokens) exceeds: its context is repeated.
+    # The first group (16 tokens) exceeds this budget: its context is repeated.
     split, metrics = gradient(exact_policy, objective, reference, loss_scope=scope, micro_batch_tokens=14)
     assert metrics["tokens"] == 2 * 7 + 9 + 2 * 3 + 12
     assert_same(plain, split, GOAL)
@@ -113,7 +113,7 @@ def test_shared_rows_work_under_bf16_autocast(policy, prefix_gradient):
 
 
 def test_without_prefix_gradient_only_the_prefix_keys_and_values_are_constants(exact_policy):
-    """Against the model itself, continuing a cache that was filled without gradient, one member at a time."""
+    """Compared with the model itself: one member at a time continues a cache that was filled without gradient."""
     batch = groups()
     detached, metrics = gradient(exact_policy, DAPO(), batch=batch, prefix_gradient=False)
     exact, expected = gradient(exact_policy, DAPO(), batch=batch)
@@ -212,7 +212,7 @@ def test_chunks_of_the_output_head_change_nothing_and_keep_no_logits(exact_polic
 
 
 class LiveTensors(TorchDispatchMode):
-    """Most bytes that tensors made within it held at the same time: the same on every run, unlike a process's size."""
+    """Peak bytes of the tensors made within it. Equal on every run, unlike a process's size."""
 
     def __init__(self):
         super().__init__()
@@ -233,7 +233,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def test_peak_memory_of_scoring_does_not_grow_with_vocabulary_times_row_length(monkeypatch):
-    """Of forward and backward pass: what longer rows add is the same for a small vocabulary and a large one."""
+    """In forward and backward pass, longer rows add as much memory for a large vocabulary as for a small one."""
     small, large, short, long = 512, 2048, 16, 128
     monkeypatch.setattr(output_head.scoring.__wrapped__, "__defaults__", (8 * large,))
 
@@ -250,7 +250,7 @@ def test_peak_memory_of_scoring_does_not_grow_with_vocabulary_times_row_length(m
     def growth(vocabulary, full_logits):
         return peak(vocabulary, long, full_logits) - peak(vocabulary, short, full_logits)
 
-    # What the difference is at least where logits in fp32 are held, as those of whole rows are.
+    # The smallest difference if the logits of whole rows are held in fp32.
     of_logits = 4 * (large - small) * 4 * (long - short)
     assert growth(large, full_logits=True) - growth(small, full_logits=True) >= of_logits
     assert abs(growth(large, full_logits=False) - growth(small, full_logits=False)) < 0.01 * of_logits
@@ -281,7 +281,7 @@ def test_branches_cost_a_small_model_more_than_a_large_one(policy):
     )  # fmt: skip
     assert 0.1 < small.branch < 0.3
     assert large.branch < small.branch / 2
-    # What benchmarks/update_phase.py measured on the embedded reasoner: a gain, and a loss.
+    # Measured by benchmarks/update_phase.py on the embedded reasoner: a gain, then a loss.
     assert members_per_row(shared_rows(rows(182, [100] * 8), 10**6, small)) == [8]
     assert members_per_row(shared_rows(rows(32, [190] * 8), 10**6, small)) == [1] * 8
 
@@ -296,7 +296,7 @@ def test_a_group_longer_than_the_budget_is_split_by_suffixes():
     ("contexts", "shares", "computed"),
     [
         ([100, 90, 80, 70, 60, 50, 40, 10], True, [110 + 100 + 90, 80 + 70 + 60 + 50 + 20]),
-        # Filled up to the budget, it would be 300 and 50.
+        # Filled up to the budget, they would be 300 and 50.
         ([90, 90, 90, 40], True, [100 + 100, 100 + 50]),
         # Plain rows are padded to the longest.
         ([100, 90, 80, 70, 60, 50, 40, 10], False, [2 * 105, 3 * 95, 3 * 85, 4 * 65, 4 * 45]),
@@ -306,10 +306,10 @@ def test_micro_batches_are_even_within_the_budget_and_keep_every_row_once(contex
     cost = RowCost(shares=shares)
     batch = [row for g, n in enumerate(contexts) for row in shared_rows(rows(n, [5, 5], g), 300, cost)]
     batches = micro_batches(batch, max_tokens=300)
-    kept = sorted((m.group, m.member) for b in batches for row in b for m in row.members)
-    assert kept == [(group, member) for group in range(len(contexts)) for member in range(2)]
+    found = sorted((m.group, m.member) for b in batches for row in b for m in row.members)
+    assert found == [(group, member) for group in range(len(contexts)) for member in range(2)]
     assert (len(batches), max(map(size, batches))) == fewest_and_most_even(batch, 300)
-    # What a model is given.
+    # The tokens that a model gets.
     tokens = []
     model = tiny(MistralForCausalLM, MistralConfig, **ATTENTION, sliding_window=None, vocab_size=128)
     model.set_attn_implementation(IMPLEMENTATION)
@@ -323,13 +323,13 @@ def test_micro_batches_are_even_within_the_budget_and_keep_every_row_once(contex
 
 
 def size(batch: list[SharedRow]) -> int:
-    """Shared rows lie end to end, others are padded to the longest."""
+    """Shared rows are concatenated, others are padded to the longest."""
     lengths = [len(row) for row in batch]
     return sum(lengths) if any(len(row.members) > 1 for row in batch) else len(lengths) * max(lengths)
 
 
 def fewest_and_most_even(batch: list[SharedRow], limit: int) -> tuple[int, int]:
-    """Number of micro-batches and size of the largest, from all ways to cut the rows, ordered by length, into runs."""
+    """Number of micro-batches and size of the largest: the best of all ways to cut the rows, sorted by length."""
     ordered = sorted(batch, key=len, reverse=True)
     ways = []
     for cuts in range(len(ordered)):
@@ -362,7 +362,7 @@ ATTENTION = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_h
 
 
 def test_models_that_it_would_be_wrong_for_fall_back_to_plain_rows_with_one_reason(caplog):
-    deaf = tiny(StableLmForCausalLM, StableLmConfig, **ATTENTION)  # hands nothing on to its attention
+    deaf = tiny(StableLmForCausalLM, StableLmConfig, **ATTENTION)  # passes no arguments on to its attention
     recurrent = tiny(MambaForCausalLM, MambaConfig, state_size=4)
     dropout = tiny(MistralForCausalLM, MistralConfig, **ATTENTION, attention_dropout=0.1)
     eager = tiny(MistralForCausalLM, MistralConfig, **ATTENTION)
@@ -428,14 +428,14 @@ def test_a_model_without_windows_shares_rows_of_any_length():
 
 
 def test_layers_whose_queries_depend_on_their_place_in_a_row_do_not_share_rows():
-    """By thousands of tokens, so that a trial would see nothing."""
+    """They change only after thousands of tokens: a trial would not see it."""
     model = tiny(Llama4ForCausalLM, Llama4TextConfig, **{**ATTENTION, **LLAMA_4, "attn_temperature_tuning": True})
     assert "attn_temperature_tuning" in sharing_obstacle(model)
     assert sharing_obstacle(tiny(Llama4ForCausalLM, Llama4TextConfig, **ATTENTION, **LLAMA_4)) is None
 
 
 def test_layers_that_select_tokens_do_not_share_rows():
-    """Few tokens are all selected, so that a trial would see nothing."""
+    """They select all of a few tokens: a trial would not see it."""
     model = tiny(MistralForCausalLM, MistralConfig, **ATTENTION, sliding_window=None)
     model.config.layer_types = ["full_attention", "indexed_attention"]
     assert "layers of indexed_attention" in sharing_obstacle(model)
@@ -468,7 +468,7 @@ def test_a_model_that_caps_its_logits_is_scored_on_its_own_logits(caplog):
                 found, wrong = (x.logprobs_BS[index][x.mask_BS[index]] for x in (computed, uncapped))
                 torch.testing.assert_close(found, logprobs, atol=ALGEBRA, rtol=0)
                 assert (wrong - logprobs).abs().max() > 1e-3
-    # And so are the update, whose ratio is 1, and what is detached before it.
+    # The same holds for the update, whose ratio is 1, and for the old log-probs stored before it.
     members = rows_of(batch, "suffix")
     advantages = group_advantages([g.rewards for g in batch])
     capped.zero_grad()
@@ -480,10 +480,10 @@ def test_a_model_that_caps_its_logits_is_scored_on_its_own_logits(caplog):
         found, metrics = gradient(capped, DAPO(), batch=batch, share_prefixes=share)
         assert metrics["tokens"] == tokens
         assert_same(expected_gradient, found, ALGEBRA)
-    detached = groups()
-    PolicyLoss(capped, None, DAPO(), settings(), pad_id=0).store_old_logprobs(detached)
+    stored = groups()
+    PolicyLoss(capped, None, DAPO(), settings(), pad_id=0).store_old_logprobs(stored)
     for row in members:
-        found = torch.tensor(detached[row.group].old_logprobs[row.member], dtype=torch.float64)
+        found = torch.tensor(stored[row.group].old_logprobs[row.member], dtype=torch.float64)
         torch.testing.assert_close(found, own_logprobs(row), atol=ALGEBRA, rtol=0)
 
 
