@@ -1,1 +1,1 @@
-"""From scored groups to a gradient."""
+"""The update of the policy from scored groups: advantages, objectives, loss, and checks of a run's health."""

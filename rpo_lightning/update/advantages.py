@@ -17,17 +17,17 @@ _EPSILON = 1e-6
 def group_advantages(
     rewards: Sequence[Sequence[float]], scale: AdvantageScale = "group", ranks: Ranks | None = None
 ) -> list[Tensor]:
-    """Rewards minus their group's mean, scaled.
+    """Subtract each group's mean reward and scale.
 
     Args:
-        rewards: Rewards of each group; groups may differ in size but have at least two members.
-        scale: Divide by the standard deviation of the ``group`` (GRPO), of the whole ``batch``'s
-            rewards on all ranks, or not at all (``none``, Dr. GRPO). Standard deviations are the sample's (n - 1),
-            plus 1e-6, so that a group without variance gets zeros.
-        ranks: Who has the rest of the batch. With ``batch`` all ranks must call it.
+        rewards: Rewards of each group. Groups may differ in size, but each has at least two members.
+        scale: What to divide by: ``group``, the group's standard deviation (GRPO); ``batch``, that of all rewards on
+            all ranks; ``none``, nothing (Dr. GRPO). Standard deviations are those of a sample (n - 1), plus 1e-6 to
+            give a group of equal rewards zeros.
+        ranks: The ranks that share the batch. With ``batch`` this is a collective.
 
     Returns:
-        For each group its advantages, [G], float64.
+        The advantages of each group's members, [G], float64.
     """
     groups = [torch.tensor(r, dtype=torch.float64) for r in rewards]
     centred = [r - r.mean() for r in groups]

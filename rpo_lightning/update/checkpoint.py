@@ -1,4 +1,7 @@
-"""What a checkpoint needs beyond Lightning's: counters, waiting groups and generators of every rank; exact epochs."""
+"""The module's part of a checkpoint: counters, and the waiting groups and generators of every rank.
+
+:class:`EpochRepair` mends the part of a checkpoint that Lightning misreads.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ log = logging.getLogger(__name__)
 def gathered_state(
     iteration: int, guard: MismatchGuard, buffer: GroupBuffer | None, watch: LearningWatch, ranks: Ranks
 ) -> dict[str, Any]:
-    """The state of the run on all ranks, for a checkpoint that any number of ranks can resume; a collective."""
+    """The state of the run on all ranks; a collective. Any number of ranks can resume it."""
     mine = (buffer.state_dict() if buffer else None, generator_states())
     buffers, generators = zip(*ranks.gather(mine), strict=True)
     return {
@@ -39,18 +42,19 @@ def restore_state(
     watch: LearningWatch,
     ranks: Ranks,
 ) -> dict[str, Any] | None:
-    """Restore this rank's part of it.
+    """Restore this rank's part of a state. Warns if the run's seed is not the checkpoint's.
 
     Returns:
-        The generators' states, to be set when training begins; none for a rank that there was not then.
+        The states of the global generators, to be set when training begins; ``None`` if the checkpoint's run did not
+        have this rank.
     """
     if state["seed"] != run_seed():
         log.warning(
-            f"the checkpoint is of a run with seed_everything={state['seed']}, this one has {run_seed()}: questions "
-            "come in another order, some of this epoch twice and some not at all"
+            f"the checkpoint's run had seed_everything={state['seed']}, this one has {run_seed()}: questions come in "
+            "another order, some twice in this epoch and some not at all. To resume exactly, use the checkpoint's seed"
         )
     guard.load_state_dict(state["guard"])
-    watch.idle = state.get("idle_iterations", 0)  # earlier releases did not count them
+    watch.idle = state.get("idle_iterations", 0)  # not in checkpoints of earlier releases
     if buffer is not None and state["buffers"][0] is not None:
         buffer.load_state_dicts(state["buffers"], ranks.rank, ranks.size)
     generators: list[dict[str, Any]] = state["generators"]
@@ -58,9 +62,10 @@ def restore_state(
 
 
 def warn_of_rare_checkpoints(trainer: Any, updates_per_rollout: int) -> None:
-    """Say how often ``ModelCheckpoint(every_n_train_steps=N)`` really saves where an iteration makes several updates.
+    """Warn if ``ModelCheckpoint(every_n_train_steps=N)`` saves less often than after N updates.
 
-    Checkpoints are written between iterations, and Lightning looks for a number of updates that N divides.
+    Checkpoints are written between iterations, and only when N divides the number of updates. With U updates an
+    iteration, that is after every lcm(N, U) updates.
     """
     for callback in trainer.checkpoint_callbacks:
         every = getattr(callback, "_every_n_train_steps", 0)
@@ -73,19 +78,22 @@ def warn_of_rare_checkpoints(trainer: Any, updates_per_rollout: int) -> None:
 
 
 class EpochRepair:
-    """Makes every checkpoint resume at the question after its last, whoever wrote it and when.
+    """Makes a run resume at the question after its checkpoint's last one.
 
-    Lightning 2.6 misreads checkpoints that are written after a run has stopped: its default one with ``max_steps``, or
-    ``trainer.save_checkpoint`` after ``fit``. If the run stopped within an epoch, Lightning counts that epoch as done
-    and skips the rest of it. If it stopped at the end of an epoch, Lightning resumes that epoch, finds nothing left in
-    it, and shuffles the next one as if it were the one after.
+    Without it, Lightning 2.6 misreads checkpoints written after a run has stopped: its default one with ``max_steps``,
+    or ``trainer.save_checkpoint`` after ``fit``. If the run stopped within an epoch, Lightning counts that epoch as
+    done and skips the rest of it. If the run stopped at the end of an epoch, Lightning resumes that epoch, finds
+    nothing left in it, and shuffles the next epoch as if it were the one after.
     """
 
     def __init__(self) -> None:
         self._begins_epoch = False
 
     def load(self, loops: dict[str, Any]) -> None:
-        """Look at ``checkpoint["loops"]``, and mark an epoch as unfinished if it is."""
+        """Mend ``checkpoint["loops"]`` if it counts an unfinished epoch as done.
+
+        Call it before Lightning reads the loops.
+        """
         epochs = loops["fit_loop"]["epoch_progress"]
         batches = loops["fit_loop"]["epoch_loop.batch_progress"]
         is_counted = epochs["total"]["processed"] == epochs["total"]["started"] > 0
@@ -96,7 +104,7 @@ class EpochRepair:
                 counts["completed"] = min(counts["completed"], counts["processed"])
 
     def start(self, fit_loop: Any) -> None:
-        """When training starts: begin a new epoch, if the last one is complete, instead of resuming it."""
+        """Begin a new epoch if the checkpoint's is complete. Call it when training starts."""
         if self._begins_epoch:
             fit_loop._restarting = False
             fit_loop.epoch_loop.restarting = False

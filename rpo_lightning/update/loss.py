@@ -1,7 +1,7 @@
-"""The update of the policy: micro-batches, loss, gradient.
+"""The gradient of an update, computed in micro-batches.
 
-Ranks may have different groups, even none. All of them make as many passes as the busiest, since forward and
-backward passes are collectives where parameters are sharded; what is left over is filled with a row of three
+Ranks may have different numbers of groups, even none. If parameters are sharded, forward and backward passes are
+collectives. Therefore all ranks make as many passes as the busiest one, and fill the missing ones with a row of three
 tokens whose loss is zero.
 """
 
@@ -36,30 +36,30 @@ from rpo_lightning.update.objectives.base import LossInputs, Objective
 from rpo_lightning.update.reference import ReferencePolicy
 from rpo_lightning.update.settings import UpdateSettings
 
-# Runs the backward pass of a loss; told whether it is the update's last.
+# Runs the backward pass of a loss. The flag is True for the last pass of an update.
 Backward = Callable[[Tensor, bool], None]
-# Has the loss of a micro-batch computed.
+# Calls a function that computes the loss of a micro-batch, and returns that loss.
 Forward = Callable[[Callable[[], Tensor]], Tensor]
 
 
 class PolicyLoss:
-    """Computes the loss of an optimisation batch, micro-batch by micro-batch.
+    """Computes the loss of an update's groups, one micro-batch at a time.
 
     Args:
         policy: The model that is trained.
-        reference: The starting policy, where the objective has a KL penalty.
-        objective: Per-token loss and normalisation.
+        reference: The reference policy of the KL penalty; ``None`` without one.
+        objective: Loss of a token, and weight of a sequence.
         settings: See :class:`UpdateSettings`.
         pad_id: Padding token.
         temperature: Sampling temperature of the rollouts.
-        importance_correction: Weights for what the engine's policy and the trainer's differ by; ``None`` where the
-            engine's log-probs cannot be compared with the trainer's.
-        timer: Where the seconds of the reference's log-probs are booked.
-        ranks: Who has the rest of the batch.
+        importance_correction: Weights that correct for differences between engine and trainer; ``None`` if the
+            engine's log-probs are not comparable with the trainer's.
+        timer: Gets the seconds of the reference's log-probs.
+        ranks: The ranks that share the update.
 
     Attributes:
-        processed_tokens: Tokens that were computed so far in each phase, padding left out: ``old_logprobs`` and
-            ``reference_logprobs`` forward, ``update`` forward and backward.
+        processed_tokens: Tokens computed so far by phase, without padding: ``old_logprobs`` and ``reference_logprobs``
+            (forward), ``update`` (forward and backward).
     """
 
     def __init__(
@@ -92,7 +92,10 @@ class PolicyLoss:
         self._idle_batch = [SharedRow((idle,))]
 
     def store_old_logprobs(self, groups: Sequence[Group]) -> None:
-        """Store the current policy's log-probs with groups that outlive the current weights; a collective."""
+        """Store the current policy's log-probs in groups that lack old ones; a collective.
+
+        Call it before the weights change, for groups that later updates use.
+        """
         pending = [g for g in groups if g.old_logprobs is None]
         stores: list[list[list[float]]] = [[[] for _ in group.completions] for group in pending]
         for batch, _ in self._passes(self._micro_batches(rows_of(pending, self.settings.loss_scope))):
@@ -103,7 +106,7 @@ class PolicyLoss:
             self.processed_tokens["old_logprobs"] += sum(len(row) for row in batch)
             for i, row in enumerate(computed.rows):
                 stores[row.group][row.member] = computed.logprobs_BS[i][computed.mask_BS[i]].tolist()
-        for group, store in zip(pending, stores, strict=True):  # all or none: an interruption leaves nothing half done
+        for group, store in zip(pending, stores, strict=True):  # last, so an interruption leaves no group half done
             group.old_logprobs = store
 
     def backward(
@@ -113,16 +116,16 @@ class PolicyLoss:
         backward: Backward,
         forward: Forward = lambda compute: compute(),
     ) -> dict[str, float]:
-        """Accumulate the gradient of the batch's loss; a collective.
+        """Accumulate the gradient of an update's loss; a collective.
 
         Args:
-            groups: This rank's groups of the update; may be empty where other ranks have some.
-            advantages: Those of each group's members, [G].
-            backward: Runs the backward pass of a micro-batch. The gradients of ranks are expected to be averaged.
+            groups: This rank's groups of the update. May be empty if other ranks have some.
+            advantages: Advantages of each group's members, [G].
+            backward: Runs the backward pass of a micro-batch. It, or the strategy, must average gradients over ranks.
             forward: Runs the forward pass of a micro-batch.
 
         Returns:
-            Metrics of the update over all ranks, ``loss/…`` and ``mismatch/…``.
+            The update's metrics over all ranks, ``loss/…`` and ``mismatch/…``.
         """
         rows = rows_of(groups, self.settings.loss_scope)
         lengths = {(r.group, r.member): self._loss_length(groups, r) for r in rows}
@@ -146,13 +149,13 @@ class PolicyLoss:
         return metrics.take(self.ranks)
 
     def _passes(self, batches: Sequence[list[SharedRow]]) -> Iterator[tuple[list[SharedRow] | None, bool]]:
-        """This rank's micro-batches, then ``None`` until all ranks have had as many, and whether it is the last."""
+        """This rank's micro-batches, then ``None`` for each pass it lacks; each with whether it is the last pass."""
         count = self.ranks.most(len(batches))
         for index in range(count):
             yield (batches[index] if index < len(batches) else None), index == count - 1
 
     def _idle_loss(self) -> Tensor:
-        """Zero, from the same passes through the same models as a micro-batch makes."""
+        """A loss of zero, with the same passes through the same models as a micro-batch."""
         self._reference_logprobs(self._idle_batch)
         return self._logprobs(self.policy, self._idle_batch, self.settings.prefix_gradient).logprobs_BS.sum() * 0.0
 
@@ -200,7 +203,7 @@ class PolicyLoss:
     def _importance(
         self, groups: Sequence[Group], rows: Sequence[Row], old_BS: Tensor, mask_BS: Tensor, mismatch: Mismatch
     ) -> Tensor | None:
-        """Compare with the engine's log-probs, which exist for sampled tokens only; weights of the loss tokens."""
+        """Importance weights of the loss tokens. Adds the differences at sampled tokens to ``mismatch``."""
         if self.importance_correction is None:
             return None
         logprobs = [groups[row.group].completions[row.member].logprobs for row in rows]
@@ -227,7 +230,8 @@ class PolicyLoss:
 
 
 def _right_aligned(rows: Sequence[Sequence[float]], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers at the ends of the rows of a tensor like another, and where they are; made where lists are, sent once."""
+    """Right-align lists in a tensor like ``like``; also returns a mask of their positions."""
+    # Filled on the CPU and sent to the device once.
     values_BS, mask_BS = torch.zeros(like.shape, dtype=like.dtype), torch.zeros(like.shape, dtype=torch.bool)
     for i, row in enumerate(rows):
         start = like.shape[1] - len(row)
@@ -238,7 +242,7 @@ def _right_aligned(rows: Sequence[Sequence[float]], like: Tensor) -> tuple[Tenso
 def _without_context_gradient(cost: RowCost) -> RowCost:
     if not cost.shares or cost.longest_shared is not None:
         raise UpdateError(
-            "model.update.prefix_gradient=false computes prefixes apart from suffixes, which needs shared rows of any "
-            "length; this model does not allow them (its warning says why): leave prefix_gradient at true"
+            "model.update.prefix_gradient=false needs shared rows of any length, which this model does not support "
+            "(its warning says why): set model.update.prefix_gradient=true"
         )
     return replace(cost, context=1 / 3)  # a forward pass is a third of forward and backward

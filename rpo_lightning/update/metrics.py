@@ -1,4 +1,4 @@
-"""What the logs say: of the rollouts, of an update, and of a whole iteration over all ranks."""
+"""Logged metrics of rollouts, updates and whole iterations."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _NAMES = ("tokens", "total", "policy", "entropy", "kl", "clip_share")
 
 
 class UpdateMetrics:
-    """Sums over micro-batches.
+    """Adds up the metrics of an update over its micro-batches.
 
     Attributes:
-        mismatch: What the engine's and the trainer's log-probs differ by.
+        mismatch: Differences between the engine's and the trainer's log-probs.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,13 @@ class UpdateMetrics:
         self._ratio_deviation_max = torch.zeros((), dtype=torch.float64)
 
     def add(self, output: LossOutput, computed: TokenLogprobs, mask_BS: Tensor) -> None:
-        """Take in a micro-batch."""
+        """Add a micro-batch.
+
+        Args:
+            output: Its loss.
+            computed: Its log-probs and entropies.
+            mask_BS: True at loss tokens.
+        """
         entropy = (computed.entropy_BS * mask_BS).sum()
         values = (mask_BS.sum(), output.loss, output.policy_loss, entropy, output.kl_sum, output.clipped_sum)
         self._sums += torch.stack([v.detach().cpu().double() for v in values])
@@ -38,7 +44,7 @@ class UpdateMetrics:
         self._ratio_deviation_max = torch.maximum(self._ratio_deviation_max, deviation)
 
     def take(self, ranks: Ranks) -> dict[str, float]:
-        """Metrics of the whole update, ``loss/…`` and ``mismatch/…``; a collective."""
+        """The update's metrics over all ranks, ``loss/…`` and ``mismatch/…``; a collective."""
         sums = dict(zip(_NAMES, ranks.sum(self._sums).tolist(), strict=True))
         tokens = max(sums["tokens"], 1.0)
         return {
@@ -56,12 +62,12 @@ class IterationRecord:
     """Figures of an iteration.
 
     Attributes:
-        metrics: What the logs say about its rollouts.
+        metrics: Metrics of its rollout.
         phase_seconds: Seconds of each phase.
         phase_tokens: Tokens of each phase.
-        responses: How many were sampled.
-        killed: Gradings that were killed, or died.
-        usable_groups: Groups that an update can learn from, now or later.
+        responses: Number of sampled responses.
+        killed: Number of gradings whose process was killed or died.
+        usable_groups: Number of sampled groups that this or a later update can learn from.
     """
 
     metrics: dict[str, float]
@@ -72,7 +78,7 @@ class IterationRecord:
     usable_groups: int = 0
 
     def over(self, ranks: Ranks) -> IterationRecord:
-        """The same of all ranks together: counts and tokens add up, the rest is averaged; a collective."""
+        """The record over all ranks; a collective. Counts and tokens are summed, metrics and seconds averaged."""
         records = ranks.gather(self)
         if len(records) == 1:
             return self
@@ -93,7 +99,7 @@ class IterationRecord:
         )
 
     def logged(self) -> dict[str, float]:
-        """Everything for the logger."""
+        """All figures under the names that loggers get."""
         return {
             **self.metrics,
             "reward/grading_killed": float(self.killed),
@@ -109,11 +115,10 @@ def _means(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """What the logs say about freshly sampled groups.
+    """Metrics of freshly sampled groups, ``reward/…`` and ``rollout/…``.
 
-    ``rollout/decoded_tokens_per_sample`` counts sampled tokens only; ``rollout/response_tokens`` the
-    kept prefix too. The zero-variance share is split into groups that are all right, all wrong, and
-    equal for another reason.
+    ``rollout/decoded_tokens_per_sample`` counts suffixes only; ``rollout/response_tokens`` counts prefixes too.
+    ``rollout/all_right_share`` and ``rollout/all_wrong_share`` are parts of ``rollout/zero_variance_share``.
     """
     count = len(groups)
     members = [(g, c) for g in groups for c in g.completions]
@@ -140,7 +145,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def rollout_tokens(groups: Sequence[Group]) -> dict[str, int]:
-    """Tokens of the phases of a rollout: prompts and prefixes once a group, and what was sampled."""
+    """Tokens of a rollout by phase: each group's context once (``prefill``), and all suffixes (``decode``)."""
     return {
         "prefill": sum(len(g.request.prompt.token_ids) + len(g.request.prefix_ids) for g in groups),
         "decode": sum(len(c.token_ids) for g in groups for c in g.completions),

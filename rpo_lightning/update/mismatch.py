@@ -1,8 +1,7 @@
-"""How far the rollout engine's log-probs are from the trainer's, and when that means stale weights.
+"""Differences between the rollout engine's log-probs and the trainer's, and a guard that stops on large ones.
 
-Both are log-probs of the same sampled tokens under the same weights, so they differ by rounding only:
-some 1e-6 in fp32, some 1e-2 between bf16 kernels. A weight sync that silently did nothing, or half of
-what it should, shows here first.
+Both are log-probs of the same sampled tokens under the same weights, and should differ by rounding only: about 1e-6 in
+fp32, about 1e-2 between bf16 kernels. A larger difference means that a weight sync failed in whole or in part.
 """
 
 from __future__ import annotations
@@ -21,14 +20,19 @@ _HISTORY = 20
 
 
 class Mismatch:
-    """Sums over the sampled tokens of an update."""
+    """Adds up statistics of the differences over the sampled tokens of an update."""
 
     def __init__(self) -> None:
         self._sums = torch.zeros(4, dtype=torch.float64)  # tokens, |d|, ratio, ratio²
         self._maxima = torch.full((3,), -torch.inf, dtype=torch.float64)  # |d|, ratio, -ratio
 
     def add(self, difference_BS: Tensor, sampled_BS: Tensor) -> None:
-        """Take in a micro-batch: trainer's minus engine's log-probs, and where they count."""
+        """Add a micro-batch.
+
+        Args:
+            difference_BS: Trainer's minus engine's log-probs, [B, S].
+            sampled_BS: True at tokens that the engine sampled.
+        """
         difference_N = difference_BS[sampled_BS].cpu().double()
         if not len(difference_N):
             return
@@ -39,7 +43,10 @@ class Mismatch:
         self._maxima = torch.maximum(self._maxima, maxima)
 
     def metrics(self, ranks: Ranks | None = None) -> dict[str, float]:
-        """Mean and largest |difference| in nats, and statistics of the raw ratio over all ranks; ``mismatch/…``."""
+        """Statistics over all ranks, ``mismatch/…``; a collective. Empty if no token was compared.
+
+        ``logprob_…`` are of the |difference| in nats, ``ratio_…`` of its exponential before any truncation.
+        """
         ranks = ranks or Ranks()
         tokens, absolute, ratio, square = ranks.sum(self._sums).tolist()
         largest, ratio_max, negative_min = ranks.max(self._maxima).tolist()
@@ -58,13 +65,12 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class MismatchBound:
-    """When a difference stops the run.
+    """Mean |differences|, in nats a token, that stop the run.
 
     Attributes:
-        largest: Mean |difference| in nats that is never right.
-        jump: A mean this many times the median of the last iterations is a sudden change: the weights
-            in the engine are not the policy's.
-        smallest: A mean below this never counts as a jump.
+        largest: A mean above this stops the run.
+        jump: A mean above this many times the median of the last iterations stops the run.
+        smallest: A mean up to this never counts as a jump.
     """
 
     largest: float = 0.2
@@ -80,7 +86,7 @@ class MismatchBound:
 
 
 class MismatchGuard:
-    """Stops the run before an update on samples of another policy than the trainer's.
+    """Stops a run whose engine does not sample from the trainer's policy.
 
     Args:
         bound: See :class:`MismatchBound`.
@@ -91,30 +97,34 @@ class MismatchGuard:
         self._means: list[float] = []
 
     def check(self, mean: float, step: int) -> None:
-        """Look at the mean |difference| of an update that is about to be made.
+        """Check an update before the optimizer's step.
+
+        Args:
+            mean: Mean |difference| of its sampled tokens, in nats.
+            step: Number of the update, for the message.
 
         Raises:
-            EngineError: It is beyond the bound.
+            EngineError: The mean is above the bound, or is not a number.
         """
         usual = median(self._means) if self._means else None
         limit = self.bound.largest
         if usual is not None:
             limit = min(limit, max(self.bound.smallest, self.bound.jump * usual))
-        # "not <=" so that a NaN stops too.
+        # Not "mean > limit": NaN must stop the run too.
         if not mean <= limit:
             before = "" if usual is None else f" (median so far {usual:.2g})"
             raise EngineError(
                 f"update {step}: the rollout engine's log-probs differ from the trainer's by {mean:.2g} nats a token "
-                f"on average{before}, more than {limit:.2g}: its weights are stale or incomplete, or its precision is "
-                "too low; the policy was left as it was. Resume from a checkpoint, or raise "
+                f"on average{before}, more than {limit:.2g}: the engine's weights are stale or incomplete, or its "
+                "precision is too low. The policy is unchanged. Resume from a checkpoint, or raise "
                 "model.update.mismatch_bound if this is expected"
             )
         self._means = [*self._means, mean][-_HISTORY:]
 
     def state_dict(self) -> dict[str, Any]:
-        """The last iterations' means."""
+        """The means of the last iterations."""
         return {"means": self._means}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the means of the last iterations."""
         self._means = list(state["means"])

@@ -1,6 +1,6 @@
-"""The reference policy of the KL penalty: the starting policy, frozen.
+"""The reference policy of the KL penalty: the policy before its first update.
 
-A policy with an adapter *is* its starting policy once the adapter is switched off, so that no second model is held.
+A policy with an adapter is its own reference when the adapter is switched off. Other policies need a copy.
 """
 
 from __future__ import annotations
@@ -12,28 +12,29 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
+from typing_extensions import override
 
 from rpo_lightning.policy.lora import has_adapter
 
 
 class ReferencePolicy(ABC):
-    """Provides the model whose log-probs the penalty compares with."""
+    """Provides the model whose log-probs the KL penalty compares with."""
 
     @abstractmethod
     def __call__(self) -> Any:
-        """Context manager that gives the model."""
+        """Return a context manager that yields the model."""
 
     @property
     def own_models(self) -> list[PreTrainedModel]:
-        """Models beside the policy that have to be laid over the ranks."""
+        """Models other than the policy that the strategy must place on the ranks."""
         return []
 
     def prepare(self, attention: str, device: Any) -> None:  # noqa: B027 (optional)
-        """Have it attend as the policy does, on the policy's device."""
+        """Give the model the policy's attention implementation and device."""
 
 
 class FrozenCopy(ReferencePolicy):
-    """A copy of the starting policy.
+    """A copy of the starting policy that is never trained.
 
     Args:
         model: The copy.
@@ -43,17 +44,17 @@ class FrozenCopy(ReferencePolicy):
         self.model = model.eval().requires_grad_(False)
 
     @property
+    @override
     def own_models(self) -> list[PreTrainedModel]:
-        """The copy."""
         return [self.model]
 
+    @override
     @contextmanager
     def __call__(self) -> Iterator[PreTrainedModel]:
-        """The copy."""
         yield self.model
 
+    @override
     def prepare(self, attention: str, device: Any) -> None:
-        """Have it attend as the policy does, on the policy's device."""
         if self.model.config._attn_implementation != attention:
             self.model.set_attn_implementation(attention)
         if self.model.device != device:
@@ -70,14 +71,13 @@ class WithoutAdapter(ReferencePolicy):
     def __init__(self, policy: Any) -> None:
         self.policy = policy
 
+    @override
     @contextmanager
     def __call__(self) -> Iterator[PreTrainedModel]:
-        """The policy without its adapter, while the context lasts."""
         with self.policy.disable_adapter():
             yield self.policy
 
 
 def reference_of(policy: Any) -> ReferencePolicy:
-    """The reference of a policy that has just been loaded."""
-    # A copy, not a second load: the starting policy is what was loaded.
+    """The reference of a policy. Call it before the first update, on the whole policy."""
     return WithoutAdapter(policy) if has_adapter(policy) else FrozenCopy(copy.deepcopy(policy))

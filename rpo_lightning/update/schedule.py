@@ -1,4 +1,4 @@
-"""Learning-rate schedules, by the names that transformers gives them."""
+"""``model.lr_schedule``: learning-rate schedules by their names in transformers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class LearningRateSchedule:
     """A schedule over the updates of a run.
 
     Attributes:
-        name: As in ``transformers.get_scheduler``: ``constant``, ``linear``, ``cosine``,
-            ``cosine_with_min_lr``, ``constant_with_warmup``, …
-        warmup_share: Share of the updates during which the rate rises from 0.
+        name: A name of ``transformers.get_scheduler``: ``constant``, ``linear``, ``cosine``, ``cosine_with_min_lr``,
+            ``constant_with_warmup``, …
+        warmup_share: Share of the updates, 0 to 1, during which the rate rises from 0.
         arguments: Further arguments of the schedule, e.g. ``{min_lr_rate: 0.1}``.
     """
 
@@ -39,12 +39,14 @@ class LearningRateSchedule:
             )
 
     def length(self, trainer: Any, updates_per_rollout: int, may_skip_updates: bool) -> float:
-        """Updates over which the schedule runs; infinite where the trainer sets no limit.
+        """The number of updates over which the schedule runs; infinite if the trainer sets no limit.
+
+        Warns if dynamic sampling will end the run before the schedule.
 
         Args:
             trainer: Lightning's trainer.
-            updates_per_rollout: Optimizer steps on one batch of prompts.
-            may_skip_updates: Whether some batches make none (dynamic sampling).
+            updates_per_rollout: Updates on the groups of one rollout.
+            may_skip_updates: Whether some batches of prompts lead to no update (dynamic sampling).
         """
         updates: float = trainer.max_steps if trainer.max_steps != -1 else float("inf")
         if self.name == "constant":
@@ -52,8 +54,8 @@ class LearningRateSchedule:
         of_epochs: float = trainer.estimated_stepping_batches * updates_per_rollout
         if may_skip_updates and of_epochs < updates:
             log.warning(
-                "dynamic sampling makes fewer updates than batches, so that the learning-rate schedule will not reach "
-                "its end: set trainer.max_steps to what the run will reach"
+                "dynamic sampling makes fewer updates than batches, so the learning-rate schedule will not reach its "
+                "end: set trainer.max_steps to the number of updates that the run will reach"
             )
         return min(updates, of_epochs)
 
@@ -61,15 +63,15 @@ class LearningRateSchedule:
         """Make the scheduler.
 
         Args:
-            optimizer: What it steers.
-            updates: Updates of the whole run; infinite where no limit is set.
+            optimizer: The optimizer whose rate it sets.
+            updates: Updates of the whole run; infinite if there is no limit.
 
         Raises:
-            ConfigurationError: The schedule needs a limit, or does not exist.
+            ConfigurationError: The schedule needs a limit, does not exist, or does not take the arguments.
         """
         if updates == float("inf") and self.name != "constant":
             raise ConfigurationError(
-                f"model.lr_schedule {self.name!r} needs to know how long the run is: set trainer.max_steps or "
+                f"model.lr_schedule.name={self.name} needs a run of known length: set trainer.max_steps or "
                 "trainer.max_epochs"
             )
         total = 0 if updates == float("inf") else int(updates)
@@ -82,4 +84,7 @@ class LearningRateSchedule:
                 scheduler_specific_kwargs=dict(self.arguments),
             )
         except (ValueError, TypeError) as error:
-            raise ConfigurationError(f"model.lr_schedule: {str(error).splitlines()[0]}") from error
+            raise ConfigurationError(
+                f"model.lr_schedule.name={self.name}: {str(error).splitlines()[0]}; use a schedule of "
+                "transformers.get_scheduler and the arguments that it takes"
+            ) from error

@@ -1,4 +1,4 @@
-"""``model.update``: how scored groups become a gradient."""
+"""``model.update``: the settings of an update."""
 
 from __future__ import annotations
 
@@ -13,29 +13,32 @@ from rpo_lightning.update.mismatch import MismatchBound
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """How scored groups become a gradient.
+    """How scored groups update the policy.
 
     Attributes:
-        loss_scope: ``suffix`` (on-policy given the prefix) or ``response`` (eq. 5 of the paper).
-        advantage_scale: What advantages are divided by: the standard deviation of the ``group``, of the ``batch`` (all
-            groups of a rollout that are trained on), or nothing (``none``).
+        loss_scope: Tokens in the loss: the ``suffix`` (on-policy given the prefix), or the whole ``response`` (eq. 5 of
+            the paper).
+        advantage_scale: What advantages are divided by: the standard deviation of the ``group``, that of the ``batch``
+            (all groups of a rollout that are trained on), or nothing (``none``).
         mask_truncated: Leave unfinished responses out of the loss (DAPO's overlong filtering).
         passes_per_rollout: How often the groups of a rollout are trained on.
         minibatches_per_pass: Updates that a pass is split into.
-        micro_batch_tokens: Tokens of one forward and backward pass, padding included.
-        share_prefixes: Compute the prompt and prefix of a group once in the update, and read their keys and values
-            once in the steps of ``TransformersEngine``, where that is cheaper.
-        prefix_gradient: Let the gradient go through prompt and prefix too. Without it the update is cheaper and
-            biased (``benchmarks/README.md``); needs ``loss_scope: suffix`` and ``share_prefixes``.
-        importance_correction: Weights of the loss for what the rollout engine samples otherwise than the trainer
-            would; ``TokenTruncated(2.0)`` if not given.
+        micro_batch_tokens: Most tokens of one forward and backward pass, padding included. A longer row makes a
+            micro-batch of its own.
+        share_prefixes: Share a group's context where that is cheaper: the update computes it once, and
+            ``TransformersEngine`` reads its keys and values once a step.
+        prefix_gradient: Let the gradient flow through the context too. Without it, the update is cheaper and its
+            gradient biased (``benchmarks/README.md``). Turning it off needs ``loss_scope: suffix`` and
+            ``share_prefixes: true``.
+        importance_correction: Weights of the loss that correct for differences between rollout engine and trainer;
+            ``TokenTruncated(2.0)`` if not given.
         mismatch_bound: Log-prob differences between engine and trainer that stop the run.
-        max_grad_norm: Gradient norm limit; infinite (``.inf``) for no clipping.
+        max_grad_norm: Limit of the gradient's norm; ``.inf`` for no clipping.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
-        max_idle_iterations: Iterations in a row that neither update the policy nor keep a group for the next update,
-            after which the run stops with a diagnosis; 0 for never.
-        accumulate_sharded: With FSDP2, reduce gradients after every micro-batch instead of once an update: more
-            traffic, and no rank holds a whole gradient.
+        max_idle_iterations: Stop the run with a diagnosis after this many iterations in a row that neither update the
+            policy nor leave a group for the next update; 0 for never.
+        accumulate_sharded: With FSDP2, reduce gradients after every micro-batch, not once an update: more traffic, but
+            no rank holds a whole gradient.
     """
 
     loss_scope: LossScope = "suffix"
@@ -73,10 +76,10 @@ class UpdateSettings:
         if not self.prefix_gradient and (self.loss_scope != "suffix" or not self.share_prefixes):
             raise ConfigurationError(
                 "model.update.prefix_gradient=false needs model.update.loss_scope=suffix and "
-                "model.update.share_prefixes=true"
+                f"model.update.share_prefixes=true, got {self.loss_scope} and {str(self.share_prefixes).lower()}"
             )
 
     @property
     def updates_per_rollout(self) -> int:
-        """Optimizer steps that are made on the groups of one rollout."""
+        """Updates on the groups of one rollout."""
         return self.passes_per_rollout * self.minibatches_per_pass

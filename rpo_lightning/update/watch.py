@@ -1,4 +1,4 @@
-"""Notices runs that cannot learn: iterations that leave the policy as it is, and rewards that never differ."""
+"""Detects runs that cannot learn: no updates, or equal rewards within every group."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from rpo_lightning.update.metrics import IterationRecord
 
 log = logging.getLogger(__name__)
 
-# So many iterations in a row whose groups have equal rewards are worth a warning.
+# Flat iterations in a row after which to warn.
 _FLAT_ITERATIONS = 2
 
 
 class LearningWatch:
-    """Warns about iterations from which nothing is learned, and stops the run where they go on.
+    """Warns once about iterations that teach nothing, and stops a run with too many of them in a row.
 
-    An iteration is *idle* if no update was made and no group was kept for the next update. It is *flat* if an update
-    was made although the rewards within each group are all equal: then all advantages are zero.
+    An iteration is *idle* if it made no update and left no group for the next one. It is *flat* if it made an update
+    with equal rewards within every group, whose advantages are all zero. Only idle iterations stop a run.
 
     Args:
         max_idle_iterations: Idle iterations in a row after which the run stops; 0 for never.
@@ -33,14 +33,14 @@ class LearningWatch:
         self._has_warned = False
 
     def check(self, record: IterationRecord, updated: bool) -> None:
-        """Look at an iteration.
+        """Check an iteration.
 
         Args:
             record: Its figures over all ranks.
-            updated: Whether the policy was updated.
+            updated: Whether it made an update.
 
         Raises:
-            UpdateError: There have been too many idle iterations in a row.
+            UpdateError: Too many iterations in a row were idle.
         """
         is_flat = record.metrics["rollout/zero_variance_share"] == 1.0
         self._flat = self._flat + 1 if updated and is_flat else 0
@@ -64,7 +64,7 @@ class LearningWatch:
 
 
 def _diagnosis(record: IterationRecord) -> str:
-    """What the responses of an iteration are like, and what may help."""
+    """Figures of an iteration's responses, and what to change."""
     metrics = record.metrics
     correct, truncated = metrics["reward/correct_share"], metrics["rollout/truncated_share"]
     seen = (

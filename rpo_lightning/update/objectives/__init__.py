@@ -1,4 +1,4 @@
-"""Objectives: how log-probs and advantages become a loss."""
+"""Objectives: the loss of a policy from log-probs and advantages."""
 
 from rpo_lightning.update.objectives.base import LossInputs, LossOutput, Objective
 from rpo_lightning.update.objectives.cispo import CISPO

@@ -1,8 +1,8 @@
-"""What an objective is: a loss per token, and a weight per sequence.
+"""The base class of objectives. An objective is a loss for each token and a weight for each sequence.
 
-The loss of an optimisation batch is ``Σ_i w_i Σ_t ℓ_it`` over its sequences i and their loss tokens
-t. The weights ``w_i`` are fixed from the lengths of the *whole* batch (all micro-batches, all ranks)
-before the first backward pass, so that the gradient does not depend on how the batch is split.
+The loss of an update is ``Σ_i w_i Σ_t ℓ_it`` over its sequences i and their loss tokens t. The weights ``w_i`` are
+computed before the first backward pass from the lengths of all sequences, on all ranks. Therefore the gradient does not
+depend on how sequences are split into micro-batches.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ Normalisation = Literal["token", "sequence"]
 
 @dataclass(frozen=True)
 class LossInputs:
-    """One micro-batch as the objectives see it.
+    """A micro-batch as objectives see it.
 
     Attributes:
         logprobs_BS: Log-probs of the loss tokens under the policy, with gradient.
-        old_logprobs_BS: The same under the policy that sampled them.
-        reference_logprobs_BS: The same under the reference model, where ``beta`` > 0.
-        advantages_B: One advantage a sequence.
+        old_logprobs_BS: Their log-probs under the policy that sampled them.
+        reference_logprobs_BS: Their log-probs under the reference policy; ``None`` without a KL penalty.
+        advantages_B: Advantage of each sequence.
         mask_BS: True at loss tokens.
-        weights_B: Weight of each token of a sequence, from :meth:`Objective.sequence_weights`.
-        importance_BS: Weights of the policy loss for what the engine sampled otherwise than the trainer
-            would, where they are known.
+        weights_B: Weight of every token of a sequence, from :meth:`Objective.sequence_weights`.
+        importance_BS: Importance weights of the tokens (:mod:`rpo_lightning.update.importance`); ``None`` for 1.
     """
 
     logprobs_BS: Tensor
@@ -45,14 +44,14 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Loss of a micro-batch, its share of the batch's loss, and sums over its tokens for the logs.
+    """Loss of a micro-batch, and figures for the logs.
 
     Attributes:
-        loss: Scalar with gradient; micro-batch losses add up to the batch's.
-        policy_loss: The clipped-surrogate part.
+        loss: Scalar with gradient. The losses of an update's micro-batches add up to the update's.
+        policy_loss: The loss without the KL penalty.
         kl_sum: Sum of the k3 estimates over loss tokens.
-        clipped_sum: Number of loss tokens at which clipping stops the gradient.
-        ratio_deviation_max: Largest |ratio - 1|.
+        clipped_sum: Number of loss tokens that :meth:`Objective.token_losses` reports as clipped.
+        ratio_deviation_max: Largest |ratio - 1| of the loss tokens.
     """
 
     loss: Tensor
@@ -68,8 +67,8 @@ class Objective(ABC):
     Args:
         clip_low: The ratio is clipped at ``1 - clip_low``.
         clip_high: The ratio is clipped at ``1 + clip_high``.
-        beta: Coefficient of the KL penalty to the reference model (k3 estimator; Schulman 2020). The
-            reference is loaded only when it is above 0.
+        beta: Coefficient of the KL penalty to the reference policy (k3 estimator; Schulman 2020). With 0 there is no
+            reference policy.
     """
 
     normalisation: ClassVar[Normalisation]
@@ -77,19 +76,22 @@ class Objective(ABC):
     def __init__(self, clip_low: float, clip_high: float, beta: float = 0.0) -> None:
         if clip_low < 0 or clip_high < 0 or beta < 0:
             raise ConfigurationError(
-                f"an objective needs clip_low, clip_high and beta >= 0; got {clip_low}, {clip_high}, {beta}"
+                f"model.objective needs clip_low, clip_high and beta >= 0; got {clip_low}, {clip_high} and {beta}"
             )
         self.clip_low = clip_low
         self.clip_high = clip_high
         self.beta = beta
 
     def sequence_weights(self, lengths: Tensor, total_tokens: float, total_sequences: float) -> Tensor:
-        """Weight of each loss token of every sequence.
+        """Weight of every loss token of each sequence.
 
         Args:
-            lengths: Loss tokens of each sequence, [B]; 0 for a sequence that is left out.
-            total_tokens: Loss tokens of the whole batch, all ranks.
-            total_sequences: Sequences of the whole batch, all ranks, that have loss tokens.
+            lengths: Number of loss tokens of each sequence, [B]; 0 for a sequence that is left out.
+            total_tokens: Number of loss tokens of the update, on all ranks.
+            total_sequences: Number of sequences of the update that have loss tokens, on all ranks.
+
+        Returns:
+            The weights, [B], float64.
         """
         if self.normalisation == "token":
             return torch.full_like(lengths, 1.0 / max(total_tokens, 1.0), dtype=torch.float64)
@@ -97,10 +99,10 @@ class Objective(ABC):
 
     @abstractmethod
     def token_losses(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Policy loss [B, S], whether clipping stops the gradient [B, S], and the ratio [B, S]."""
+        """Policy loss, whether the token is clipped, and the ratio to the old policy; each [B, S]."""
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
-        """Loss of a micro-batch."""
+        """Compute the loss of a micro-batch, KL penalty included."""
         losses_BS, clipped_BS, ratio_BS = self.token_losses(inputs)
         weights_BS = inputs.weights_B[:, None] * inputs.mask_BS
         importance_BS = 1.0 if inputs.importance_BS is None else inputs.importance_BS
@@ -127,7 +129,7 @@ def k3_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """PPO's pessimistic surrogate, negated, and where clipping stops its gradient."""
+    """PPO's loss ``-min(ratio · A, clip(ratio) · A)``, and where clipping stops its gradient."""
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     surrogate, clipped_surrogate_ = ratio * advantages, clipped_ratio * advantages
     return -torch.minimum(surrogate, clipped_surrogate_), clipped_surrogate_ < surrogate

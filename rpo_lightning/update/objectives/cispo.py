@@ -1,4 +1,4 @@
-"""CISPO: clip the importance weight, never the gradient."""
+"""CISPO: the importance weight is clipped, and every token keeps its gradient."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rpo_lightning.update.objectives.base import LossInputs, Normalisation, Obje
 class CISPO(Objective):
     """Clipped IS-weight Policy Optimization (MiniMax-M1, arXiv 2506.13585).
 
-    ``-sg(clip(ratio)) · A · log π``: every token keeps its gradient, with a bounded weight. The
-    published setting has no lower bound, which ``clip_low`` = 1 expresses.
+    The loss of a token is ``-sg(clip(ratio)) · A · log π``, where ``sg`` stops the gradient. As published, the weight
+    has no lower bound: ``clip_low`` = 1.
     """
 
     normalisation: ClassVar[Normalisation] = "token"
@@ -22,7 +22,7 @@ class CISPO(Objective):
         super().__init__(clip_low, clip_high, beta)
 
     def token_losses(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted policy-gradient loss; ``clipped`` tells where the weight was bounded."""
+        """Policy-gradient loss with a clipped weight. A token is clipped if its weight is not its ratio."""
         ratio_BS = (inputs.logprobs_BS.detach() - inputs.old_logprobs_BS).exp()
         weight_BS = ratio_BS.clamp(1 - self.clip_low, 1 + self.clip_high)
         losses_BS = -weight_BS * inputs.advantages_B[:, None] * inputs.logprobs_BS

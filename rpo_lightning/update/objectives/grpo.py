@@ -1,4 +1,4 @@
-"""GRPO and its closest relatives: one ratio per token, the clipped surrogate."""
+"""GRPO, DAPO and Dr. GRPO: the clipped surrogate with a ratio for each token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rpo_lightning.update.objectives.base import LossInputs, Normalisation, Obje
 class GRPO(Objective):
     """Group Relative Policy Optimization (arXiv 2402.03300; eqs. 5 and 6 of the RPO paper).
 
-    Mean over the tokens of a sequence, then over sequences.
+    The loss is the mean over the tokens of a sequence, then over sequences.
     """
 
     normalisation: ClassVar[Normalisation] = "sequence"
@@ -23,17 +23,17 @@ class GRPO(Objective):
         super().__init__(clip_low, clip_high, beta)
 
     def token_losses(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Clipped surrogate with a ratio per token."""
+        """Clipped surrogate with a ratio for each token."""
         ratio_BS = (inputs.logprobs_BS - inputs.old_logprobs_BS).exp()
         losses_BS, clipped_BS = clipped_surrogate(ratio_BS, inputs.advantages_B[:, None], self.clip_low, self.clip_high)
         return losses_BS, clipped_BS, ratio_BS
 
 
 class DAPO(GRPO):
-    """DAPO's loss (arXiv 2503.14476): clip-higher, and the mean over all tokens of the batch.
+    """DAPO's loss (arXiv 2503.14476): a higher upper clip, and the mean over all tokens of the update.
 
-    Its other parts are settings of the module: dynamic sampling, overlong filtering, and the
-    ``SoftOverlongPenalty`` reward.
+    The other parts of DAPO are settings: ``model.dynamic_sampling``, ``model.update.mask_truncated`` (overlong
+    filtering) and the ``SoftOverlongPenalty`` reward.
     """
 
     normalisation: ClassVar[Normalisation] = "token"
@@ -43,12 +43,12 @@ class DAPO(GRPO):
 
 
 class DrGRPO(GRPO):
-    """Dr. GRPO (arXiv 2503.20783): a constant normaliser instead of the response length.
+    """Dr. GRPO (arXiv 2503.20783): a sequence's loss is divided by a constant, not by its length.
 
-    Goes with ``model.update.advantage_scale: none``.
+    Use it with ``model.update.advantage_scale: none``.
 
     Args:
-        normaliser: Tokens that a sequence's loss is divided by: the response limit.
+        normaliser: The constant, in tokens. As published, it is the response limit.
         clip_low: See :class:`GRPO`.
         clip_high: See :class:`GRPO`.
         beta: See :class:`GRPO`.
@@ -56,10 +56,10 @@ class DrGRPO(GRPO):
 
     def __init__(self, normaliser: int, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0) -> None:
         if normaliser < 1:
-            raise ConfigurationError(f"DrGRPO.normaliser must be at least 1 token, got {normaliser}")
+            raise ConfigurationError(f"model.objective: DrGRPO.normaliser must be at least 1 token, got {normaliser}")
         super().__init__(clip_low, clip_high, beta)
         self.normaliser = normaliser
 
     def sequence_weights(self, lengths: Tensor, total_tokens: float, total_sequences: float) -> Tensor:
-        """The same weight for every token of every sequence."""
+        """The same weight for all sequences: 1 / (normaliser · total_sequences)."""
         return torch.full_like(lengths, 1.0 / (self.normaliser * max(total_sequences, 1.0)), dtype=torch.float64)

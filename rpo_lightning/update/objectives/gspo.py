@@ -1,4 +1,4 @@
-"""GSPO: one ratio per sequence."""
+"""GSPO: the clipped surrogate with a ratio for each sequence."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rpo_lightning.update.objectives.base import LossInputs, Normalisation, Obje
 class GSPO(Objective):
     """Group Sequence Policy Optimization (arXiv 2507.18071).
 
-    The ratio is the geometric mean of a sequence's token ratios, over the tokens in the loss scope,
-    and is clipped as a whole; hence the narrow default range.
+    The ratio is the geometric mean of the ratios of a sequence's loss tokens. It is close to 1, so the default clipping
+    range is narrow.
     """
 
     normalisation: ClassVar[Normalisation] = "sequence"
@@ -22,7 +22,7 @@ class GSPO(Objective):
         super().__init__(clip_low, clip_high, beta)
 
     def token_losses(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """The sequence's surrogate at each of its tokens."""
+        """The sequence's clipped surrogate, at each of its tokens."""
         difference_BS = (inputs.logprobs_BS - inputs.old_logprobs_BS) * inputs.mask_BS
         lengths_B = inputs.mask_BS.sum(1).clamp(min=1)
         ratio_BS = (difference_BS.sum(1) / lengths_B).exp()[:, None].expand_as(difference_BS)
