@@ -1,12 +1,13 @@
-"""Chained arithmetic modulo 100: the embedded task.
+"""The embedded task: chains of arithmetic modulo 100.
 
-A question is a chain such as ``49a-1b*9c-8=`` (start at 49; step a subtracts 1; step b multiplies by
-9; …). The chain of thought writes out every step and ends with the answer::
+A question is a chain such as ``49a-1b*9c-8=``: start at 49, subtract 1 in step a, multiply by 9 in step b, and so on.
+The chain of thought writes out every step and ends with the answer::
 
     a49-1=48b48*9=32c32-8=24#24
 
-With 24 steps it is about 190 tokens long against an answer of three. One character is one token. The
-embedded reasoner knows the first 26 step names; longer chains need one made for them (``make_reasoner``).
+One character is one token. A response to a question of 24 steps has about 190 tokens, three of them for the answer. The
+embedded reasoner knows the first 26 step names. Longer chains need a reasoner made for them
+(``python -m rpo_lightning.cli.scripts.make_reasoner``).
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ _APPLY = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x 
 
 @dataclass(frozen=True)
 class ArithmeticProblem:
-    """A start value and the steps ``(operator, operand)`` that follow it."""
+    """A question of the task.
+
+    Attributes:
+        start: The start value.
+        steps: Pairs ``(operator, operand)``.
+    """
 
     start: int
     steps: tuple[tuple[str, int], ...]
@@ -39,10 +45,10 @@ class ArithmeticProblem:
         return f"{self.start}{steps}="
 
     def solution(self, left_out: Collection[int] = ()) -> str:
-        """A chain of thought and its answer.
+        """A chain of thought with its answer.
 
         Args:
-            left_out: Indices of steps that are skipped; the answer is then most likely wrong.
+            left_out: Indices of steps to skip, which most likely makes the answer wrong.
         """
         value, text = self.start, ""
         for index, (operator, operand) in enumerate(self.steps):
@@ -54,7 +60,7 @@ class ArithmeticProblem:
 
     @property
     def answer(self) -> str:
-        """The final value."""
+        """The gold answer: the value after all steps."""
         return self.solution().rpartition("#")[2]
 
 
@@ -70,9 +76,9 @@ class ArithmeticChain(DataSource):
     """A data source of arithmetic problems, for ``RPODataModule``.
 
     Args:
-        size: How many problems.
-        operations: Steps of each problem; at most 26 for the embedded reasoner, 108 in all.
-        seed: Different seeds give disjoint sets for all practical purposes.
+        size: Number of problems.
+        operations: Steps of each problem, at most 108; the embedded reasoner knows 26.
+        seed: Seed of the problems. Sets with different seeds have next to no problem in common.
     """
 
     def __init__(self, size: int, operations: int = 24, seed: int = 0) -> None:
@@ -86,7 +92,7 @@ class ArithmeticChain(DataSource):
         self.seed = seed
 
     def rows(self) -> Iterator[dict[str, str]]:
-        """Rows with a ``question`` and an ``answer``."""
+        """Yield rows with a ``question`` and an ``answer``."""
         rng = np.random.default_rng(self.seed)
         for _ in range(self.size):
             problem = draw_problem(rng, self.operations)

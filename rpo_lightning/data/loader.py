@@ -1,4 +1,4 @@
-"""The loader of training prompts, which a resumed run enters in the middle of an epoch."""
+"""The loader of training prompts. A resumed run can continue it in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rpo_lightning.core.types import Prompt
 class ResumableLoader(DataLoader[Prompt]):
     """A loader that Lightning can resume in the middle of an epoch.
 
-    The position is the trainer's own progress, read when iteration really begins; by then a resumed
-    trainer has restored it, and at the start of an epoch it is 0.
+    It skips the batches that the trainer's progress counts as done. It reads the progress when iteration begins, after
+    a resumed trainer has restored it.
 
     Args:
         prompts: The data set.
-        batches_done: Tells how many batches of the epoch have been trained on.
+        batches_done: Returns how many batches of the epoch have been trained on.
         kwargs: See ``DataLoader``.
     """
 
@@ -28,11 +28,11 @@ class ResumableLoader(DataLoader[Prompt]):
         self.batches_done = batches_done
 
     def state_dict(self) -> dict[str, int]:
-        """Position in the epoch; being able to tell it is what makes a loader resumable to Lightning."""
+        """The position in the epoch. Lightning takes a loader for resumable only if it has this method."""
         return {"batches_done": self.batches_done()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Nothing to restore: the trainer restores its progress itself."""
+        """Do nothing: the trainer restores its progress itself."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         start = self.batches_done()
@@ -42,6 +42,6 @@ class ResumableLoader(DataLoader[Prompt]):
 
 
 def batches_processed(trainer: Trainer) -> int:
-    """Training batches of this epoch that have been processed, those before a resume included."""
+    """The number of training batches of this epoch that were processed, those before a resume included."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return int(progress.processed)

@@ -1,4 +1,4 @@
-"""Where rows come from: JSON Lines, Parquet, Hugging Face data sets, or rows in memory."""
+"""Sources of rows: JSON Lines, Parquet, Hugging Face data sets, rows in memory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Row = Mapping[str, Any]
 
 
 class DataSource(ABC):
-    """Anything that yields rows; its ``repr`` names it in messages."""
+    """Base class of sources. Its ``repr`` names the source in messages."""
 
     @abstractmethod
     def rows(self) -> Iterable[Row]:
-        """Yield one mapping a question."""
+        """Yield a mapping from columns to values for each question."""
 
 
 class JsonLines(DataSource):
-    """A JSON Lines file: one object a line, blank lines ignored.
+    """A JSON Lines file: a JSON object on each line, in UTF-8. Blank lines are ignored.
 
     Args:
         path: The file.
@@ -35,14 +35,16 @@ class JsonLines(DataSource):
         """Yield the objects.
 
         Raises:
-            DataError: The file is missing, or a line is no JSON object.
+            DataError: The file is missing, or a line is not a JSON object.
         """
         with _existing(self.path).open("rb") as file:
             for number, raw in enumerate(file, start=1):
                 try:
                     line = raw.decode("utf-8-sig")  # a byte order mark may open the file
                 except UnicodeDecodeError as error:
-                    raise DataError(f"{self.path}, line {number}: not UTF-8 ({error.reason})") from error
+                    raise DataError(
+                        f"{self.path}, line {number}: not UTF-8 ({error.reason}): save the file in UTF-8"
+                    ) from error
                 if not line.strip():
                     continue
                 if line.lstrip().startswith("["):
@@ -53,9 +55,14 @@ class JsonLines(DataSource):
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise DataError(f"{self.path}, line {number}: malformed JSON ({error.msg})") from error
+                    raise DataError(
+                        f"{self.path}, line {number}: malformed JSON ({error.msg}): write one object a line"
+                    ) from error
                 if not isinstance(row, dict):
-                    raise DataError(f"{self.path}, line {number}: expected a JSON object, found {type(row).__name__}")
+                    raise DataError(
+                        f"{self.path}, line {number}: expected a JSON object, found {type(row).__name__}: write one "
+                        "object a line"
+                    )
                 yield row
 
     def __repr__(self) -> str:
@@ -76,7 +83,7 @@ class Parquet(DataSource):
         """Yield the rows.
 
         Raises:
-            DataError: The file is missing or not readable.
+            DataError: The file is missing, or is not a readable Parquet file.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -93,11 +100,11 @@ class Parquet(DataSource):
 
 
 class HubDataset(DataSource):
-    """A data set by its Hugging Face name, or any folder that ``datasets.load_dataset`` reads.
+    """A Hugging Face data set by name, or a folder that ``datasets.load_dataset`` reads.
 
     Args:
-        name: E.g. ``openai/gsm8k``.
-        subset: Configuration, where the data set has several.
+        name: Name or folder, e.g. ``openai/gsm8k``.
+        subset: Configuration. Needed if the data set has several.
         split: Split to read.
     """
 
@@ -110,7 +117,7 @@ class HubDataset(DataSource):
         """Yield the rows.
 
         Raises:
-            DataError: ``datasets`` is not installed, or finds no such data set.
+            DataError: ``datasets`` is not installed, or cannot load the data set.
         """
         try:
             from datasets import load_dataset
@@ -127,7 +134,7 @@ class HubDataset(DataSource):
 
 
 class Rows(DataSource):
-    """Rows that are already in memory.
+    """Rows in memory.
 
     Args:
         rows: The rows.
@@ -145,14 +152,15 @@ class Rows(DataSource):
 
 
 def as_source(data: str | Path | DataSource | Sequence[Row], split: str) -> DataSource:
-    """Turn what users write into a source.
+    """Make a source from a setting such as ``data.train``.
 
     Args:
-        data: A source, rows, a path to ``.jsonl``, ``.json`` (one object a line) or ``.parquet``, or a data set's name.
-        split: Split to read where a bare data set name is given.
+        data: A source, rows, a path to ``.jsonl``, ``.json`` (one object a line) or ``.parquet``, or the name of a
+            Hugging Face data set.
+        split: Split to read if ``data`` is a name.
 
     Raises:
-        DataError: A file of another kind.
+        DataError: ``data`` is a file of another kind.
     """
     if isinstance(data, DataSource):
         return data
@@ -171,5 +179,5 @@ def as_source(data: str | Path | DataSource | Sequence[Row], split: str) -> Data
 
 def _existing(path: str) -> Path:
     if not Path(path).is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: no such file: check the path")
     return Path(path)

@@ -1,4 +1,4 @@
-"""How good a policy is: metrics over questions, their intervals, results as files."""
+"""Evaluation of a policy: answers to questions, and metrics over them with confidence intervals."""
 
 from rpo_lightning.evaluation.evaluation import Estimate, Evaluation
 from rpo_lightning.evaluation.metrics import AverageAtK, MajorityAtK, PassAtK, QuestionMean, QuestionMetric

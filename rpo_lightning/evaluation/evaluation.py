@@ -1,4 +1,4 @@
-"""One evaluation of one set of questions: its metrics with intervals, and its answered questions."""
+"""The evaluation of one set of questions: metrics with confidence intervals, and a record of each question."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over questions with its bootstrap interval.
+    """A mean over questions with its 95 % bootstrap interval.
 
     Attributes:
         value: The mean.
-        low: Lower end of the interval of 95 %.
-        high: Upper end.
-        resampled: Means of the resamples.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        resampled: Means of the resamples, [resamples].
     """
 
     value: float
@@ -43,30 +43,30 @@ class Estimate:
 
     @classmethod
     def of_values(cls, values: Tensor, seed: int = 0) -> Estimate:
-        """Mean and interval of the values of questions, [Q]."""
+        """Mean and interval of one value for each question, [Q]."""
         return cls.of(float(values.mean()), bootstrap_means(values, seed=seed))
 
     @classmethod
     def of(cls, value: float, resampled: np.ndarray) -> Estimate:
-        """The interval between percentiles of the resamples."""
+        """A mean with the percentile interval of its resamples."""
         low, high = np.percentile(resampled, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
         return cls(value, float(low), float(high), resampled)
 
 
 class Evaluation:
-    """Collects the answers to a set of questions.
+    """Collects the answers to one set of questions.
 
     Args:
-        name: Name of the set; empty where there is but one.
+        name: Name of the set; empty for a single set.
         n: Answers to each question.
-        votes: Whether equivalent answers can be told, so that a majority can be found.
-        device: Where metrics are kept, which is where ranks can exchange them.
-        keeps_answers: Whether :attr:`rows` are kept, which validations within a training run do not need.
+        votes: Whether the verifier can group equivalent answers, as majority@k needs.
+        device: The device on which ranks exchange metrics.
+        keeps_answers: Whether to collect :attr:`rows`. Validations of a training run do not need them.
 
     Attributes:
-        questions: How many have been answered on this rank.
-        votes: Whether a majority is found.
-        rows: A record of each.
+        questions: Number of questions answered on this rank.
+        votes: Whether majority@n is computed: ``votes`` was given and n > 1.
+        rows: One record for each question.
     """
 
     def __init__(self, name: str, n: int, votes: bool, device: torch.device, keeps_answers: bool = True) -> None:
@@ -81,7 +81,7 @@ class Evaluation:
             metrics |= {f"pass@{k}": PassAtK(k) for k in sorted({*powers, n}) if k <= n}
             if self.votes:
                 metrics[f"majority@{n}"] = MajorityAtK()
-        # Equal states after one update would be taken for equal metrics, hence no compute groups.
+        # Compute groups would merge metrics whose states happen to be equal after the first update.
         self._verdicts = MetricCollection(metrics, compute_groups=False).to(device)  # type: ignore[arg-type]
         self._quantities = {"response_tokens": QuestionMean().to(device), "truncated_share": QuestionMean().to(device)}
 
@@ -89,8 +89,8 @@ class Evaluation:
         """Add answered questions.
 
         Args:
-            groups: The questions' answers, graded.
-            classes: Equal numbers for equivalent answers of a question, where they can be told.
+            groups: Their scored answers, one group a question.
+            classes: For each question, equal numbers for equivalent answers; ``None`` if they are not known.
         """
         keys = torch.tensor([question_key(g.request.prompt.uid) for g in groups])
         correct = torch.tensor([[s.is_correct for s in g.samples] for g in groups])
@@ -105,13 +105,13 @@ class Evaluation:
             self.rows += [self._row(g, c) for g, c in zip(groups, voted.tolist(), strict=True)]
 
     def means(self) -> dict[str, float]:
-        """Every metric, over all ranks."""
+        """Every metric over all ranks; a collective."""
         return {name: float(metric.compute()) for name, metric in self._metrics().items()}
 
     def estimates(self) -> dict[str, Estimate]:
-        """Every metric with its interval, over all ranks."""
+        """Every metric over all ranks with its interval; a collective."""
         values = {name: metric.values() for name, metric in self._metrics().items()}
-        # Sets of equal size must not share their draws, or the interval of their average would be wrong.
+        # A seed for each set: with shared draws, the interval of an average over sets of equal size would be wrong.
         seed = question_key(self.name)
         return {name: Estimate.of_values(v, seed) for name, v in values.items()}
 
@@ -134,7 +134,7 @@ class Evaluation:
 
 
 def average(estimates: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Estimate]:
-    """The unweighted mean over sets of the metrics that all of them have, as the field reports it."""
+    """Average each metric that all sets have over the sets, every set with the same weight."""
     sets = list(estimates.values())
     common = [name for name in sets[0] if all(name in other for other in sets)]
     return {

@@ -1,9 +1,9 @@
-"""Metrics over questions with several sampled answers each, as torchmetrics.
+"""Metrics over questions with several answers each, as torchmetrics.
 
-Every metric is a mean over questions of a value per question. Values are kept with their question's key, so
-that each question counts once: distributed samplers repeat questions to give all ranks equally many.
+A metric is the mean of one value for each question. Values are stored with their question's key, and each question
+counts once, because distributed samplers repeat questions to give all ranks equally many.
 
-Sizes: Q questions, N answers to each.
+Shapes: Q questions, N answers to each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from rpo_lightning.core.hashing import stable_hash
 
 
 class QuestionMetric(Metric):
-    """Base class: keeps a value per question; its mean is the metric."""
+    """Base class: stores a value for each question, and returns their mean.
+
+    Subclasses compute the values in ``update`` and pass them to :meth:`add`.
+    """
 
     full_state_update = False
     is_differentiable = False
@@ -39,7 +42,7 @@ class QuestionMetric(Metric):
         """Add questions."""
 
     def add(self, keys: Tensor, values: Tensor) -> None:
-        """Keep values [Q] of questions with these keys [Q]."""
+        """Store the values [Q] of questions with keys [Q]."""
         self.keys.append(keys.to(self.device))
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         self.per_question.append(values.to(dtype).to(self.device))
@@ -49,7 +52,7 @@ class QuestionMetric(Metric):
         return self._unique().mean()
 
     def values(self) -> Tensor:
-        """The value of every question of all ranks, in the order of their keys."""
+        """The value of each question over all ranks, [Q], sorted by key; a collective."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=True):
             return self._unique()
 
@@ -63,7 +66,7 @@ class QuestionMetric(Metric):
 
 
 class AverageAtK(QuestionMetric):
-    """avg@k: the share of right answers among all that were sampled."""
+    """avg@k: the share of right answers among all sampled ones."""
 
     higher_is_better = True
 
@@ -73,10 +76,10 @@ class AverageAtK(QuestionMetric):
 
 
 class PassAtK(QuestionMetric):
-    """pass@k: the chance that one of k answers is right, estimated without bias from N ≥ k (Chen et al. 2021, eq. 1).
+    """pass@k: the chance that at least one of k answers is right; unbiased for N ≥ k (Chen et al. 2021, eq. 1).
 
     Args:
-        k: Answers that are looked at.
+        k: Number of answers drawn.
         kwargs: See ``torchmetrics.Metric``.
     """
 
@@ -85,28 +88,31 @@ class PassAtK(QuestionMetric):
     def __init__(self, k: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if k < 1:
-            raise ConfigurationError(f"pass@k needs k of at least 1, got {k}")
+            raise ConfigurationError(f"PassAtK.k must be at least 1, got {k}")
         self.k = k
 
     def update(self, keys: Tensor, correct: Tensor) -> None:
         """Add questions with keys [Q] and verdicts [Q, N].
 
         Raises:
-            ConfigurationError: There are fewer than k answers.
+            ConfigurationError: There are fewer than k answers to a question.
         """
-        count = correct.shape[1]
-        if count < self.k:
-            raise ConfigurationError(f"pass@{self.k} needs at least {self.k} answers a question, there are {count}")
+        n = correct.shape[1]
+        if n < self.k:
+            raise ConfigurationError(
+                f"pass@{self.k} needs at least {self.k} answers a question, there are {n}: raise "
+                "model.evaluation.samples, or use a smaller k"
+            )
         right = correct.sum(1).double()
         # 1 - C(N - c, k) / C(N, k), as a product over the drawn answers.
         missed = torch.ones_like(right)
         for drawn in range(self.k):
-            missed *= ((count - right - drawn) / (count - drawn)).clamp(min=0.0)
+            missed *= ((n - right - drawn) / (n - drawn)).clamp(min=0.0)
         self.add(keys, 1.0 - missed)
 
 
 class MajorityAtK(QuestionMetric):
-    """majority@k: whether the answer that most responses agree on is right; a tie counts by its share of right ones."""
+    """majority@k: whether the most frequent answer is right. A tie counts as the share of right answers in it."""
 
     higher_is_better = True
 
@@ -114,16 +120,16 @@ class MajorityAtK(QuestionMetric):
         """Add questions.
 
         Args:
-            keys: Of the questions, [Q].
+            keys: Keys of the questions, [Q].
             correct: Verdicts, [Q, N].
-            classes: Equal numbers for equivalent answers, [Q, N]; -1 for a response without an answer, which
-                has no vote.
+            classes: Equal numbers for equivalent answers, [Q, N]; -1 for a response without an answer, which does not
+                vote.
         """
         self.add(keys, torch.tensor([_majority(c, r) for c, r in zip(classes.tolist(), correct.tolist(), strict=True)]))
 
 
 class QuestionMean(QuestionMetric):
-    """The mean of any quantity of the answers."""
+    """The mean over questions of the mean of a quantity over a question's answers."""
 
     def update(self, keys: Tensor, quantity: Tensor) -> None:
         """Add questions with keys [Q] and quantities [Q, N]."""
@@ -131,12 +137,12 @@ class QuestionMean(QuestionMetric):
 
 
 def question_key(uid: str) -> int:
-    """A question's key: 63 bits of a hash of its uid."""
+    """The key of a question: a 63-bit hash of its uid."""
     return stable_hash(uid) >> 1
 
 
 def bootstrap_means(values: Tensor, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """Means of resamples of the questions, drawn with replacement, [resamples]."""
+    """Bootstrap: means of the values of questions drawn with replacement, [resamples]."""
     array = values.cpu().numpy()
     rng = np.random.default_rng(seed)
     return np.asarray([array[rng.integers(len(array), size=len(array))].mean() for _ in range(resamples)])

@@ -1,4 +1,4 @@
-"""``model.evaluation``: how evaluation answers are drawn."""
+"""``model.evaluation``: the settings of evaluation."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rpo_lightning.rollout.engine import Sampling
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How ``validate``, ``test`` and ``predict`` draw answers.
+    """How ``validate``, ``test`` and ``predict`` sample answers.
 
     Attributes:
         sampling: How tokens are drawn; as in training if not given.
-        samples: Answers per question (the k of avg@k and pass@k).
+        samples: Answers to each question: the n of avg@n, pass@k (k up to n) and majority@n.
     """
 
     sampling: Sampling | None = None
