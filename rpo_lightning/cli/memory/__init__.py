@@ -1,4 +1,4 @@
-"""How much memory a config needs on each device, estimated before anything is loaded."""
+"""``rpo-lightning memory``: estimates how much memory a config needs on each device. Loads no weights."""
 
 from rpo_lightning.cli.memory.estimate import Estimate, estimate
 from rpo_lightning.cli.memory.model import ModelShape, model_shape

@@ -1,18 +1,18 @@
-"""Memory of what a forward pass keeps for the backward pass.
+"""Memory of activations: what a forward pass saves for the backward pass.
 
-Counted for decoder layers of the Llama kind (RMS norm, grouped-query attention with rotary embeddings through a fused
-kernel, so that there are no scores of token pairs, gated MLP), token by token; widths as in ``ModelShape``, c bytes of
-a number in the precision that is computed in, n that of the residual stream (c, but fp32 under autocast):
+The counts are for decoder layers like Llama's: RMS norm, grouped-query attention with rotary embeddings, gated MLP.
+Attention uses a fused kernel, which saves no scores of token pairs. Other architectures are counted as if they were
+like this. Bytes for each token, with the widths of ``ModelShape``, c the bytes of a number in the precision of the
+computation, and n those of the residual stream (4 under autocast, otherwise c):
 
-* two norms, each: input in fp32, 4 hidden; normalised, n hidden; output, c hidden. Under autocast each of the matrices
-  that follow (three and two) keeps a cast of its own; in fp32 output and cast are one.
+* each of two norms: input in fp32, 4 hidden; normalised, n hidden; output, c hidden. Under autocast each of the
+  following matrices (three and two) saves a cast of its own. In fp32, output and cast are the same tensor.
 * attention: queries and output, 2 c query; keys and values, 2 c key; log-sum-exps, 4 heads.
 * MLP: gate, its activation, up, their product: 4 c intermediate.
-* under autocast, a 16-bit copy of every matrix, since Lightning switches autocast's own cache off.
+* under autocast, a 16-bit copy of every matrix, because Lightning turns autocast's cache off.
 
-With gradient checkpointing a layer keeps its input (n hidden), and one layer at a time has the rest. Compared with what
-autograd saves in ``tests/test_memory.py`` (plain rows within 2 %, the rest within 10 %); other architectures are taken
-to be like this one.
+With gradient checkpointing, every layer saves its input (n hidden), and one layer at a time has the rest.
+``tests/cli/test_memory.py`` compares the counts with what autograd saves: within 2 % for plain rows, 10 % for others.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from rpo_lightning.policy.output_head import CHUNK_ELEMENTS
 
 
 def residual_bytes(plan: Plan) -> int:
-    """Bytes of a number of the residual stream."""
+    """Bytes of a number in the residual stream."""
     return plan.precision.held if plan.casts_weights else plan.precision.computed
 
 
 def layer_bytes_per_token(shape: ModelShape, plan: Plan) -> float:
-    """What one decoder layer keeps for a token in a row of its own."""
+    """Bytes that one decoder layer saves for a token of a plain row."""
     c, residual = plan.precision.computed, residual_bytes(plan)
     norm = max(residual, 4) + (0 if shape.has_adapter else residual)
     outputs = 5 * c if plan.casts_weights else 2 * c
@@ -40,7 +40,7 @@ def layer_bytes_per_token(shape: ModelShape, plan: Plan) -> float:
 
 
 def _adapter_bytes(shape: ModelShape, plan: Plan) -> float:
-    """An adapter's matrices keep their inputs (cast to fp32 beside 16-bit weights) and what they make of them."""
+    """Inputs and outputs that an adapter's matrices save. With 16-bit weights the inputs are cast to fp32."""
     if not shape.has_adapter:
         return 0
     c = plan.precision.computed
@@ -48,17 +48,18 @@ def _adapter_bytes(shape: ModelShape, plan: Plan) -> float:
         return c * (shape.adapter_ranks + shape.query)
     if c >= 4:
         return c * shape.adapter_ranks
-    # What the frozen matrices would have kept is not kept beside the casts.
+    # Beside the casts, the frozen matrices do not save their own inputs.
     return 4 * (shape.adapter_ranks + shape.adapter_inputs) - c * (2 * shape.hidden + shape.intermediate)
 
 
 def shared_row_bytes_per_token(shape: ModelShape, plan: Plan) -> float:
-    """What attention of shared rows keeps beside that, in one layer, at worst.
+    """Bytes that attention in one layer saves for a token of a shared row, beyond those of a plain row, at worst.
 
-    On a GPU in 16 bits nothing (``prefix_sharing/gpu.py``, if ``gpu_check.py`` allows it). Elsewhere its pieces are put
-    together in another tensor. On a GPU in fp32 every member has a copy of the keys and values of the whole context,
-    with as many heads as the queries: for a row of context t and G suffixes s that is G (t + s) for t + G s tokens,
-    nearly G where contexts are long (RPO), less where only the prompt is shared.
+    * On a GPU in 16 bits: none (``policy/prefix_sharing/gpu.py``, if ``gpu_check.py`` allows it).
+    * On a CPU: the merged output.
+    * On a GPU in fp32: the merged output, and for each member a copy of the context's keys and values with as many
+      heads as the queries. A row of a context of t tokens and G suffixes of s tokens has t + G s tokens and G (t + s)
+      copies. The ratio is nearly G for long contexts (RPO), and smaller if only prompts are shared.
     """
     c = plan.precision.computed
     if not plan.shares_prefixes or (plan.on_gpu and c == 2):
@@ -75,7 +76,7 @@ def shared_row_bytes_per_token(shape: ModelShape, plan: Plan) -> float:
 
 
 def cast_bytes(shape: ModelShape, plan: Plan) -> float:
-    """16-bit copies of one layer's matrices; quantised ones are not copied."""
+    """Bytes of the 16-bit copies of one layer's matrices under autocast. Quantised matrices are not copied."""
     is_quantized = shape.quantized > 0
     return 0 if is_quantized or not plan.casts_weights else plan.precision.computed * shape.layer_parameters
 
@@ -87,31 +88,31 @@ def activation_parts(shape: ModelShape, plan: Plan) -> list[Part]:
     layer += cast_bytes(shape, plan)
     parts = [Part("activations kept", backward=shape.layers * layer + around_layers_bytes(shape, plan, tokens))]
     if plan.checkpointing:
-        kept = shape.layers * tokens * shape.hidden * residual_bytes(plan) + around_layers_bytes(shape, plan, tokens)
-        parts = [Part("activations kept", backward=kept), Part("one layer's, computed again", backward=layer)]
-    # Gradients of the widest activations, three of the MLP's and two of the residual stream, as they come and go.
+        saved = shape.layers * tokens * shape.hidden * residual_bytes(plan) + around_layers_bytes(shape, plan, tokens)
+        parts = [Part("activations kept", backward=saved), Part("one layer's, computed again", backward=layer)]
+    # The gradients in memory at the same time: three of the MLP's width and two of the residual stream's.
     c = plan.precision.computed
     flowing = tokens * (3 * c * shape.intermediate + 2 * residual_bytes(plan) * shape.hidden)
     return [*parts, Part("gradients of activations", backward=flowing), head_part(shape, plan)]
 
 
 def around_layers_bytes(shape: ModelShape, plan: Plan, tokens: int) -> float:
-    """Token ids, rotary embeddings and the last norm."""
+    """Bytes of activations outside the decoder layers: token ids, rotary embeddings and the last norm."""
     residual = residual_bytes(plan)
     rotary = 2 * residual * shape.query // shape.heads
     return tokens * (8 + rotary + shape.hidden * (max(residual, 4) + (0 if shape.has_adapter else residual)) + 4)
 
 
 def chunk_positions(shape: ModelShape, scored: int) -> int:
-    """Positions of one chunk of logits (``output_head.scoring``)."""
+    """Positions whose logits the output head computes at a time (``policy/output_head.py``, ``scoring``)."""
     return min(scored, max(1, CHUNK_ELEMENTS // shape.vocabulary))
 
 
 def head_part(shape: ModelShape, plan: Plan) -> Part:
-    """The output head at work, if all tokens are scored (``output_head.py``).
+    """The output head at work, if all tokens are scored (``policy/output_head.py``).
 
-    Their hidden states; and one chunk's logits as computed, log-probs and probabilities in fp32, and the scaled logits
-    where they are another tensor; under autocast a copy of the head's weights.
+    It holds all hidden states, and for one chunk the logits as computed, log-probs and probabilities in fp32, and the
+    scaled logits if they are another tensor. Under autocast it also holds a copy of its weights.
     """
     computed, residual = plan.precision.computed, residual_bytes(plan)
     is_scaled_apart = computed < 4 or plan.temperature != 1
@@ -123,9 +124,9 @@ def head_part(shape: ModelShape, plan: Plan) -> Part:
 
 
 def saved_by_head_bytes(shape: ModelShape, plan: Plan, scored: int) -> float:
-    """What the head keeps where one chunk holds all scored tokens: hidden states, probabilities, copies."""
+    """Bytes that the head saves if one chunk holds all scored tokens: hidden states, probabilities, casts."""
     residual = residual_bytes(plan)
-    kept = scored * (shape.hidden * residual + shape.vocabulary * max(4, plan.precision.computed))
+    saved = scored * (shape.hidden * residual + shape.vocabulary * max(4, plan.precision.computed))
     if plan.precision is Precision.MIXED and plan.casts_weights:
-        kept += plan.precision.computed * shape.hidden * (scored + shape.vocabulary)
-    return kept
+        saved += plan.precision.computed * shape.hidden * (scored + shape.vocabulary)
+    return saved

@@ -1,4 +1,4 @@
-"""``rpo-lightning memory``: an estimate for a config, before anything is loaded."""
+"""The command ``rpo-lightning memory``: reads a config, prints the estimate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GIB = 2**30
 
 
 class MemoryCLI(RPOCLI):
-    """Parses what ``fit`` parses and makes nothing of it, so that no accelerator has to be there.
+    """Parses the settings of ``fit`` without making its objects. It needs no accelerator.
 
     Args:
         arguments: Command-line arguments after the command's name.
@@ -35,27 +35,37 @@ class MemoryCLI(RPOCLI):
             auto_configure_optimizers=False,
             parser_kwargs={
                 "prog": "rpo-lightning memory",
-                "description": "Estimate the memory that each device needs for a config; nothing is loaded.",
+                "description": "Estimate the memory that each device needs for a config. Loads no weights.",
             },
             args=arguments,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the memory of a device."""
+        """Add ``--gpu_memory_gib``."""
         super().add_arguments_to_parser(parser)
         parser.add_argument(
-            "--gpu_memory_gib", type=float | None, default=None, help="Memory of one device in GiB, to say if it fits."
+            "--gpu_memory_gib",
+            type=float | None,
+            default=None,
+            help="Memory of one device in GiB. If given, the estimate says whether the run fits.",
         )
 
     def _set_seed(self) -> None:
-        """Nothing is drawn."""
+        """Do nothing: no random number is drawn."""
 
     def instantiate_classes(self) -> None:
-        """Nothing is made."""
+        """Do nothing: the settings are enough."""
 
 
 def memory(arguments: list[str]) -> None:
-    """Estimate the memory that each device needs."""
+    """Print an estimate of the memory that each device needs.
+
+    Args:
+        arguments: Command-line arguments after the command's name.
+
+    Raises:
+        ConfigurationError: The config cannot be estimated.
+    """
     config: Any = MemoryCLI(arguments).config
     settings = config.as_dict()
     gib = settings["gpu_memory_gib"]
@@ -73,7 +83,7 @@ def _head(run: Run, found: Estimate) -> list[str]:
     where = f"{plan.ranks} ranks ({plan.nodes} × {plan.devices})" if plan.ranks > 1 else "1 rank"
     recomputing = "with" if plan.checkpointing else "without"
     return [
-        "An estimate of fit with this config; nothing was loaded or measured.",
+        "An estimate for fit with this config. No weights were loaded, nothing was measured.",
         f"{run.policy} ({shape.name}): {shape.parameters / 1e6:,.1f} M parameters, {shape.trainable / 1e6:,.1f} M "
         f"train; {shape.layers} layers",
         f"{where}, {plan.sharding.value}, {plan.precision.value}, {plan.optimizer.name}; micro-batches of at most "
@@ -82,7 +92,7 @@ def _head(run: Run, found: Estimate) -> list[str]:
 
 
 def _table(found: Estimate) -> list[str]:
-    """Parts by moment, in GiB."""
+    """The table of parts by moment, in GiB."""
     unit = "GiB on each GPU" if found.plan.on_gpu else "GiB for each rank"
     rows = [(part.name, *(getattr(part, moment) for moment in MOMENTS)) for part in found.parts]
     rows.append(("sum", *(found.total(moment) for moment in MOMENTS)))
@@ -102,13 +112,13 @@ def _shown(size: float) -> str:
 
 
 def _verdict(found: Estimate, quantization: str | None) -> list[str]:
-    """The peak, whether it fits, and what would lower it."""
+    """The peak, whether it fits, and which changes lower it."""
     moment = max(MOMENTS, key=found.total)
     lines = [f"peak: {found.peak / _GIB:.2f} GiB ({moment})"]
     if found.fits is None:
         if found.plan.on_gpu and found.plan.engine.is_vllm:
             share = found.plan.engine.gpu_share
-            lines[0] += f", and beside it vLLM's {share:.0%} of the GPU, which --gpu_memory_gib would tell"
+            lines[0] += f", without vLLM's {share:.0%} of the GPU (give --gpu_memory_gib to include it)"
             lines.append(f"smallest GPU that holds both: about {found.smallest_device / _GIB:.0f} GiB")
         return lines
     assert found.device_bytes is not None
@@ -116,8 +126,8 @@ def _verdict(found: Estimate, quantization: str | None) -> list[str]:
     lines.append(f"{'fits' if found.fits else 'does not fit'} into {size:g} GiB, by this estimate")
     if found.engine_lacks:
         lines.append(
-            f"  vLLM's share of {found.plan.engine.gpu_share:.0%} is {found.engine_lacks / _GIB:.2f} GiB short of its "
-            "weights (merged, not quantised) and one response: raise model.engine.gpu_memory_utilization, "
+            f"  vLLM's share of {found.plan.engine.gpu_share:.0%} is {found.engine_lacks / _GIB:.2f} GiB too small for "
+            "its weights (merged, not quantised) and one response: raise model.engine.gpu_memory_utilization, "
             "or model.engine.tensor_parallel_size with more GPUs"
         )
     if found.peak > found.device_bytes:
@@ -131,15 +141,15 @@ def _verdict(found: Estimate, quantization: str | None) -> list[str]:
 
 
 def _notes(run: Run, found: Estimate) -> list[str]:
-    """What was assumed."""
+    """The assumptions, and the CPU memory."""
     notes = [*run.assumptions]
     if run.plan.on_gpu:
-        notes.append("attention through fused kernels; neither fragmentation nor other programs on the GPU are counted")
+        notes.append("attention uses fused kernels; fragmentation and other programs on the GPU are not counted")
     if run.plan.shares_prefixes:
-        notes.append("shared rows at their worst: prompt and prefix as long as they get")
+        notes.append("the worst case of shared rows: prompts and prefixes of the largest lengths")
     if run.plan.has_reference:
         notes.append("the objective has a KL penalty (beta > 0)")
     if found.host:
         needs = "; ".join(f"{text} {size / _GIB:.1f} GiB" for text, size in found.host)
-        notes.append(f"memory of the CPU besides, for each rank: {needs}")
+        notes.append(f"CPU memory for each rank: {needs}")
     return ["assumed:" if notes else "", *(f"  {note}" for note in notes)]

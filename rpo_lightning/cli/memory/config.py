@@ -1,4 +1,4 @@
-"""From the settings of ``fit`` to a :class:`Plan`, without making a trainer, a policy or an engine."""
+"""Reads the settings of ``fit`` into a :class:`Plan`, without making a trainer, a policy or an engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.policy.lora import LoRA
 from rpo_lightning.rollout.vllm.engine import VLLMEngine
 
-# Where the data say nothing of the longest prompt.
+# Used if data.max_prompt_tokens is not set.
 ASSUMED_PROMPT_TOKENS = 1024
 _STAGES = {1: Sharding.ZERO1, 2: Sharding.ZERO2, 3: Sharding.ZERO3}
 _ENGINE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
@@ -25,13 +25,13 @@ _ENGINE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 
 @dataclass(frozen=True)
 class Run:
-    """What a config says.
+    """The settings of a config that decide its memory.
 
     Attributes:
-        policy: Name of the policy.
-        adapter: Its adapter.
-        plan: The rest.
-        assumptions: What the config leaves open, a sentence each.
+        policy: Folder or name of the policy.
+        adapter: Its adapter, or ``None``.
+        plan: All other settings.
+        assumptions: Values assumed for what the config leaves open, a sentence each.
     """
 
     policy: str
@@ -45,14 +45,16 @@ def read_run(config: Mapping[str, Any], has_gpu_memory: bool) -> Run:
 
     Args:
         config: The settings of ``fit`` as plain dictionaries, defaults filled in.
-        has_gpu_memory: Whether the user names a GPU's memory, which settles what ``accelerator: auto`` is.
+        has_gpu_memory: Whether the user gave a GPU's memory. If so, ``accelerator: auto`` means GPU.
 
     Raises:
-        ConfigurationError: Something that cannot be estimated.
+        ConfigurationError: A setting's memory cannot be estimated.
     """
     trainer, model, data = config["trainer"], config["model"], config["data"]
     if not isinstance(model["policy"], str):
-        raise ConfigurationError("model.policy has to be a folder or a name for its memory to be estimated")
+        raise ConfigurationError(
+            "model.policy is a model, whose memory cannot be estimated: give the policy as a folder or a name"
+        )
     assumptions: list[str] = []
     on_gpu = _is_gpu(trainer["accelerator"], has_gpu_memory)
     devices, nodes = _devices(trainer["devices"], on_gpu, assumptions), int(trainer["num_nodes"])
@@ -63,7 +65,7 @@ def read_run(config: Mapping[str, Any], has_gpu_memory: bool) -> Run:
     optimizer = model.get("optimizer")
     states = ADAMW if optimizer is None else optimizer_state(optimizer["class_path"], optimizer.get("init_args"))
     if not states.is_known:
-        assumptions.append(f"what {states.name} keeps is not known: taken to be AdamW")
+        assumptions.append(f"the states of {states.name} are not known: as for AdamW")
     update = model["update"]
     objective = (model.get("objective") or {}).get("init_args", {})
     plan = Plan(
@@ -79,8 +81,8 @@ def read_run(config: Mapping[str, Any], has_gpu_memory: bool) -> Run:
     lora = LoRA(**adapter.get("init_args", {})) if adapter else None
     if lora and lora.quantization and plan.sharding in (Sharding.FSDP2, Sharding.ZERO3):
         raise ConfigurationError(
-            f"model.adapter.quantization does not go with {plan.sharding.value}, which cannot split quantised weights: "
-            "use trainer.strategy=ddp or deepspeed_stage_2, or leave them unquantised"
+            f"model.adapter.quantization does not work with {plan.sharding.value}, which cannot split quantised "
+            "weights: use trainer.strategy=ddp or deepspeed_stage_2, or remove the quantization"
         )
     return Run(model["policy"], lora, plan, tuple(assumptions))
 
@@ -92,7 +94,7 @@ def _is_gpu(accelerator: Any, has_gpu_memory: bool) -> bool:
 
 
 def _devices(devices: Any, on_gpu: bool, assumptions: list[str]) -> int:
-    """Devices of a node: a number, a list, or what this machine has."""
+    """Number of devices of a node, from a number, a list, or this machine's devices for ``auto``."""
     if isinstance(devices, list):
         return len(devices)
     text = str(devices).strip("[] ")
@@ -111,7 +113,7 @@ def _precision(precision: Any) -> Precision:
         return Precision.DOUBLE
     if text.startswith("32"):
         return Precision.FULL
-    # Lightning reads plain 16 and bf16 as mixed.
+    # Lightning reads "16" and "bf16" as mixed.
     return Precision.HALF if text.endswith("-true") else Precision.MIXED
 
 
@@ -124,15 +126,15 @@ def _engine(engine: Mapping[str, Any] | None, ranks: int) -> EnginePlan:
     level, parallel = arguments.get("sleep_level"), arguments.get("tensor_parallel_size") or 1
     if ranks % parallel:
         raise ConfigurationError(
-            f"model.engine.tensor_parallel_size={parallel} must divide the number of processes that train, "
-            f"which is {ranks}"
+            f"model.engine.tensor_parallel_size={parallel} must divide the number of processes that train, which is "
+            f"{ranks}"
         )
     size = _ENGINE_BYTES.get(str(options.get("dtype", arguments.get("dtype"))))
     return EnginePlan(True, 0.5 if share is None else share, 1 if level is None else level, parallel, size)
 
 
 def _strategy(strategy: Any, ranks: int) -> dict[str, Any]:
-    """Fields of the plan that the strategy decides, by its name or its class and arguments."""
+    """The fields of a plan that the strategy decides. It is given by name, or by class and arguments."""
     if isinstance(strategy, Mapping):
         name = strategy["class_path"].rpartition(".")[2]
         arguments = dict(strategy.get("init_args") or {})
@@ -155,7 +157,7 @@ def _strategy(strategy: Any, ranks: int) -> dict[str, Any]:
 
 
 def _deepspeed(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Lightning's registered names (``deepspeed_stage_3_offload``), its arguments, or DeepSpeed's own config."""
+    """The fields of a plan for DeepSpeed: from Lightning's name or arguments, or from DeepSpeed's own config."""
     digits = [int(part) for part in name.split("_") if part.isdigit()]
     stage = digits[0] if digits else arguments.get("stage", 2)
     offloads = "_offload" in name or bool(arguments.get("offload_optimizer"))
@@ -169,7 +171,9 @@ def _deepspeed(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         parameters = zero.get("offload_param", {}).get("device", "none") != "none"
         bucket, overlaps = zero.get("reduce_bucket_size", 500_000_000), zero.get("overlap_comm", stage == 3)
     if stage not in _STAGES:
-        raise ConfigurationError(f"DeepSpeed ZeRO stage {stage}: memory is estimated for stages 1, 2 and 3")
+        raise ConfigurationError(
+            f"trainer.strategy: the memory of DeepSpeed ZeRO stage {stage} cannot be estimated: use stage 1, 2 or 3"
+        )
     return {
         "sharding": _STAGES[stage],
         "offloads_optimizer": offloads,
@@ -185,5 +189,7 @@ def _deepspeed_config(source: Any) -> Mapping[str, Any]:
     try:
         read: Mapping[str, Any] = json.loads(Path(str(source)).expanduser().read_text())
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"trainer.strategy: {source} is no DeepSpeed config in JSON") from error
+        raise ConfigurationError(
+            f"trainer.strategy: {source} is not a readable DeepSpeed config: give a JSON file"
+        ) from error
     return read

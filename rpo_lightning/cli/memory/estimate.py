@@ -1,4 +1,4 @@
-"""The sum: every part of a run's memory on each device, by moment."""
+"""Adds up the parts of a run's memory on each device, for each moment: rollout, backward pass, optimizer step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rpo_lightning.cli.memory.rollout import engine_parts, engine_weight_bytes, 
 from rpo_lightning.cli.memory.states import gathered_parts, gradient_parts, optimizer_parts, weight_parts
 
 MOMENTS = ("rollout", "backward", "step")
-# What CUDA, cuBLAS and NCCL take on every GPU before there is a tensor: an assumption, not a measurement.
+# Memory of CUDA, cuBLAS and NCCL on every GPU, without tensors. Assumed, not measured.
 CUDA_BYTES = 2**30
 
 
@@ -22,9 +22,9 @@ class Estimate:
     Attributes:
         shape: The model.
         plan: The settings.
-        parts: What takes memory on a device.
-        host: Memory of the CPU that a rank needs besides, by what it is for.
-        device_bytes: Memory of a device, where it is known.
+        parts: The parts of a device's memory.
+        host: The parts of a rank's CPU memory, as pairs of name and bytes.
+        device_bytes: Memory of a device; ``None`` if it is not known.
     """
 
     shape: ModelShape
@@ -39,12 +39,12 @@ class Estimate:
 
     @property
     def peak(self) -> float:
-        """The largest of the moments' sums."""
+        """The largest sum of all moments."""
         return max(self.total(moment) for moment in MOMENTS)
 
     @property
     def smallest_device(self) -> float:
-        """Bytes of the smallest device that holds it, vLLM's share included where it was left out."""
+        """Bytes of the smallest device that holds the run, vLLM's share included."""
         if not (self.plan.on_gpu and self.plan.engine.is_vllm) or self.device_bytes is not None:
             return self.peak
         free = 1 - self.plan.engine.gpu_share
@@ -53,12 +53,12 @@ class Estimate:
 
     @property
     def fits(self) -> bool | None:
-        """Whether it fits into a device; ``None`` where its size is not known."""
+        """Whether the run fits into a device; ``None`` if the device's memory is not known."""
         return None if self.device_bytes is None else self.peak <= self.device_bytes and not self.engine_lacks
 
     @property
     def engine_lacks(self) -> float:
-        """Bytes that vLLM's share of the device is short of its weights and one response; 0 if they have room."""
+        """Bytes by which vLLM's share of the device is too small for its weights and one response; 0 if they fit."""
         if not (self.plan.on_gpu and self.plan.engine.is_vllm) or self.device_bytes is None:
             return 0.0
         return max(least_engine_bytes(self.shape, self.plan) - self.plan.engine.gpu_share * self.device_bytes, 0.0)
@@ -72,8 +72,8 @@ def estimate(
     Args:
         shape: The model.
         plan: The settings.
-        quantization: ``4bit`` or ``8bit``, if frozen weights are quantised.
-        device_bytes: Memory of a device, for vLLM's share of it.
+        quantization: ``4bit`` or ``8bit`` if frozen weights are quantised.
+        device_bytes: Memory of a device. Without it, vLLM's share is not counted.
     """
     parts = [
         *weight_parts(shape, plan, quantization),
@@ -90,7 +90,7 @@ def estimate(
 
 
 def _host_parts(shape: ModelShape, plan: Plan) -> list[tuple[str, float]]:
-    """Memory of the CPU for each rank that trains on a GPU."""
+    """CPU memory of a rank that trains on a GPU."""
     if not plan.on_gpu:
         return []
     parts: list[tuple[str, float]] = []

@@ -1,7 +1,7 @@
-"""What a model consists of, counted on a model without storage.
+"""Counts a model's parameters and widths without loading its weights.
 
-Only the model's configuration is read: the model is built on torch's ``meta`` device, where tensors have a
-shape and nothing else, and gets its adapter there too.
+Only the model's configuration is read. The model and its adapter are built on torch's ``meta`` device, where tensors
+have shapes but no storage.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from rpo_lightning.policy.parallel.fsdp2 import decoder_layers
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Counts of numbers (not bytes); tied parameters count once.
+    """Counts of numbers, not bytes. Tied parameters count once.
 
     Attributes:
         name: Architecture.
         trainable: Parameters that train.
-        frozen: Parameters that do not and are held as they are.
-        quantized: Parameters that are held quantised.
+        frozen: Parameters that do not train and are not quantised.
+        quantized: Parameters that are quantised.
         quantized_rows: Rows of the quantised matrices.
         layers: Decoder layers.
-        layer_parameters: All parameters of the largest decoder layer.
-        root_parameters: All parameters outside the decoder layers.
-        largest: The largest trainable parameter.
-        vocabulary: Tokens.
+        layer_parameters: Parameters of the largest decoder layer.
+        root_parameters: Parameters outside the decoder layers.
+        largest: Numbers in the largest trainable parameter.
+        vocabulary: Rows of the embedding.
         hidden: Width of the residual stream.
-        query: Width of the queries of all heads.
-        key: Width of the keys of all their heads; values are as wide.
+        query: Width of the queries of all heads together.
+        key: Width of the keys of all key heads together; the values have the same width.
         heads: Query heads.
         key_heads: Key heads.
         intermediate: Width within the MLP.
         query_norms: Whether queries and keys are normalised.
-        adapter_inputs: Input widths of a layer's adapted matrices, added up; 0 without an adapter.
-        adapter_ranks: Ranks of a layer's adapted matrices, added up.
+        adapter_inputs: Sum of the input widths of a layer's adapted matrices; 0 without an adapter.
+        adapter_ranks: Sum of the ranks of a layer's adapted matrices; 0 without an adapter.
     """
 
     name: str
@@ -67,12 +67,12 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """All parameters."""
+        """Number of all parameters."""
         return self.trainable + self.frozen + self.quantized
 
     @property
     def has_adapter(self) -> bool:
-        """Whether an adapter trains rather than the policy."""
+        """Whether an adapter is trained instead of the policy's weights."""
         return self.adapter_ranks > 0
 
 
@@ -84,7 +84,7 @@ def model_shape(policy: str, adapter: LoRA | None = None) -> ModelShape:
         adapter: Its adapter.
 
     Raises:
-        ConfigurationError: There is no configuration of a causal language model at that place.
+        ConfigurationError: No configuration of a causal language model was found, or it lacks layers or widths.
     """
     try:
         config = AutoConfig.from_pretrained(resolve_policy(policy))
@@ -92,22 +92,26 @@ def model_shape(policy: str, adapter: LoRA | None = None) -> ModelShape:
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"model.policy={policy}: no configuration of a causal language model found there (neither a folder nor a "
-            "reachable hub name)"
+            f"model.policy={policy}: no configuration of a causal language model found there: give a folder or a "
+            "reachable hub name"
         ) from error
     return shape_of(model, adapter)
 
 
 def shape_of(model: Any, adapter: LoRA | None = None) -> ModelShape:
-    """Count a model; an adapter is put into it.
+    """Count a model.
+
+    Args:
+        model: A transformers model, usually on the ``meta`` device.
+        adapter: An adapter to add to it. This changes the model.
 
     Raises:
-        ConfigurationError: The model says neither what its layers are nor how wide.
+        ConfigurationError: The model does not name its decoder layers or their widths.
     """
     name, config = type(model).__name__, model.config.get_text_config()
     head = model.get_output_embeddings()
     quantize = adapter is not None and adapter.quantization is not None
-    # As transformers does it: every linear layer but the output head.
+    # Like transformers: all linear layers except the output head.
     quantized = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head] if quantize else []
     if adapter is not None:
         model = adapter.apply(model)
@@ -115,7 +119,8 @@ def shape_of(model: Any, adapter: LoRA | None = None) -> ModelShape:
     widths = [getattr(config, key, None) for key in ("hidden_size", "num_attention_heads", "intermediate_size")]
     if not layers or not all(isinstance(width, int) for width in widths):
         raise ConfigurationError(
-            f"{name} does not say what its decoder layers are, or how wide: its memory cannot be estimated"
+            f"model.policy: {name} does not name its decoder layers or their widths, so its memory cannot be "
+            "estimated: use a decoder-only transformers model"
         )
     hidden, heads, intermediate = (int(width) for width in widths if width is not None)
     key_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -133,7 +138,7 @@ def shape_of(model: Any, adapter: LoRA | None = None) -> ModelShape:
 
 
 def _adapter_widths(layer: nn.Module) -> tuple[int, int]:
-    """Input widths and ranks of a layer's adapted matrices, each added up."""
+    """Sums of the input widths and of the ranks of a layer's adapted matrices."""
     down = [
         module for name, module in layer.named_modules() if ".lora_A." in f".{name}" and isinstance(module, nn.Linear)
     ]

@@ -1,8 +1,8 @@
-"""What optimizers keep for every parameter.
+"""Memory of optimizer states.
 
-Torch's own keep tensors of the parameter's dtype (``torch/optim``: ``zeros_like(p)``). The 8-bit ones of bitsandbytes
-keep a byte and, for every 256 of them, an fp32 scale (``bitsandbytes/optim/optimizer.py``; parameters below 4,096
-numbers keep fp32, which is left out here).
+Torch's optimizers hold tensors of the parameter's dtype (``torch/optim``: ``zeros_like(p)``). The 8-bit optimizers of
+bitsandbytes hold a byte for each number, and an fp32 scale for every 256 numbers (``bitsandbytes/optim/optimizer.py``).
+They hold fp32 for parameters below 4,096 numbers, which is not counted here.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ _BLOCK = 256
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """States of an optimizer.
+    """The states of an optimizer.
 
     Attributes:
         name: Its class.
-        tensors: Tensors like the parameter.
+        tensors: Number of state tensors with the parameter's shape.
         eight_bit: Whether their numbers are bytes with a scale for each block.
-        temporaries: Further tensors like the parameters while a step is made on a GPU.
-        is_known: Whether this is what the class keeps, rather than AdamW's in its place.
+        temporaries: Number of further tensors with the parameter's shape during a step on a GPU.
+        is_known: Whether the class is known. If not, the states are AdamW's.
     """
 
     name: str
@@ -33,15 +33,16 @@ class OptimizerState:
     is_known: bool = True
 
     def bytes_per_parameter(self, held: int) -> float:
-        """Bytes a parameter.
+        """Bytes of states for each number of a parameter.
 
         Args:
-            held: Bytes of the parameter itself.
+            held: Bytes of a number of the parameter itself.
         """
         return self.tensors * (1 + 4 / _BLOCK if self.eight_bit else held)
 
 
-# Torch's "foreach" step makes the square roots of all second moments at once (torch/optim/adamw.py).
+# The temporary is the square roots of the second moments: torch's "foreach" step computes all of them at once
+# (torch/optim/adamw.py).
 ADAMW = OptimizerState("AdamW", 2, temporaries=1)
 
 _TENSORS = {
@@ -52,7 +53,7 @@ _FOREACH = ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop")
 
 
 def optimizer_state(class_path: str, arguments: Mapping[str, Any] | None = None) -> OptimizerState:
-    """States of an optimizer by its class path and constructor arguments; those of AdamW for an unknown class."""
+    """The states of an optimizer, by its class path and constructor arguments. Unknown classes count as AdamW."""
     arguments = arguments or {}
     module, _, name = class_path.rpartition(".")
     base = name.removeprefix("Paged").removesuffix("8bit").removesuffix("32bit")

@@ -9,10 +9,10 @@ from rpo_lightning.cli.memory.optimizers import ADAMW, OptimizerState
 
 
 class Precision(StrEnum):
-    """What parameters are held in, and what is computed in.
+    """The precision of parameters and of computation.
 
-    ``FULL`` holds and computes in fp32. ``MIXED`` holds fp32 and computes in 16 bits. ``HALF`` holds and computes
-    in 16 bits. ``DOUBLE`` is fp64.
+    ``FULL``: parameters and computation in fp32. ``MIXED``: parameters in fp32, computation in 16 bits. ``HALF``: both
+    in 16 bits. ``DOUBLE``: both in fp64.
     """
 
     FULL = "32-true"
@@ -22,17 +22,17 @@ class Precision(StrEnum):
 
     @property
     def held(self) -> int:
-        """Bytes of a parameter."""
+        """Bytes of a number of a parameter."""
         return {Precision.FULL: 4, Precision.MIXED: 4, Precision.HALF: 2, Precision.DOUBLE: 8}[self]
 
     @property
     def computed(self) -> int:
-        """Bytes of a number that matrix products take."""
+        """Bytes of a number in matrix products."""
         return {Precision.FULL: 4, Precision.MIXED: 2, Precision.HALF: 2, Precision.DOUBLE: 8}[self]
 
 
 class Sharding(StrEnum):
-    """How a policy is laid over ranks."""
+    """How a policy is distributed over ranks."""
 
     SINGLE = "one device"
     DDP = "DDP"
@@ -43,20 +43,20 @@ class Sharding(StrEnum):
 
     @property
     def is_zero(self) -> bool:
-        """Whether it is DeepSpeed's."""
+        """Whether it is a stage of DeepSpeed ZeRO."""
         return self.name.startswith("ZERO")
 
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """The rollout engine.
+    """The settings of the rollout engine.
 
     Attributes:
-        is_vllm: vLLM, or else the transformers engine.
+        is_vllm: Whether it is vLLM; otherwise it is the transformers engine.
         gpu_share: Share of the GPU's memory that vLLM takes.
-        sleep_level: What vLLM gives back: 0 nothing, 1 and 2 weights and key–value cache.
+        sleep_level: What vLLM frees in the update: 0 nothing, 1 and 2 weights and key-value cache.
         tensor_parallel: Ranks that share vLLM's weights.
-        bytes_per_number: Of vLLM's weights; what the trainer computes in if not given.
+        bytes_per_number: Bytes of a number of vLLM's weights; the trainer's if not given.
         sequences: Sequences that the transformers engine decodes at once.
     """
 
@@ -70,18 +70,18 @@ class EnginePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything but the model.
+    """All settings that decide memory, except the model.
 
     Attributes:
         devices: Devices of one node.
         nodes: Nodes.
         on_gpu: Whether the devices are GPUs.
-        precision: What parameters are held and computed in.
-        sharding: How the policy is laid over ranks.
+        precision: The precision of parameters and of computation.
+        sharding: How the policy is distributed over ranks.
         optimizer: States of the optimizer.
         micro_batch_tokens: Tokens of one forward and backward pass, padding included.
-        prompt_tokens: Longest prompt.
-        response_tokens: Longest response.
+        prompt_tokens: Tokens of the longest prompt.
+        response_tokens: Tokens of the longest response.
         group_size: Responses to a question.
         shares_prefixes: Whether members of a group share rows.
         has_cache: Whether prefixes come from an experience cache.
@@ -89,12 +89,12 @@ class Plan:
         checkpointing: Whether activations are computed again in the backward pass.
         accumulate_sharded: With FSDP2, whether gradients are reduced after every micro-batch.
         bucket_view: With DDP, whether gradients are views of its buckets.
-        offloads_optimizer: Whether DeepSpeed holds master weights and optimizer states in the CPU's memory.
-        offloads_parameters: Whether ZeRO-3 holds parameters there.
+        offloads_optimizer: Whether DeepSpeed holds master weights and optimizer states in CPU memory.
+        offloads_parameters: Whether ZeRO-3 holds parameters in CPU memory.
         bucket_elements: DeepSpeed's ``reduce_bucket_size``.
-        overlaps: Whether DeepSpeed reduces while it computes, which takes a second bucket.
-        has_reference: Whether the objective needs a frozen copy of the starting policy.
-        engine: The rollout engine.
+        overlaps: Whether DeepSpeed reduces while it computes, which needs a second bucket.
+        has_reference: Whether the objective needs a reference policy.
+        engine: The settings of the rollout engine.
     """
 
     devices: int = 1
@@ -122,34 +122,37 @@ class Plan:
 
     @property
     def ranks(self) -> int:
-        """Processes that train, one a device."""
+        """Number of processes that train, one for each device."""
         return self.devices * self.nodes
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row of one response."""
+        """Tokens of the longest plain row: prompt and response."""
         return self.prompt_tokens + self.response_tokens
 
     @property
     def tokens(self) -> int:
-        """Tokens of the largest micro-batch: a row longer than the limit makes one of its own (``rows.py``)."""
+        """Tokens of the largest micro-batch.
+
+        A row above the limit makes a micro-batch of its own (``policy/prefix_sharing/rows.py``).
+        """
         return max(self.micro_batch_tokens, self.longest)
 
     @property
     def casts_weights(self) -> bool:
-        """Whether autocast casts weights at every use; FSDP2 and DeepSpeed give them out in 16 bits."""
+        """Whether autocast casts weights at every use. FSDP2 and DeepSpeed provide them in 16 bits instead."""
         return self.precision is Precision.MIXED and self.sharding in (Sharding.SINGLE, Sharding.DDP)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes on each device that something takes, by moment.
+    """A part of a device's memory, in bytes, by moment.
 
     Attributes:
-        name: What it is.
-        rollout: While responses are generated.
-        backward: At the end of a forward pass and in the backward pass of the largest micro-batch.
-        step: While the optimizer makes its step.
+        name: Name in the table.
+        rollout: Bytes while responses are generated.
+        backward: Bytes between the forward and the backward pass of the largest micro-batch.
+        step: Bytes in the optimizer's step.
     """
 
     name: str
@@ -159,5 +162,5 @@ class Part:
 
     @classmethod
     def always(cls, name: str, size: float) -> Part:
-        """Something that is there all the time."""
+        """A part of the same size at all moments."""
         return cls(name, size, size, size)

@@ -1,4 +1,4 @@
-"""What would make a run need less: settings changed one at a time, and the estimate made again."""
+"""Finds settings that lower a run's memory: changes one at a time and estimates again."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ def remedies(found: Estimate, quantization: str | None = None) -> list[tuple[str
     """Single changes that lower the peak, the most effective first.
 
     Args:
-        found: The estimate as it is.
+        found: The estimate to improve.
         quantization: As in :func:`estimate`.
+
+    Returns:
+        Pairs of a change, in words, and the estimate with it.
     """
     tried = [
         (text, estimate(found.shape, plan, quantization, found.device_bytes)) for text, plan in _changes(found.plan)

@@ -1,13 +1,18 @@
 """Memory of the rollout engine.
 
-vLLM takes a share of the device's memory for weights and key–value cache, whatever it needs, and says so if that is
-not free when it starts (``vllm/v1/worker/utils.py``, ``request_memory``). Asleep (``VLLMEngine.sleep``) it gives back
-weights and cache; graphs and workspaces stay, which is assumed to be ``ASLEEP_BYTES``.
+vLLM takes a fixed share of the device's memory for weights and key-value cache, and refuses to start if that much is
+not free (``vllm/v1/worker/utils.py``, ``request_memory``). Asleep (``VLLMEngine.sleep``) it frees weights and cache.
+Its graphs and workspaces stay; they are assumed to take ``ASLEEP_BYTES``.
 
-The transformers engine decodes with the policy's own weights and needs keys and values of its sequences: layers × 2 ×
-key × tokens, with room for 128 tokens more, one layer of it twice while it grows; logits of all sequences, in fp32 and
-as log-probs and probabilities; and the prompts' activations in one layer. Where members of a group share rows in
-training they have one copy of their prompt here, but for less than 2 MB a layer (``engines/sequence_cache.py``).
+The transformers engine decodes with the policy's own weights. It needs
+
+* keys and values of its sequences: layers × 2 × key × tokens, with room for 128 more tokens. One layer's are held
+  twice while they grow.
+* logits of all sequences, in fp32 and as log-probs and probabilities.
+* the prompts' activations in one layer.
+
+If members of a group share rows in training, a group has one copy of its context's keys and values. On a CPU that holds
+only above 2 MB a layer (``rollout/transformers/sequence_cache.py``), which is ignored here.
 """
 
 from __future__ import annotations
@@ -16,31 +21,31 @@ from rpo_lightning.cli.memory.model import ModelShape
 from rpo_lightning.cli.memory.plan import Part, Plan
 
 ASLEEP_BYTES = 2**30
-# engines/vllm_platform.py, CPU_CACHE_BYTES; not imported, so that no engine is.
+# CPU_CACHE_BYTES of rollout/vllm/platform.py. Not imported, because that would import the engine.
 _CPU_CACHE_BYTES = 2 * 2**30
 _ROOM = 128
 
 
 def engine_weight_bytes(shape: ModelShape, plan: Plan) -> float:
-    """Weights that vLLM holds on each rank: merged, not quantised."""
+    """Bytes of vLLM's weights on each rank: adapters are merged, nothing is quantised."""
     size = plan.engine.bytes_per_number or min(plan.precision.computed, 4)
     base = shape.parameters if not shape.has_adapter else shape.frozen + shape.quantized
     return base * size / plan.engine.tensor_parallel
 
 
 def least_engine_bytes(shape: ModelShape, plan: Plan) -> float:
-    """What vLLM's share must hold at least: its weights, and keys and values of one longest response."""
+    """The least that vLLM's share must hold, in bytes: its weights, and keys and values of one longest row."""
     token = shape.layers * 2 * shape.key * (plan.engine.bytes_per_number or min(plan.precision.computed, 4))
     return engine_weight_bytes(shape, plan) + token * plan.longest / plan.engine.tensor_parallel
 
 
 def engine_parts(shape: ModelShape, plan: Plan, device_bytes: float | None) -> list[Part]:
-    """The rollout engine.
+    """The parts of the rollout engine.
 
     Args:
         shape: The model.
         plan: The settings.
-        device_bytes: Memory of a device; if it is not given, vLLM's share on a GPU is left out.
+        device_bytes: Memory of a device. Without it, vLLM's share on a GPU is not counted.
     """
     if not plan.engine.is_vllm:
         return _decoding_parts(shape, plan)

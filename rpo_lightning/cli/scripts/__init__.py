@@ -1,1 +1,1 @@
-"""The embedded task and its tiny reasoner: what runs without a model hub."""
+"""Scripts that make policies without a model hub: the embedded reasoner, and SmolLM2."""

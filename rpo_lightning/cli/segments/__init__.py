@@ -1,1 +1,1 @@
-"""What each part of a reasoning path does, and what a run did: segment analysis and reports."""
+"""``rpo-lightning segments``: measures how much each part of a response decides."""

@@ -1,11 +1,12 @@
-"""Segment analysis: what is decided where in a reasoning path (figure 1 of the paper).
+"""Segment analysis: how much each part of a response decides (figure 1 of the paper).
 
-For each question a first answer is sampled and cut at a grid of points, and N continuations are sampled from
-each. Accuracy against the share kept (or the tokens cut) tells how much the rest of the path still decides.
-Continuations of nothing are N answers, whose equal-length prefixes tell how alike answers begin.
+For each question, a first answer is sampled and cut at a grid of points, and n continuations are sampled from each
+prefix. Their accuracy against the length of the prefix shows how much the rest of the response still decides. The
+continuations of the empty prefix are n answers from scratch. The similarity of their prefixes of equal length shows how
+long answers stay alike.
 
-Deviation: the paper samples 256 continuations of a few questions; here N and the questions are settings, and
-first answers that were right and wrong are told apart, because they have opposite curves.
+Deviations: the paper samples 256 continuations of a few questions; here n and the questions are settings. Right and
+wrong first answers are reported separately, because their curves run in opposite directions.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from rpo_lightning.policy.tokenizer import decode
 
 
 class SegmentAnalysis(RPOModule):
-    """A policy whose ``predict`` takes reasoning paths apart.
+    """A policy whose ``predict`` makes a segment analysis.
 
     Args:
         *args: See :class:`~rpo_lightning.module.RPOModule`.
-        continuations: Continuations of each cut (N).
-        points: Cuts of each answer, from keeping nothing on in equal shares; the whole answer comes as one more.
+        continuations: Continuations of each prefix (n), at least 2.
+        points: Prefixes of each first answer, at equal distances from the empty one. The whole answer is added.
         **kwargs: See :class:`~rpo_lightning.module.RPOModule`.
     """
 
@@ -35,39 +36,41 @@ class SegmentAnalysis(RPOModule):
         super().__init__(*args, **kwargs)
         if continuations < 2 or points < 1:
             raise ConfigurationError(
-                f"segment analysis needs continuations >= 2 and points >= 1, got {continuations} and {points}"
+                f"model.continuations must be at least 2 and model.points at least 1, got {continuations} and {points}"
             )
         self.continuations = continuations
         self.points = points
 
     def predict_step(self, requests: Batch[RolloutRequest], batch_idx: int) -> list[dict[str, Any]]:
-        """One record for each question and cut."""
+        """Sample first answers and continuations; returns a record of each question and cut."""
         require_requests(requests)
         seeds = [derive_seed(SeedPurpose.EVALUATION, self.global_rank, batch_idx, part) for part in (0, 1)]
         firsts = self.roll_out(requests, 1, self.evaluation_sampling, seeds[0])
-        cuts = [(first, share, kept) for first in firsts for kept, share in self._cuts(first).items()]
+        cuts = [(first, share, length) for first in firsts for length, share in self._cuts(first).items()]
         groups = self.roll_out(
-            [self._continue(first, kept) for first, _, kept in cuts],
+            [self._continue(first, length) for first, _, length in cuts],
             self.continuations,
             self.evaluation_sampling,
             seeds[1],
         )
-        rows = [self._row(first, share, kept, group) for (first, share, kept), group in zip(cuts, groups, strict=True)]
+        rows = [
+            self._row(first, share, length, group) for (first, share, length), group in zip(cuts, groups, strict=True)
+        ]
         return rows + [self._row(first, 1.0, first.lengths[0], first) for first in firsts]
 
     def _cuts(self, first: Group) -> dict[int, float]:
-        """Tokens kept and their planned share, distinct; at least one token is always sampled anew."""
+        """Shares of a first answer by prefix length in tokens. At least one token is always sampled again."""
         length = first.lengths[0]
         shares = [i / self.points for i in reversed(range(self.points))]
         return {min(round(share * length), length - 1): share for share in shares}
 
-    def _continue(self, first: Group, kept: int) -> RolloutRequest:
+    def _continue(self, first: Group, prefix_length: int) -> RolloutRequest:
         whole = full_path_request(first.request.prompt, self.max_response_tokens)
-        prefix = first.completions[0].token_ids[:kept]
-        return RolloutRequest(whole.prompt, prefix, whole.max_new_tokens - kept, first.lengths[0])
+        prefix = first.completions[0].token_ids[:prefix_length]
+        return RolloutRequest(whole.prompt, prefix, whole.max_new_tokens - prefix_length, first.lengths[0])
 
-    def _row(self, first: Group, share: float, kept: int, group: Group) -> dict[str, Any]:
-        """What came of a cut. The tokens of answers from scratch are kept for their prefixes."""
+    def _row(self, first: Group, share: float, prefix_length: int, group: Group) -> dict[str, Any]:
+        """The record of a cut. For the empty prefix it holds the answers' prefixes too."""
         prompt, length = first.request.prompt, first.lengths[0]
         return {
             "uid": prompt.uid,
@@ -76,28 +79,28 @@ class SegmentAnalysis(RPOModule):
             "first_answer": first.samples[0].response,
             "first_correct": first.samples[0].is_correct,
             "first_tokens": length,
-            "kept": kept,
-            "cut": length - kept,
+            "kept": prefix_length,
+            "cut": length - prefix_length,
             "share": share,
             "correct": [s.is_correct for s in group.samples],
             "tokens": [s.length for s in group.samples],
-            "answers": self._prefixes(group) if kept == 0 else [],
+            "answers": self._prefixes(group) if prefix_length == 0 else [],
         }
 
     def _prefixes(self, group: Group) -> list[list[str]]:
-        """Of every answer, its prefixes at equal steps of the shortest one's length."""
+        """The prefixes of each answer, at equal steps up to the length of the shortest answer."""
         shortest = min(group.lengths)
         ends = sorted({max(round(i * shortest / self.points), 1) for i in range(1, self.points + 1)})
         return [[decode(self.tokenizer, c.token_ids[:end]) for end in ends] for c in group.completions]
 
 
 def accuracy_of(row: dict[str, Any]) -> float:
-    """Share of right continuations."""
+    """The share of right continuations in a record."""
     return sum(row["correct"]) / len(row["correct"])
 
 
 def grouped_by_first_answer(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """All rows, and those whose first answer was right and wrong."""
+    """All records, those whose first answer is right, and those whose first answer is wrong."""
     return {
         "all": list(rows),
         "first answer right": [r for r in rows if r["first_correct"]],

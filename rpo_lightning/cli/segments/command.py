@@ -1,4 +1,4 @@
-"""``rpo-lightning segments``: accuracy and similarity along reasoning paths, as tables and pictures."""
+"""The command ``rpo-lightning segments``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from rpo_lightning.cli.tool_cli import ToolCLI
 
 
 def segments(arguments: list[str]) -> None:
-    """Take reasoning paths apart: accuracy after cuts, similarity of beginnings."""
+    """Run a segment analysis and write its table and picture.
+
+    Args:
+        arguments: Command-line arguments after the command's name.
+    """
     from rpo_lightning.cli.segments.analysis import SegmentAnalysis
     from rpo_lightning.cli.segments.results import SegmentResultsCallback
 

@@ -1,4 +1,4 @@
-"""Files and pictures of a segment analysis."""
+"""The results of a segment analysis: a Parquet file and a picture."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class SegmentResultsCallback(BasePredictionWriter):
     """Writes ``segments.parquet`` and ``segments.png``.
 
     Args:
-        out: Folder.
-        similarity: Measure of how alike prefixes are; TF-IDF of character n-grams if not given.
+        out: Folder for the files.
+        similarity: How to measure the similarity of prefixes; TF-IDF of character n-grams if not given.
         title: Title of the picture.
     """
 
@@ -41,14 +41,14 @@ class SegmentResultsCallback(BasePredictionWriter):
         self.title = title
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out what is missing before anything is sampled."""
+        """Check that the needed modules and models are there, before sampling starts."""
         require_modules("analysis", "matplotlib")
         self.similarity.prepare()
 
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Measure similarities, write, draw."""
+        """Write the files; a collective, rank 0 writes."""
         rows = gather_rows([row for batch in predictions for row in batch], ("uid", "kept"))
         if not trainer.is_global_zero:
             return
@@ -60,7 +60,15 @@ class SegmentResultsCallback(BasePredictionWriter):
 
 
 def similarities(rows: Sequence[dict[str, Any]], measure: TextSimilarity) -> list[list[float]]:
-    """Of each question, the similarity of its answers' prefixes at equal shares of the shortest answer."""
+    """The mean similarity of prefixes of equal length, for each question and length.
+
+    Args:
+        rows: The records with ``answers``, one for each question.
+        measure: How to measure similarity.
+
+    Returns:
+        For each question, one value for each length.
+    """
     measure.fit([prefixes[-1] for row in rows for prefixes in row["answers"]])
     return [
         [measure.mean_of_pairs([prefixes[i] for prefixes in row["answers"]]) for i in range(len(row["answers"][0]))]
@@ -69,7 +77,14 @@ def similarities(rows: Sequence[dict[str, Any]], measure: TextSimilarity) -> lis
 
 
 def draw(rows: Sequence[dict[str, Any]], alike: Sequence[Sequence[float]], title: str, path: Path) -> None:
-    """Three panels: accuracy against the share kept, against tokens cut, and similarity of prefixes."""
+    """Draw three panels: accuracy by share of the first answer, accuracy by tokens cut, and similarity of prefixes.
+
+    Args:
+        rows: All records.
+        alike: Similarities, see :func:`similarities`.
+        title: Title of the picture.
+        path: Where to save it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

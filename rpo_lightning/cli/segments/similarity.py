@@ -1,4 +1,4 @@
-"""How much answers to one question resemble each other."""
+"""Measures of the similarity of answers to one question."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from rpo_lightning.core.errors import ConfigurationError, require_modules
 
 
 class TextSimilarity(ABC):
-    """Mean cosine similarity of pairs of texts."""
+    """Mean cosine similarity of pairs of texts. Subclasses turn texts into vectors."""
 
     def prepare(self) -> None:  # noqa: B027 (optional)
-        """Load what is needed, or say that it is missing."""
+        """Load what the measure needs.
+
+        Raises:
+            ConfigurationError: Something is missing.
+        """
 
     def fit(self, texts: Sequence[str]) -> None:  # noqa: B027 (optional)
-        """See typical texts, for measures that weigh features by how common they are."""
+        """Learn from typical texts how common features are. Called before :meth:`embed`."""
 
     @abstractmethod
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Vectors of unit length, [texts, size]."""
+        """The vectors of texts, of unit length, [texts, size]."""
 
     def mean_of_pairs(self, texts: Sequence[str]) -> float:
         """Mean similarity over all pairs.
@@ -31,48 +35,50 @@ class TextSimilarity(ABC):
             ConfigurationError: There are fewer than two texts.
         """
         if len(texts) < 2:
-            raise ConfigurationError(f"similarity needs at least two texts, got {len(texts)}")
+            raise ConfigurationError(
+                f"similarity needs at least two texts, got {len(texts)}: set model.continuations to at least 2"
+            )
         vectors = self.embed(texts)
         products = vectors @ vectors.T
         return float(products[np.triu_indices(len(texts), 1)].mean())
 
 
 class TfidfSimilarity(TextSimilarity):
-    """Similarity of character n-grams, weighted by TF-IDF. Needs no model.
+    """Similarity of character n-grams weighted by TF-IDF. It needs no model.
 
     Args:
-        longest: Longest n-gram in characters.
+        longest: Most characters of an n-gram.
     """
 
     def __init__(self, longest: int = 4) -> None:
         if longest < 1:
-            raise ConfigurationError(f"TfidfSimilarity needs longest >= 1, got {longest}")
+            raise ConfigurationError(f"TfidfSimilarity.longest must be at least 1, got {longest}")
         self.longest = longest
         self._vectorizer: Any = None
 
     def prepare(self) -> None:
-        """Check that scikit-learn is there."""
+        """Check that scikit-learn is installed."""
         require_modules("analysis", "sklearn")
 
     def fit(self, texts: Sequence[str]) -> None:
-        """Learn the weights."""
+        """Learn the weights of the n-grams."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         self._vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, self.longest), lowercase=False).fit(texts)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Weighted counts."""
+        """The texts' weighted counts of n-grams."""
         if self._vectorizer is None:
             self.fit(texts)
         return np.asarray(self._vectorizer.transform(texts).toarray())
 
 
 class EmbeddingSimilarity(TextSimilarity):
-    """Similarity of mean-pooled hidden states of an embedding model.
+    """Similarity of the mean hidden states of an embedding model.
 
     Args:
         model: Hugging Face folder or hub name.
-        batch_size: Texts of one forward pass.
+        batch_size: Texts in one forward pass.
     """
 
     def __init__(self, model: str, batch_size: int = 32) -> None:
@@ -81,11 +87,11 @@ class EmbeddingSimilarity(TextSimilarity):
         self._loaded: tuple[Any, Any] | None = None
 
     def prepare(self) -> None:
-        """Load the model."""
+        """Load the model and its tokenizer."""
         self._load()
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Mean-pooled last hidden states, normalised."""
+        """The means of the texts' last hidden states, normalised."""
         import torch
 
         tokenizer, model = self._load()
@@ -109,7 +115,7 @@ class EmbeddingSimilarity(TextSimilarity):
                 tokenizer, model = AutoTokenizer.from_pretrained(self.model), AutoModel.from_pretrained(self.model)
             except (OSError, ValueError) as error:
                 raise ConfigurationError(
-                    f"similarity.model={self.model}: no model found there (neither a folder nor a reachable hub name)"
+                    f"similarity.model={self.model}: no model found there: give a folder or a reachable hub name"
                 ) from error
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token
