@@ -1,4 +1,4 @@
-"""A cache survives files and checkpoints exactly, and refuses what does not belong to it."""
+"""A cache survives files and checkpoints exactly, and refuses files and states that are not its own."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def random_response(rng: np.random.Generator, step: int) -> CachedResponse:
 
 
 def visited_cache(visits: int = 3000) -> ExperienceCache:
-    """Many visits of 300 questions, some of which never get a response."""
+    """A cache after many visits of 300 questions, some of which never get a response."""
     rng = np.random.default_rng(0)
     cache = ExperienceCache("abc")
     for visit in range(visits):
@@ -183,7 +183,7 @@ def test_a_response_changes_only_through_the_cache():
         entry.response.token_ids[0] = 1
 
 
-def test_forgotten_updates_leave_all_tokens_from_elsewhere():
+def test_forgotten_updates_mark_all_tokens_as_imported():
     cache = filled_cache()
     cache.forget_updates()
     assert cache.entry("with response").response.spans == ((-1, 3),)

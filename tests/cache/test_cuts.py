@@ -22,38 +22,38 @@ def entry(length: int, correct: bool = True) -> CacheEntry:
     return cache.entry("q")
 
 
-def kept(cut, cached: CacheEntry, draws: int = 4000) -> np.ndarray:
+def prefix_lengths(cut, cached: CacheEntry, draws: int = 4000) -> np.ndarray:
     rng = np.random.default_rng(0)
     return np.array([cut.prefix_length(cached, cached.response, rng) for _ in range(draws)])
 
 
 def test_uniform_cut_drops_zero_to_l_tokens_with_equal_probability():
-    counts = Counter((100 - kept(UniformCut(4), entry(100))).tolist())
+    counts = Counter((100 - prefix_lengths(UniformCut(4), entry(100))).tolist())
     assert sorted(counts) == [0, 1, 2, 3, 4]
     assert max(abs(n / 4000 - 0.2) for n in counts.values()) < 0.03
 
 
-def test_a_cut_longer_than_the_response_keeps_nothing():
-    values = kept(UniformCut(1000), entry(10))
+def test_a_cut_longer_than_the_response_leaves_no_prefix():
+    values = prefix_lengths(UniformCut(1000), entry(10))
     assert values.min() == 0
     assert values.max() <= 10
 
 
 def test_fraction_cut_follows_the_shortest_response_of_the_last_group():
     cut, cached = FractionOfShortestCut(0.5), entry(100)
-    assert (100 - kept(cut, cached)).max() == 50  # no group yet: the cached response's own length
+    assert (100 - prefix_lengths(cut, cached)).max() == 50  # no group yet: the cached response's own length
     cut.observe(cached, GroupOutcome(60, 40, [1, 0], [True, False], [90, 20]))
     assert cached.state == {"shortest_length": 20}
-    dropped = 100 - kept(cut, cached)
+    dropped = 100 - prefix_lengths(cut, cached)
     assert (dropped.min(), dropped.max()) == (0, 10)
 
 
 def test_anchored_cut_keeps_a_share_of_a_correct_response_only():
-    values = kept(AnchoredCut(0.25, 0.75), entry(100))
+    values = prefix_lengths(AnchoredCut(0.25, 0.75), entry(100))
     assert values.min() >= 25
     assert values.max() <= 75
     assert abs(values.mean() - 50) < 1.5
-    assert kept(AnchoredCut(0.25, 0.75), entry(100, correct=False)).max() == 0
+    assert prefix_lengths(AnchoredCut(0.25, 0.75), entry(100, correct=False)).max() == 0
 
 
 def test_budgets():
@@ -85,7 +85,7 @@ def test_epsilon_greedy_takes_the_best_with_probability_epsilon_and_any_other_ot
     group, rng = make_group([0.0, 1.0, 0.5, 0.2]), np.random.default_rng(0)
     counts = Counter(EpsilonGreedyRefresh(0.5).choose(group, [0, 1, 2, 3], rng) for _ in range(6000))
     assert abs(counts[1] / 6000 - 0.5) < 0.03
-    for other in (0, 2, 3):  # the last member is a candidate like the others
+    for other in (0, 2, 3):  # including the last member
         assert abs(counts[other] / 6000 - 1 / 6) < 0.03
 
 

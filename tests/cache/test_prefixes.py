@@ -1,4 +1,4 @@
-"""From the cache to requests and back: ids survive, failures restart, ages are recorded."""
+"""Prefixes are cut from the cache, scored groups refresh it, and token ids and their updates survive both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPT = Prompt("q", "question", (1, 5, 6), "0")
 
 
 class KeepTokens(CutStrategy):
-    """Keeps a set number of tokens and remembers what it was told."""
+    """A prefix of a fixed number of tokens. Records the outcomes."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens

@@ -1,4 +1,4 @@
-"""Token blocks give back what was put in, take no more room than they say, and never change what they gave out."""
+"""Token blocks return what was stored, bound their memory, and never change views that they handed out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_random_updates_keep_every_response_and_the_room_they_take():
         live = sum(map(len, expected.values())) if len(expected) % 100 == 0 else blocks.live_tokens
         assert blocks.live_tokens == live
         dead = allocated_tokens(blocks) - live
-        # Dead tokens, the unused end of the newest block, and the ends of blocks that a response did not fit into.
+        # Dead tokens, the unused end of the newest block, and the ends of blocks that were too short for a response.
         assert dead <= live / LIVE_TOKENS_PER_DEAD_TOKEN + 2 * SMALLEST_BLOCK + 3000 * len(blocks._blocks)
     assert blocks.stored_tokens < blocks.live_tokens * (1 + 1 / LIVE_TOKENS_PER_DEAD_TOKEN) + 2 * SMALLEST_BLOCK
     assert len(blocks) == len(expected)
@@ -58,14 +58,14 @@ def test_a_state_shares_its_memory_with_the_blocks():
     state = blocks.state_dict()
     (tokens,) = state["blocks"].values()
     assert np.shares_memory(tokens.numpy(), blocks[0])
-    assert tokens.untyped_storage().nbytes() == 4 * 1010  # what is saved is what is filled
+    assert tokens.untyped_storage().nbytes() == 4 * 1010  # only the filled part of a block is saved
     loaded = TokenBlocks()
     loaded.load_state_dict(state)
     assert np.shares_memory(tokens.numpy(), loaded[0])
     assert [n in loaded for n in range(7)] == [True, False, False, False, False, True, False]
 
 
-def test_two_that_took_over_one_state_go_on_apart():
+def test_two_that_loaded_one_state_change_independently():
     first = TokenBlocks()
     first[0], first[1] = np.arange(5, dtype=np.int32), np.arange(3, dtype=np.int32)
     second, third = TokenBlocks(), TokenBlocks()

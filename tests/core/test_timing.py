@@ -1,4 +1,4 @@
-"""Where an iteration's time goes: phases are exclusive and add up."""
+"""Phases of an iteration are exclusive and add up to its time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_phase_within_a_phase_counts_once_and_the_rest_is_what_is_left(clock):
     assert timer.take() == {"rest": 3}
 
 
-# What a piece of work takes by the test's clock. All differ, and so do their sums.
+# Seconds of each call by the test's clock. All differ, and so do their sums.
 SECONDS = {
     "prefill": 1, "decode": 3, "reward": 8, "old_logprobs": 16, "reference_logprobs": 128, "update": 1024,
     "sync": 8192, "cache": 16384, "rest": 131072,
@@ -54,11 +54,11 @@ SECONDS = {
 
 @pytest.fixture
 def work(monkeypatch, clock):
-    """Has every piece of a run's work take its seconds of the clock, and nothing else any; counts the pieces."""
-    pieces = dict.fromkeys(SECONDS, 0)
+    """Makes the calls of each phase take its seconds of the clock, and all else none; counts the calls."""
+    calls = dict.fromkeys(SECONDS, 0)
 
     def take(phase):
-        pieces[phase] += 1
+        calls[phase] += 1
         clock(SECONDS[phase])
 
     def slow_down(owner, name, phase_of):
@@ -83,29 +83,29 @@ def work(monkeypatch, clock):
     slow_down(CachedPrefixes, "update_from", lambda *_: "cache")
 
     class Rest(Callback):
-        """What no phase knows of."""
+        """Work that belongs to no phase."""
 
         def on_train_batch_start(self, *_):
             take("rest")
 
-    return pieces, Rest()
+    return calls, Rest()
 
 
 def test_the_summary_tells_seconds_and_tokens_of_every_phase(tmp_path, capsys, work):
-    pieces, rest = work
+    calls, rest = work
     summary, cache = RunSummaryCallback(), ExperienceCacheCallback(initialisation="eager")
-    # With a reference, and two updates an iteration, so that every phase takes place.
+    # A reference and two updates an iteration make every phase occur.
     module = make_module(objective=GRPO(beta=0.01), minibatches_per_pass=2)
     trainer = make_trainer(tmp_path, callbacks=[cache, summary, rest], max_steps=4)
     trainer.fit(module, datamodule=make_data())
     assert module.iteration == 2
     phases = summary.summary(trainer)["phases"]
     # One batch of the initialisation, then two iterations of four groups.
-    assert [pieces[p] for p in ("prefill", "decode", "reward", "cache", "rest")] == [3, 3, 3, 8, 2]
+    assert [calls[p] for p in ("prefill", "decode", "reward", "cache", "rest")] == [3, 3, 3, 8, 2]
     # A sync at the start and one between the iterations; one pass of policy and reference for each of four updates.
-    assert pieces["sync"] == 2
-    assert pieces["update"] == pieces["reference_logprobs"] == 4
-    assert pieces["old_logprobs"] == 2
+    assert calls["sync"] == 2
+    assert calls["update"] == calls["reference_logprobs"] == 4
+    assert calls["old_logprobs"] == 2
     assert {name: phase["seconds"] for name, phase in phases.items()} == {
         "initialise": 1 + 3 + 8,
         "prefill": 2 * 1,
@@ -119,11 +119,11 @@ def test_the_summary_tells_seconds_and_tokens_of_every_phase(tmp_path, capsys, w
         "rest": 2 * 131072,
     }
     assert list(phases) == ["initialise", *SECONDS]
-    # All of the run but the sync at its start, which is no iteration's.
+    # The sync at the start of the run belongs to no iteration.
     assert sum(phase["seconds"] for phase in phases.values()) == summary.seconds - 8192
     assert phases["initialise"]["tokens"] == cache.initialisation_tokens
     assert phases["decode"]["tokens"] == summary.decoded_tokens
-    # Prompt and prefix once a group, and every suffix.
+    # Each group's context once, and every suffix.
     assert phases["update"]["tokens"] == phases["prefill"]["tokens"] + phases["decode"]["tokens"]
     screen = capsys.readouterr().out.splitlines()
     table = screen[next(i for i, line in enumerate(screen) if line.startswith("phase ")) + 1 :]
@@ -132,23 +132,23 @@ def test_the_summary_tells_seconds_and_tokens_of_every_phase(tmp_path, capsys, w
 
 
 def test_a_validation_adds_nothing_to_the_phases_and_takes_nothing_from_them(tmp_path, work):
-    pieces, rest = work
+    calls, rest = work
     summary, cache = RunSummaryCallback(), ExperienceCacheCallback(initialisation="lazy")
     trainer = make_trainer(
         tmp_path, callbacks=[cache, summary, rest], max_steps=2, val_check_interval=1, limit_val_batches=1.0
     )
     trainer.fit(make_module(), datamodule=make_data())
     phases = {name: phase["seconds"] for name, phase in summary.summary(trainer)["phases"].items()}
-    assert pieces["prefill"] == 2 + 2  # two iterations, two validations
+    assert calls["prefill"] == 2 + 2  # two iterations, two validations
     assert (phases["prefill"], phases["decode"], phases["reward"]) == (2 * 1, 2 * 3, 2 * 8)
-    # Refreshes and syncs come between an iteration and its validation. The first sync is no iteration's.
-    assert phases["cache"] == pieces["cache"] * 16384 == 8 * 16384
-    assert phases["sync"] == (pieces["sync"] - 1) * 8192 == 2 * 8192
+    # Refreshes and syncs come between an iteration and its validation. The first sync belongs to no iteration.
+    assert phases["cache"] == calls["cache"] * 16384 == 8 * 16384
+    assert phases["sync"] == (calls["sync"] - 1) * 8192 == 2 * 8192
     assert phases["rest"] == 2 * 131072
 
 
 def test_every_pass_over_the_rows_of_an_update_is_counted_under_its_phase(tmp_path):
-    """Two minibatches need the old policy's log-probs, a KL penalty those of the reference, both of all rows."""
+    """Two minibatches need old log-probs of all rows, a KL penalty those of the reference policy."""
     summary = RunSummaryCallback()
     module = make_module(objective=GRPO(beta=0.01), minibatches_per_pass=2)
     trainer = make_trainer(tmp_path, callbacks=[summary], max_steps=2)

@@ -1,4 +1,4 @@
-"""Evaluation: metrics equal hand-computed values, every published shape is read, two ranks find what one does."""
+"""Metrics equal hand-computed values, gold answers are read as published, and two ranks report what one does."""
 
 from __future__ import annotations
 

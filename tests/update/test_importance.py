@@ -15,7 +15,7 @@ from rpo_lightning.update.mismatch import Mismatch, MismatchBound, MismatchGuard
 from rpo_lightning.update.objectives import DAPO, GRPO
 from tests.policy.prefix_sharing.test_logprobs import ALGEBRA, groups, settings
 
-# Two sequences; the last was sampled from its second token on (a kept prefix is in the scope).
+# Two sequences. The first token of the second one was not sampled: it is a prefix in the loss scope.
 DIFFERENCE = torch.tensor([[math.log(3.0), math.log(0.5), 0.0], [0.0, math.log(2.0), math.log(2.0)]])
 SAMPLED = torch.tensor([[True, True, True], [False, True, True]])
 
@@ -40,7 +40,7 @@ def test_a_cap_below_one_is_refused():
 
 
 def with_engine_logprobs(policy, shift: float):
-    """The groups with log-probs that the engine would give if it were off by ``shift`` nats a token."""
+    """The groups with log-probs of an engine that differs from the trainer by ``shift`` nats a token."""
     batch = groups()
     PolicyLoss(policy, None, DAPO(), settings(), pad_id=0).store_old_logprobs(batch)
     for group in batch:
@@ -54,7 +54,7 @@ def with_engine_logprobs(policy, shift: float):
 
 def backward(policy, batch, correction, **changes):
     policy.zero_grad()
-    # A mean over each sequence: in a mean over all tokens the members' prefix terms would cancel.
+    # GRPO's mean over each sequence: in a mean over all tokens, the terms of the members' prefixes would cancel.
     loss = PolicyLoss(policy, None, GRPO(), settings(**changes), pad_id=0, importance_correction=correction)
     metrics = loss.backward(batch, group_advantages([g.rewards for g in batch]), lambda x, _: x.backward())
     return {n: p.grad.clone() for n, p in policy.named_parameters()}, metrics
@@ -71,7 +71,7 @@ def test_the_gradient_is_that_of_the_weighted_loss(policy, scope):
         for name, gradient in plain.items():
             torch.testing.assert_close(weighted[name], 1.5 * gradient, atol=ALGEBRA, rtol=0)
             torch.testing.assert_close(capped[name], 1.2 * gradient, atol=ALGEBRA, rtol=0)
-    else:  # weights of 1.5 and 1.2 for what was sampled, of 1 for the prefix
+    else:  # sampled tokens weigh 1.5 and 1.2, the prefix weighs 1
         for name, gradient in plain.items():
             of_sampled = (weighted[name] - capped[name]) / 0.3
             torch.testing.assert_close(weighted[name], gradient + 0.5 * of_sampled, atol=10 * ALGEBRA, rtol=0)
@@ -100,7 +100,7 @@ def test_mismatch_statistics_are_those_of_the_sampled_tokens():
 
 def test_the_guard_stops_at_a_jump_at_the_bound_and_at_nan_and_survives_a_checkpoint():
     guard = MismatchGuard(MismatchBound(largest=0.2, jump=10, smallest=1e-4))
-    for mean in (0.01, 0.012, 0.011, 0.09):  # noise, and less than ten times the usual
+    for mean in (0.01, 0.012, 0.011, 0.09):  # noise, and less than ten times the median
         guard.check(mean, 0)
     restored = MismatchGuard(MismatchBound())
     restored.load_state_dict(guard.state_dict())
@@ -109,6 +109,6 @@ def test_the_guard_stops_at_a_jump_at_the_bound_and_at_nan_and_survives_a_checkp
             restored.check(bad, 7)
     fresh = MismatchGuard(MismatchBound())
     fresh.check(1e-6, 0)
-    fresh.check(9e-5, 1)  # many times more, and still nothing
+    fresh.check(9e-5, 1)  # many times the median, but below the smallest mean that counts
     with pytest.raises(EngineError, match=r"update 2: .*0\.0015 nats"):
         fresh.check(1.5e-3, 2)

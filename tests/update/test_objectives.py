@@ -1,4 +1,4 @@
-"""Objectives equal hand-computed numbers, and the algebra the design rests on holds."""
+"""Objectives equal hand-computed numbers, and clip and penalise where they should."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.update.objectives import CISPO, DAPO, GRPO, GSPO, DrGRPO, LossInputs
 from rpo_lightning.update.objectives.base import k3_divergence
 
-# Two sequences of two and one loss tokens; the first is good, the second bad.
+# Two sequences with two and one loss tokens. The first has a positive advantage, the second a negative one.
 RATIOS = [[1.5, 0.5], [1.0, 0.5]]
 ADVANTAGES = [1.0, -1.0]
 MASK = [[True, True], [False, True]]
@@ -39,7 +39,7 @@ def test_dapo_is_the_mean_over_tokens_with_clip_higher():
 
 @pytest.mark.parametrize("objective", [GRPO(0.1, 0.3), DAPO(0.1, 0.3)])
 def test_good_tokens_are_clipped_from_above_and_bad_ones_from_below(objective):
-    # One by one: in the sum of the batch above, exchanged bounds would cancel.
+    # Token by token: in the sum over the batch, exchanged bounds would cancel.
     losses, clipped, ratios = objective.token_losses(inputs(objective))
     torch.testing.assert_close(losses, torch.tensor([[-1.3, -0.5], [1.0, 0.9]]))
     torch.testing.assert_close(ratios, torch.tensor(RATIOS))
