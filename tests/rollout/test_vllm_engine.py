@@ -1,4 +1,4 @@
-"""The real vLLM engine: what it samples, with which weights, and how it is kept in sync."""
+"""The real vLLM engine: its samples, its weights, and its syncs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rpo_lightning.rollout.vllm import platform as vllm_platform
 from tests.policy.prefix_sharing.test_logprobs import reference_logprobs
 from tests.rollout.test_transformers_engine import QUESTIONS
 
-# The engine's kernels and transformers' both compute in fp32 and round differently.
+# The kernels of vLLM and transformers both compute in fp32 and round differently.
 FP32 = 1e-4
 
 
@@ -26,7 +26,7 @@ def requests(tokenizer, samples=3, budget=64):
 
 @pytest.fixture(scope="module")
 def start(tokenizer):
-    """Starts engines for policies; they share a process, so one runs at a time."""
+    """Starts an engine for a policy, after stopping the one before: they share a process."""
     running: list[VLLMEngine] = []
 
     def start(policy, **settings):
@@ -96,7 +96,7 @@ def test_log_probs_equal_the_policys_after_every_change_of_weights(start, policy
     assert largest_difference(engine, policy, tokenizer) < FP32
     for version in (1, 2):
         change(policy, seed=version)
-        assert largest_difference(engine, policy, tokenizer) > 100 * FP32  # the engine is stale, and it shows
+        assert largest_difference(engine, policy, tokenizer) > 100 * FP32  # a stale engine is noticed
         before = {n: t.clone() for n, t in policy.state_dict().items()}
         engine.load_weights(policy, version)
         assert all(torch.equal(before[n], t) for n, t in policy.state_dict().items())
@@ -159,7 +159,7 @@ def test_the_prefix_cache_hits_within_an_iteration_and_never_across_a_sync(start
     long = GenerationRequest((prompt * 10)[:200], n=4, max_new_tokens=4)
     engine.metrics()
     engine.generate([long], Sampling(), seed=0)
-    # Three of four samples find all full blocks (32 tokens each) but the last.
+    # Three of four samples find all full blocks (32 tokens each) except the last.
     assert engine.metrics()["rollout/prefix_cache_hit_share"] == pytest.approx(3 / 4 * 192 / 200)
     one = GenerationRequest(long.token_ids, 1, 4)
     engine.generate([one], Sampling(), seed=1)
@@ -190,7 +190,7 @@ def test_sleep_that_the_platform_cannot_is_said_and_changes_nothing(start, polic
     engine = start(policy, sleep_level=2)
     if vllm_platform.on_cpu():
         assert "cannot sleep on a CPU" in caplog.text
-    assert engine.sleep_level == 2  # the setting is for engines to come, too
+    assert engine.sleep_level == 2  # the setting stays for later engines
     engine.sleep()
     engine.wake()
     engine.load_weights(policy, 1)
@@ -198,12 +198,12 @@ def test_sleep_that_the_platform_cannot_is_said_and_changes_nothing(start, polic
 
 
 def test_a_second_engine_that_could_sleep_stays_awake_with_a_warning(monkeypatch, caplog):
-    """vLLM's allocator refuses a second engine in a process; what it holds is told by vLLM itself."""
+    """vLLM's allocator refuses a second engine in a process. It says how much memory it holds."""
     from vllm.device_allocator.cumem import CuMemAllocator
 
     held = SimpleNamespace(get_current_usage=lambda: 1)
     monkeypatch.setattr("rpo_lightning.rollout.vllm.platform.on_cpu", lambda: False)
-    assert VLLMEngine()._supported_sleep_level() == 1
+    assert VLLMEngine()._supported_sleep_level() == 2
     monkeypatch.setattr(CuMemAllocator, "instance", held)
     assert VLLMEngine(sleep_level=2)._supported_sleep_level() == 0
     assert "stays awake" in caplog.text

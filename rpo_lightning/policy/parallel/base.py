@@ -71,6 +71,7 @@ class GradientAccumulation(ABC):
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         self._require_finite(norm)
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # the rollout needs the memory
         return norm
 
     def _require_finite(self, norm: float, update: int | None = None) -> None:

@@ -245,8 +245,13 @@ def _inference(policy: PreTrainedModel) -> Iterator[bool]:
     """
     was_training = policy.training
     policy.eval()
+    # Lightning turns autocast's cache off. Without it every decoding step casts all weights again.
+    had_cache = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(True)
     try:
         with torch.no_grad(), whole_parameters(policy), decoding_attention(policy) as shares_contexts:
             yield shares_contexts
     finally:
+        torch.clear_autocast_cache()  # casts made without gradient must not be used with it
+        torch.set_autocast_cache_enabled(had_cache)
         policy.train(was_training)

@@ -44,7 +44,8 @@ class VLLMEngine(RolloutEngine):
         tensor_parallel_size: Number of ranks that share one copy of the weights.
         enforce_eager: Use no compilation and no CUDA graphs. If not given: false on a GPU, true on a CPU.
         sleep_level: What to release while the policy trains. 0: nothing. 1: the key–value cache, and the weights after
-            moving them to the CPU's memory. 2: both, without a copy. If not given: 1 on a GPU, 0 on a CPU.
+            moving them to the CPU's memory. 2: both, without a copy; a sync follows every update anyway. If not given:
+            2 on a GPU, 0 on a CPU.
         options: Any other setting of vLLM's ``EngineArgs``.
     """
 
@@ -145,7 +146,7 @@ class VLLMEngine(RolloutEngine):
 
     def _supported_sleep_level(self) -> SleepLevel:
         if not vllm_platform.on_cpu():
-            wanted: SleepLevel = 1 if self.sleep_level is None else self.sleep_level
+            wanted: SleepLevel = 2 if self.sleep_level is None else self.sleep_level
             if wanted and vllm_platform.earlier_engine_holds_memory():
                 log.warning(
                     "an earlier vLLM engine of this process still holds memory, and vLLM allows a process one engine "
@@ -177,7 +178,7 @@ class VLLMEngine(RolloutEngine):
     @override
     def wake(self) -> None:
         if self._asleep:
-            self._llm.wake_up()
+            vllm_platform.wake(self._llm)
             self._asleep = False
 
     def _copy_weights(self, policy: PreTrainedModel) -> None:
@@ -185,14 +186,14 @@ class VLLMEngine(RolloutEngine):
         if self._llm is None:
             self._start()
         if self._asleep:
-            self._llm.wake_up(tags=["weights"])
+            vllm_platform.wake(self._llm, "weights")
         try:
             vllm_platform.load_weights(self._llm, checkpoint_weights(policy))
         except Exception as error:
             log.error("vLLM failed while it loaded the policy's weights", exc_info=True)
             raise EngineError(f"vLLM did not load the policy's weights: {_cause(error)}") from error
         if self._asleep:
-            self._llm.wake_up(tags=["kv_cache"])
+            vllm_platform.wake(self._llm, "kv_cache")
             self._asleep = False
         if not self._llm.reset_prefix_cache():
             raise EngineError(
