@@ -1,4 +1,4 @@
-"""What a policy can be given: how many positions it has, and how many tokens its embedding knows."""
+"""Checks that prompts and responses fit a policy: its number of positions and the size of its embedding."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from rpo_lightning.core.errors import ConfigurationError
 def require_positions(policy: Any, longest_prompt: int, max_response_tokens: int) -> None:
     """Check that the longest sequence of a run fits into the policy's positions.
 
-    Beyond them rotary embeddings go on in silence with positions that were never trained; learned ones end in an
-    ``IndexError`` while a batch is computed.
+    Beyond the limit, rotary embeddings silently compute positions that were never trained. Learned embeddings raise an
+    ``IndexError`` in the middle of a run.
+
+    Args:
+        policy: The policy.
+        longest_prompt: Length of the longest prompt in tokens.
+        max_response_tokens: Longest response in tokens.
 
     Raises:
-        ConfigurationError: It does not fit.
+        ConfigurationError: The longest sequence does not fit.
     """
     positions = max_positions(policy.config.get_text_config())
     if positions is not None and longest_prompt + max_response_tokens > positions:
@@ -31,7 +36,7 @@ def require_positions(policy: Any, longest_prompt: int, max_response_tokens: int
 
 
 def max_positions(config: Any) -> int | None:
-    """Longest sequence of a text model, scaled rotary embeddings included; ``None`` if it has no limit."""
+    """Longest sequence of a text model in tokens, with scaled rotary embeddings; ``None`` if it has no limit."""
     found = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
     positions = [value for value in found if isinstance(value, int) and value > 0]
     if not positions:
@@ -48,15 +53,19 @@ def max_positions(config: Any) -> int | None:
 
 
 def require_known_tokens(policy: Any, highest_id: int) -> None:
-    """Check that the policy's embedding knows every token of the prompts.
+    """Check that the policy's embedding has a row for every token of the prompts.
+
+    Args:
+        policy: The policy.
+        highest_id: Highest token id of the prompts.
 
     Raises:
-        ConfigurationError: The tokenizer has tokens beyond it.
+        ConfigurationError: A token has no row.
     """
     embedding = policy.get_input_embeddings()
     size = getattr(embedding, "num_embeddings", None)
     if size is not None and highest_id >= size:
         raise ConfigurationError(
-            f"a prompt has token id {highest_id}, but the policy's embedding has {size} rows: the tokenizer is not "
-            "this policy's, or tokens were added to it without resize_token_embeddings"
+            f"a prompt has token id {highest_id}, but the policy's embedding has {size} rows: use this "
+            "policy's own tokenizer, or call resize_token_embeddings after adding tokens to it"
         )

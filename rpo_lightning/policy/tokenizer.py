@@ -12,7 +12,7 @@ from rpo_lightning.core.errors import ConfigurationError, EngineError
 from rpo_lightning.core.hashing import short_name
 from rpo_lightning.policy.load import resolve_policy
 
-# Tokens that a tokenizer names itself, and words of tokens that frame a text in the chat templates of published models.
+# Frame tokens: those that a tokenizer names as such, and words that mark them in chat templates of published models.
 _FRAME_NAMES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 _FRAME_WORDS = frozenset(
     {
@@ -63,7 +63,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     """Text of token ids as rewards see it.
 
     Special tokens that only frame the text are left out: begin, end, padding and turn markers. Special tokens that are
-    content stay, such as ``<think>``, ``<answer>`` and channel markers, which many models have.
+    content stay: ``<think>``, ``<answer>`` and channel markers, for example.
     """
     special = _special_tokens(tokenizer, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
     if not any(is_content for is_content in special.values()):
@@ -74,7 +74,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
 
 @lru_cache(maxsize=8)
 def _special_tokens(tokenizer: PreTrainedTokenizerBase, *_changes: int | None) -> dict[int, bool]:
-    """Ids of the special tokens, and whether they are content; kept until one of the arguments changes."""
+    """For each special token id, whether it is content. The cache holds it until an argument changes."""
     ids = set(tokenizer.all_special_ids)
     ids |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = {getattr(tokenizer, f"{name}_token_id", None) for name in _FRAME_NAMES}
@@ -83,7 +83,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, *_changes: int | None) -
 
 
 def _letters(token: str) -> str:
-    """``<|im_start|>`` as ``imstart``, ``<｜end▁of▁sentence｜>`` as ``endofsentence``."""
+    """Letters and digits of a token: ``imstart`` for ``<|im_start|>``."""
     return "".join(character for character in token.lower() if character.isalnum())
 
 

@@ -48,10 +48,10 @@ def named_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def require_plain_names(policy: nn.Module) -> None:
-    """Check that the stream has exactly the names of the architecture, before anything is trained or written.
+    """Check that the stream has exactly the names of the architecture. Call this before training and before writing.
 
-    An adapter may wrap a layer in a way that this module does not know. Its weights would come under names that no
-    checkpoint has: an export would lose them, and loading it would make random ones.
+    An adapter may wrap a layer in a way that this module does not know. Its weights then have names that no checkpoint
+    has. An export would lose them, and loading it would replace them by random ones.
 
     Raises:
         ConfigurationError: A name is missing or unknown.
@@ -61,14 +61,14 @@ def require_plain_names(policy: nn.Module) -> None:
     missing, unknown = sorted(expected - streamed), sorted(streamed - expected)
     if missing or unknown:
         raise ConfigurationError(
-            f"model.adapter: the weights cannot be exported or given to an engine as those of "
+            f"model.adapter: the names of the weights are not those of "
             f"{plain_class(underlying_model(policy)).__name__}: missing {', '.join(missing[:3]) or 'none'}; unknown "
-            f"{', '.join(unknown[:3]) or 'none'}. Leave out the option of the adapter that wraps these layers"
+            f"{', '.join(unknown[:3]) or 'none'}: remove the adapter's option that wraps these layers"
         )
 
 
 def _weights(policy: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Names of the weights, each with what computes it."""
+    """Yield the name of each weight, and a function that computes it."""
     model = underlying_model(policy)
     adapters = {name: module for name, module in model.named_modules() if _is_adapted(module)}
     saved = model.state_dict().keys()
@@ -78,7 +78,7 @@ def _weights(policy: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         if adapted:
             is_merged = isinstance(tensor, nn.Parameter)
             weight = partial(_merged, adapters[layer_name], inner) if is_merged else partial(gathered, tensor)
-            # PEFT puts the adapter of single tokens (trainable_token_indices) beside the embedding it belongs to.
+            # PEFT puts adapters of single tokens (trainable_token_indices) into a child of the embedding.
             yield f"{layer_name.removesuffix('.token_adapter')}.{inner}", weight
         elif _is_within(name, adapters):
             continue  # the adapter's own parameters

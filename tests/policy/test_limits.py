@@ -1,4 +1,4 @@
-"""What does not fit into a policy is told in one line before anything is computed, whatever the engine."""
+"""Prompts and limits that do not fit a policy are refused in one line, before anything is computed, by any engine."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ CONTENT = [
 
 @pytest.fixture
 def with_specials(tokenizer):
-    """The embedded tokenizer with more special tokens; a copy."""
+    """A copy of the embedded tokenizer with more special tokens."""
     import copy
 
     def add(*texts):

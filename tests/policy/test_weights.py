@@ -84,7 +84,7 @@ class WordTokenizer:
 
 
 class Wrapped(nn.Module):
-    """A layer within another, as an adapter that is not known would leave it."""
+    """A layer inside another, as an unknown adapter makes it."""
 
     def __init__(self, layer):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The transformers engine samples what the policy would, and reports its log-probs."""
+"""The transformers engine samples from the policy and reports the policy's log-probs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from rpo_lightning.rollout.transformers.growing_cache import growing_cache
 from rpo_lightning.rollout.transformers.sampling import draw
 from tests.policy.prefix_sharing.test_logprobs import reference_logprobs
 
-# Of different lengths, so that prompts are padded.
+# Questions of different lengths, which makes the engine pad prompts.
 QUESTIONS = [draw_problem(np.random.default_rng(seed), steps).question for seed, steps in ((0, 24), (1, 20), (8, 22))]
 
 
@@ -73,7 +73,7 @@ def test_log_probs_stay_the_policys_under_top_p_and_top_k(engine, policy, tokeni
 
 @pytest.fixture
 def grouped_policy():
-    """Two query heads to a head of keys, and weights large enough for attention to matter."""
+    """A policy with two query heads a key head, and weights large enough for attention to matter."""
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -90,7 +90,7 @@ def generated(policy, tokenizer, asked, temperature=1.0):
 
 
 def assert_log_probs_are_the_policys(policy, asked, outputs):
-    """To rounding: log-probs of -3 to -10 in fp32, padded here and alone in the reference."""
+    """Check to rounding. Log-probs are -3 to -10 in fp32; rows are padded here and single in the reference."""
     for request, completions in zip(asked, outputs, strict=True):
         assert len(completions) == request.n
         for completion in completions:
@@ -119,7 +119,7 @@ def test_grouped_heads_decode_as_the_policy_computes_without_copies_of_keys(
 
 @pytest.fixture(params=["the CPU's kernel", "matrix products"])
 def read_keys(request, monkeypatch):
-    """Shapes of the keys that decoding reads, with the parts of its attention computed either way."""
+    """Shapes of the keys that decoding reads, for both ways to compute a part of its attention."""
     shapes = []
     by_products = request.param == "matrix products"
     part = decode_attention.attended_by_products if by_products else decode_attention.attended
@@ -130,7 +130,7 @@ def read_keys(request, monkeypatch):
 
     def tried(policy):
         can_be_shared = sequence_cache.contexts_can_be_shared(policy)
-        shapes.clear()  # of the trial
+        shapes.clear()  # drops those of the trial
         return can_be_shared
 
     monkeypatch.setattr(decode_attention, "attended", note)
@@ -151,7 +151,7 @@ def test_members_of_a_group_read_one_copy_of_their_prompt_until_the_last_of_them
     contexts, own = set(read_keys[::2]), set(read_keys[1::2])
     assert {shape[1:] for shape in contexts} == {(2, longest)}
     assert max(rows for rows, *_ in contexts) == 3
-    assert min(rows for rows, *_ in contexts) == 1  # the others' went with their last sequence
+    assert min(rows for rows, *_ in contexts) == 1  # the other contexts were dropped with their last sequence
     assert max(rows for rows, *_ in own) == 9
     assert max(tokens for *_, tokens in own) < 40
     assert grouped_policy.config._attn_implementation == "rpo_shared_prefix"
@@ -174,7 +174,7 @@ def test_sequences_have_copies_of_their_prompts_where_these_are_small(
     grouped_policy.set_attn_implementation("rpo_shared_prefix")
     asked = requests(tokenizer, samples=3, budget=10)
     longest = max(len(r.token_ids) for r in asked)
-    copied_bytes = 6 * longest * 2 * 2 * 16 * 4  # six more copies of two heads' keys and values of 16 fp32 numbers
+    copied_bytes = 6 * longest * 2 * 2 * 16 * 4  # 6 copies of 2 heads' keys and values, 16 fp32 numbers each
     monkeypatch.setattr(sequence_cache, "_BYTES_WORTH_SHARING", copied_bytes + beyond)
     assert_log_probs_are_the_policys(grouped_policy, asked, generated(grouped_policy, tokenizer, asked))
     assert bool(read_keys) == is_shared
@@ -201,7 +201,7 @@ def test_shared_prompts_decode_under_autocast(grouped_policy, tokenizer, read_ke
             assert difference < 0.15  # logits have a standard deviation of 2; bf16 keeps 8 bits
 
 
-def test_under_autocast_keys_are_kept_in_the_precision_of_values(grouped_policy):
+def test_under_autocast_keys_are_stored_in_the_precision_of_values(grouped_policy):
     cache = growing_cache(grouped_policy.config)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for token in (3, 4):
@@ -305,7 +305,7 @@ def test_top_k_and_top_p_exclude_what_they_should():
     assert set(draw(logits, Sampling(top_k=2), generator)[0].tolist()) == {0, 1}
     assert set(draw(logits, Sampling(top_p=0.6), generator)[0].tolist()) == {0, 1}
     assert set(draw(logits, Sampling(top_p=0.49), generator)[0].tolist()) == {0}
-    # Of 0.5 and 0.3 alone the first has 0.625: top-p is a share of what top-k has left, as in transformers and vLLM.
+    # Top-k leaves 0.5 and 0.3; the first is 0.625 of them. Top-p is a share of the rest, as in transformers and vLLM.
     assert set(draw(logits, Sampling(top_k=2, top_p=0.6), generator)[0].tolist()) == {0}
     shares = torch.bincount(draw(logits, Sampling(), generator)[0], minlength=4) / 2000
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.04, rtol=0)

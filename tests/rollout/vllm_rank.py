@@ -1,7 +1,7 @@
 """One of two ranks that roll out on vLLM; run by torchrun from ``test_vllm_ranks.py``.
 
-Arguments: tensor-parallel size, whether the policy is sharded (FSDP2), output folder. Writes what this rank
-sampled, and how far the engine's log-probs are from the policy's after a change of weights.
+Arguments: tensor-parallel size, whether the policy is sharded (FSDP2), output folder. Writes this rank's
+samples, and the largest difference of the engine's log-probs from the policy's after a change of weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     torch.distributed.init_process_group("gloo")
     tokenizer = load_tokenizer("embedded:arithmetic-reasoner")
     torch.manual_seed(0)
-    # Four heads, so that they can be shared by two ranks.
+    # Two ranks share the four heads.
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
@@ -43,7 +43,7 @@ def main() -> None:
         for parameter in policy.parameters():
             parameter.mul_(1.5)
     engine.load_weights(policy, 1)
-    # The same questions on both ranks, except that the second has one more where ranks may differ in work.
+    # Both ranks have the same questions. The second has one more, unless the policy is sharded.
     requests = [GenerationRequest((5, 6, 7, 8 + i), 3, 20) for i in range(2 if sharded else 2 + rank)]
     outputs = engine.generate(requests, Sampling(), derive_seed(SeedPurpose.TRAINING, rank, 0))
     largest = 0.0
@@ -59,7 +59,7 @@ def main() -> None:
     tokens = [[c.token_ids for c in completions] for completions in outputs]
     (folder / f"{rank}.json").write_text(json.dumps({"tokens": tokens, "largest": largest}))
     engine.shutdown()
-    assert torch.distributed.is_initialized()  # it was not the engine's
+    assert torch.distributed.is_initialized()  # the engine did not make it
     torch.distributed.destroy_process_group()
 
 

@@ -1,6 +1,6 @@
 """A vLLM engine on a GPU that follows a policy through changes of weights and sleep; run by ``test_gpu.py``.
 
-Arguments: ``tied`` or ``untied`` output head; level of sleep.
+Arguments: ``tied`` or ``untied`` output head; sleep level.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.rollout.test_vllm_engine import change, differences, requests, untied
 
 
 def assert_in_sync(engine, policy, tokenizer):
-    """Log-probs as close to those of fp32 as a bf16 policy's are."""
+    """Check that log-probs are as close to fp32 as those of a bf16 policy."""
     asked = requests(tokenizer)
     outputs = engine.generate(asked, Sampling(), seed=3)
     rounded = copy.deepcopy(policy).cpu()
@@ -49,7 +49,7 @@ def main() -> None:
     assert (engine.weights_version is None) == (level == 2)
     if level == 2:
         engine.load_weights(policy, 3)
-    engine.wake()  # the same policy
+    engine.wake()  # the policy has not changed
     assert_in_sync(engine, policy, tokenizer)
     engine.shutdown()
 

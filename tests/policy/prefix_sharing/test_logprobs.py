@@ -117,7 +117,7 @@ def test_the_dapo_gradient_equals_plain_autograd_on_single_rows(exact_policy):
 
 
 def test_with_a_token_mean_the_prefix_terms_cancel(policy):
-    """Section 4 of the paper: suffix and response scope differ in their normaliser only."""
+    """Suffix and response scope differ in their normaliser only."""
     policy = policy.double()
     batch = groups()[:1]
     suffix = gradient(policy, DAPO(), batch)
