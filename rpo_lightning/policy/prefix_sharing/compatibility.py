@@ -10,18 +10,20 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rpo_lightning.policy.prefix_sharing.attention import IMPLEMENTATION
-from rpo_lightning.policy.prefix_sharing.logprobs import token_logprobs
-from rpo_lightning.policy.prefix_sharing.rows import Row, RowCost, SharedRow
+from rpo_lightning.policy.prefix_sharing.rows import RowCost
+from rpo_lightning.policy.prefix_sharing.trial import (
+    agree,
+    failure_of_shared_rows,
+    likely_tokens,
+    logprobs_of,
+    trying,
+)
 
 log = logging.getLogger(__name__)
 
-# Largest difference of log-probs that is rounding, by dtype. Those of a wrong computation differ by much more.
-_AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}
-_COARSE_AGREEMENT = 0.2
 # Layers whose attention is full up to a known length. Sparse and indexed layers may look full on a few tokens.
 _FULL_UP_TO_A_LENGTH = {"full_attention", "sliding_attention", "chunked_attention"}
 # Settings of models that call a dropout function instead of a module.
@@ -37,7 +39,9 @@ def needs_full_logits(model: Any) -> bool:
     """Whether the model changes logits after its output head; scoring inside the head is wrong then. Logs a warning."""
     # A cap is read from the configuration: the logits of a trial may be too small to show it.
     if getattr(model.config.get_text_config(), "final_logit_softcapping", None) is None:
-        exact, scored = (_trial(model, shared=False, full_logits=full) for full in (True, False))
+        with trying(model):
+            context, suffixes = likely_tokens(model)
+            exact, scored = (logprobs_of(model, context, suffixes, False, full) for full in (True, False))
         if agree(model, exact, scored):
             return False
     log.warning(
@@ -84,26 +88,13 @@ def sharing_obstacle(model: Any, full_logits: bool = False) -> str | None:
     others = set(getattr(config, "layer_types", None) or ()) - _FULL_UP_TO_A_LENGTH
     if others:
         return f"{type(model).__name__} has layers of {', '.join(sorted(others))}, which do not support shared rows"
-    alone = _trial(model, shared=False, full_logits=full_logits)
     model.set_attn_implementation(IMPLEMENTATION)
     if model.config._attn_implementation != IMPLEMENTATION:
         return f"{type(model).__name__} does not let its attention be replaced"
-    failure = _failure_of_shared_rows(model, alone, full_logits)
+    failure = failure_of_shared_rows(model, full_logits)
     if failure is not None:
         model.set_attn_implementation("sdpa")
         return f"{type(model).__name__} does not keep the members of a shared row apart ({failure})"
-    return None
-
-
-def _failure_of_shared_rows(model: Any, alone: Tensor, full_logits: bool) -> str | None:
-    """Why a trial of shared rows fails, with or without gradient through the context; ``None`` if it does not."""
-    for prefix_gradient in (True, False):
-        try:
-            together = _trial(model, True, full_logits, prefix_gradient)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-            return f"a trial failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        if not agree(model, alone, together):
-            return f"recurrent layers? log-probs of a trial differ by {(alone - together).abs().max():.2g}"
     return None
 
 
@@ -131,30 +122,3 @@ def _costs(model: Any) -> tuple[float, float]:
     matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings)
     branch = _BRANCH_OPERATIONS * config.num_hidden_layers * config.hidden_size
     return _ATTENTION_SLOWDOWN * pair / (2 * max(matrices, 1)), branch / max(matrices, 1)
-
-
-def _trial(model: Any, shared: bool, full_logits: bool, prefix_gradient: bool = True) -> Tensor:
-    """Log-probs of two members of a group, in a shared row or in plain rows, [2, 2]."""
-    ids = [3, 5, 4, 6, 7, 8, 9]
-    ids = [i % model.config.get_text_config().vocab_size for i in ids]
-    members = [Row(0, 0, tuple(ids[:3]), tuple(ids[3:5]), 2), Row(0, 1, tuple(ids[:3]), tuple(ids[5:]), 2)]
-    batch = [SharedRow(tuple(members))] if shared else [SharedRow((row,)) for row in members]
-    was_training = model.training
-    model.eval()
-    try:
-        device = next(model.parameters()).device
-        # Lightning builds models under a default device that may differ from the model's.
-        # Autocast is off, because the tolerance is for the model's own precision.
-        with torch.no_grad(), device, torch.autocast(device.type, enabled=False):
-            return token_logprobs(model, batch, 1.0, 0, device, full_logits, prefix_gradient).logprobs_BS
-    finally:
-        model.train(was_training)
-
-
-def agree(model: Any, first: Tensor, second: Tensor) -> bool:
-    """Whether log-probs are equal up to rounding in the model's precision."""
-    # The coarsest dtype decides: quantised models compute in 16 bits, whatever the dtype of their embeddings.
-    tolerance = max(_AGREEMENT.get(dtype, _COARSE_AGREEMENT) for dtype in {p.dtype for p in model.parameters()})
-    if first.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
-        tolerance = _COARSE_AGREEMENT  # TF32
-    return first.shape == second.shape and bool((first - second).abs().max() < tolerance)

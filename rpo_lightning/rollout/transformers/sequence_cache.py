@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from typing_extensions import override
 
 from rpo_lightning.policy.prefix_sharing.attention import same_dtype
-from rpo_lightning.policy.prefix_sharing.compatibility import agree
+from rpo_lightning.policy.prefix_sharing.trial import agree, likely_tokens, rounding, trying
 from rpo_lightning.rollout.transformers.attention import SharedContexts
 from rpo_lightning.rollout.transformers.growing_cache import GrowingLayer, growing_cache, select_sequences
 
@@ -150,28 +151,51 @@ class OneContextEach(SequenceCache):
 
 
 def contexts_can_be_shared(policy: PreTrainedModel) -> bool:
-    """Whether decoding with shared contexts gives the same log-probs as with copies; tried on a few tokens.
+    """Whether sequences may share a context in decoding; tried on a few tokens. Logs a warning if the answer is no.
 
-    Some models change keys and values after caching them, and the trial of shared rows
-    (``policy/prefix_sharing/compatibility.py``) does not show that. Autocast is off, because the tolerance is for the
-    policy's own precision. Logs a warning if the answer is no.
+    As in ``policy/prefix_sharing/trial.py``: tokens of another sequence must leave a sequence's log-probs as they are,
+    bit for bit, and the log-probs must be those of decoding with copies, up to rounding. Some models change keys and
+    values after caching them, which a trial of shared rows does not show.
     """
-    with torch.autocast(policy.device.type, enabled=False):
-        try:
-            if agree(policy, *(_tried(policy, shares) for shares in (False, True))):
-                return True
-            reason = "gives other log-probs"
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-            reason = f"fails ({error})"
-    log.warning(f"{type(policy).__name__} {reason} if sequences share a context: each decodes with its own copy")
-    return False
+    try:
+        with trying(policy):
+            reason = _failure_of_shared_contexts(policy)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        reason = f"fails ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    if reason is not None:
+        log.warning(f"{type(policy).__name__} {reason} if sequences share a context: each decodes with its own copy")
+    return reason is None
 
 
-def _tried(policy: PreTrainedModel, shares: bool) -> Tensor:
-    """Log-probs after two decoded tokens of three sequences with two contexts, [3, V]."""
-    size, device = policy.config.get_text_config().vocab_size, policy.device
-    mask_RT = torch.tensor([[0, 1, 1], [1, 1, 1]], device=device)
-    contexts_RT = torch.tensor([[0, 3, 5], [4, 6, 7]], device=device) % size
+def _failure_of_shared_contexts(policy: PreTrainedModel) -> str | None:
+    context, (first, second) = likely_tokens(policy)
+    contexts, decoded = (context, context[::-1]), (first, second, first)
+    shared = _decoded(policy, True, contexts, decoded)
+    for changed, same in (
+        (_decoded(policy, True, contexts, (first, second[::-1], first)), [0, 2]),
+        (_decoded(policy, True, (context, [*context[:-1], context[0]]), decoded), [0, 1]),
+    ):
+        if not torch.equal(changed[same], shared[same]):
+            return "mixes sequences"
+
+    likely_NK = shared.topk(4).indices
+
+    def copied() -> Tensor:
+        return _decoded(policy, False, contexts, decoded).gather(1, likely_NK)
+
+    if not agree(policy, copied(), shared.gather(1, likely_NK), rounding(policy, copied)):
+        return "gives other log-probs"
+    return None
+
+
+def _decoded(
+    policy: PreTrainedModel, shares: bool, contexts: Sequence[list[int]], decoded: Sequence[list[int]]
+) -> Tensor:
+    """Log-probs after two decoded tokens of three sequences, [3, V]; the first two have the first of two contexts."""
+    device = policy.device
+    contexts_RT = torch.tensor([[0, *contexts[0][1:]], contexts[1]], device=device)
+    mask_RT = torch.ones_like(contexts_RT)
+    mask_RT[0, 0] = 0  # contexts have different lengths
     owner_N = torch.tensor([0, 0, 1], device=device)
     positions_RT = (mask_RT.cumsum(-1) - 1).clamp(min=0)
     cache = growing_cache(policy.config)
@@ -181,8 +205,8 @@ def _tried(policy: PreTrainedModel, shares: bool) -> Tensor:
         sequences = OneContextEach(policy, cache, mask_RT, owner_N)
     else:
         sequences = CopiedContexts(cache, mask_RT, owner_N, longest=2)
-    for step, ids in enumerate(([8, 9, 3], [5, 4, 8])):
-        ids_N1 = torch.tensor(ids, device=device)[:, None] % size
+    for step in range(2):
+        ids_N1 = torch.tensor([[tokens[step]] for tokens in decoded], device=device)
         positions_N1 = (mask_RT.sum(-1)[owner_N] + step)[:, None]
         output = policy(ids_N1, position_ids=positions_N1, use_cache=True, **sequences.inputs())
     return output.logits[:, -1].float().log_softmax(-1)

@@ -46,6 +46,7 @@ class GivenRollouts(RPOModule):
             "policy": "embedded:arithmetic-reasoner",
             "rewards": [AccuracyReward()],
             "verifier": ExactMatchVerifier(),
+            "max_response_tokens": 64,
             "micro_batch_tokens": 128,
             # With plain SGD the parameters show the gradients. Clipping makes the norm count.
             "max_grad_norm": 0.05,
