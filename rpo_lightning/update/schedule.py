@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from rpo_lightning.core.errors import ConfigurationError
 
@@ -75,6 +74,11 @@ class LearningRateSchedule:
                 "trainer.max_epochs"
             )
         total = 0 if updates == float("inf") else int(updates)
+        if self.name == "constant":
+            return LambdaLR(optimizer, lambda _: 1)  # as transformers makes it
+        # Only here: its module imports peft, which imports bitsandbytes.
+        from transformers import get_scheduler
+
         try:
             return get_scheduler(
                 self.name,
