@@ -19,8 +19,7 @@ from rpo_lightning.cache.cache import ExperienceCache
 from rpo_lightning.core.types import Completion, Group, Prompt, RolloutRequest, Sample
 from rpo_lightning.data.arithmetic import ArithmeticChain
 from rpo_lightning.policy.load import load_policy
-from rpo_lightning.policy.prefix_sharing import attention as shared_attention
-from rpo_lightning.policy.prefix_sharing import gpu as packed_attention
+from rpo_lightning.policy.prefix_sharing import attention, gpu
 from rpo_lightning.policy.tokenizer import load_tokenizer
 from rpo_lightning.rewards import AccuracyReward, ExactMatchVerifier
 from rpo_lightning.update.settings import UpdateSettings
@@ -68,9 +67,9 @@ def packed(monkeypatch):
         calls.append(sequences)
         return dense_attend(q, k, v, sequences, scale)
 
-    monkeypatch.setattr(packed_attention, "_attend", attend)
-    monkeypatch.setattr(packed_attention, "_attend_backward", dense_attend_backward)
-    monkeypatch.setattr(shared_attention, "takes", lambda *_: True)
+    monkeypatch.setattr(gpu, "_attend", attend)
+    monkeypatch.setattr(gpu, "_attend_backward", dense_attend_backward)
+    monkeypatch.setattr(attention, "takes", lambda *_: True)
     return calls
 
 

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from rpo_lightning.data.arithmetic import STEP_NAMES, draw_problem
 from rpo_lightning.policy.export import save_policy
-from rpo_lightning.policy.load import load_policy
+from rpo_lightning.policy.load import load_policy, resolve_policy
 from rpo_lightning.policy.tokenizer import decode, load_tokenizer
 from rpo_lightning.rollout.engine import GenerationRequest, Sampling
 from rpo_lightning.rollout.transformers.engine import TransformersEngine
@@ -181,7 +181,7 @@ class Teaching:
 def main() -> None:
     """Train a reasoner and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "arithmetic_reasoner")
+    parser.add_argument("--out", type=Path, default=Path(resolve_policy("embedded:arithmetic-reasoner")))
     parser.add_argument("--seed", type=int, default=6)
     parser.add_argument("--operations", type=int, default=OPERATIONS)
     parser.add_argument("--start", type=Path, help="a reasoner to continue from, instead of the curriculum")
