@@ -10,13 +10,13 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from rpo_lightning.callbacks.run_folder import RunFolderCallback
 from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.core.run_files import COMPLETIONS_FILE
 from rpo_lightning.core.types import Group
 from rpo_lightning.policy.tokenizer import decode
 
 if TYPE_CHECKING:
     from rpo_lightning.module import RPOModule
 
-COMPLETIONS_FILE = "completions.jsonl"
 COLUMNS = ("step", "uid", "prompt", "answer", "prefix", "suffix", "reward", "correct", "finished")
 
 

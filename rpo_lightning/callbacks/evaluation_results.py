@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rpo_lightning.callbacks.run_folder import RunFolderCallback
 from rpo_lightning.core.files import replacing, write_parquet
 from rpo_lightning.core.ranks import gather_rows
+from rpo_lightning.core.run_files import EVALUATION_FILE, EVALUATION_TABLE
 from rpo_lightning.data.datamodule import set_key
 from rpo_lightning.data.prompts import LoadReport
 from rpo_lightning.evaluation import Estimate
@@ -18,8 +19,6 @@ from rpo_lightning.evaluation.evaluation import CONFIDENCE, average
 if TYPE_CHECKING:
     from rpo_lightning.module import RPOModule
 
-RESULTS_FILE = "evaluation.parquet"
-TABLE_FILE = "evaluation.md"
 # Rows that are told one by one.
 _MOST_MESSAGES = 50
 
@@ -52,10 +51,10 @@ class EvaluationResultsCallback(RunFolderCallback):
         print(f"\n{table}", flush=True)
         if not self.writes(trainer):
             return
-        write_parquet(rows, self.folder / RESULTS_FILE)
-        with replacing(self.folder / TABLE_FILE) as partial:
+        write_parquet(rows, self.folder / EVALUATION_FILE)
+        with replacing(self.folder / EVALUATION_TABLE) as partial:
             partial.write_text(table + "\n", encoding="utf-8")
-        print(f"\nanswers: {self.folder / RESULTS_FILE}\ntable:   {self.folder / TABLE_FILE}", flush=True)
+        print(f"\nanswers: {self.folder / EVALUATION_FILE}\ntable:   {self.folder / EVALUATION_TABLE}", flush=True)
 
 
 def evaluation_table(

@@ -24,6 +24,7 @@ from rpo_lightning.callbacks.progress import AnswerBar
 from rpo_lightning.callbacks.run_folder import FinalFilesCallback
 from rpo_lightning.callbacks.weight_sync import sync_engine
 from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.core.run_files import CACHE_FILE
 from rpo_lightning.core.seeds import SeedPurpose, derive_seed
 from rpo_lightning.core.types import Group, Prompt, full_path_request
 from rpo_lightning.policy.tokenizer import tokenizer_fingerprint
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from rpo_lightning.module import RPOModule
 
 log = logging.getLogger(__name__)
-
-CACHE_FILE = "cache.parquet"
 
 
 class ExperienceCacheCallback(FinalFilesCallback):

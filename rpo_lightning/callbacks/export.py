@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Trainer
 
 from rpo_lightning.callbacks.run_folder import FinalFilesCallback
+from rpo_lightning.core.run_files import POLICY_FOLDER
 from rpo_lightning.policy.export import require_room
 
 if TYPE_CHECKING:
     from rpo_lightning.module import RPOModule
 
 log = logging.getLogger(__name__)
-
-POLICY_FOLDER = "policy"
 
 
 class HuggingFaceExportCallback(FinalFilesCallback):

@@ -11,11 +11,10 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rpo_lightning.callbacks.run_folder import RunFolderCallback, run_folder
 from rpo_lightning.core.files import write_json_lines
 from rpo_lightning.core.ranks import gather_rows
+from rpo_lightning.core.run_files import PREDICTIONS_FILE
 
 if TYPE_CHECKING:
     from rpo_lightning.module import RPOModule
-
-PREDICTIONS_FILE = "predictions.jsonl"
 
 
 class PredictionsCallback(BasePredictionWriter):

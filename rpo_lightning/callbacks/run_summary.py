@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from rpo_lightning.callbacks.experience_cache import CACHE_FILE, ExperienceCacheCallback
-from rpo_lightning.callbacks.export import POLICY_FOLDER, HuggingFaceExportCallback
+from rpo_lightning.callbacks.experience_cache import ExperienceCacheCallback
+from rpo_lightning.callbacks.export import HuggingFaceExportCallback
 from rpo_lightning.callbacks.run_folder import RunFolderCallback
 from rpo_lightning.core.files import replacing
+from rpo_lightning.core.run_files import CACHE_FILE, METRICS_FILE, POLICY_FOLDER, SUMMARY_FILE
 from rpo_lightning.core.timing import PHASES
 from rpo_lightning.update.metrics import IterationRecord
 
 if TYPE_CHECKING:
     from rpo_lightning.module import RPOModule
-
-SUMMARY_FILE = "summary.json"
 
 Number = TypeVar("Number", int, float)
 
@@ -158,7 +157,7 @@ class RunSummaryCallback(RunFolderCallback):
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
                 logger.save()  # it keeps rows back
-                files["metrics"] = Path(logger.log_dir) / "metrics.csv"
+                files["metrics"] = Path(logger.log_dir) / METRICS_FILE
         if ExperienceCacheCallback in kinds:
             files["cache"] = self.folder / CACHE_FILE
         files["summary"] = self.folder / SUMMARY_FILE

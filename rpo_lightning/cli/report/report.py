@@ -16,14 +16,10 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
-from rpo_lightning.callbacks.completions import COMPLETIONS_FILE
-from rpo_lightning.callbacks.run_summary import SUMMARY_FILE
 from rpo_lightning.cli.parser import PlainArgumentParser
 from rpo_lightning.core.errors import DataError, require_modules
 from rpo_lightning.core.files import replacing
-
-REPORT_FILE = "report.html"
-METRICS_FILE = "metrics.csv"
+from rpo_lightning.core.run_files import COMPLETIONS_FILE, METRICS_FILE, REPORT_FILE, SUMMARY_FILE
 
 
 @dataclass(frozen=True)
