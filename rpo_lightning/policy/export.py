@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, modeling_utils
 
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.ranks import Ranks
@@ -48,7 +48,7 @@ def export_policy(
         return
     model: Any = policy if alone else empty_model(policy)
     with writing_policy(folder) as partial:
-        model.save_pretrained(partial, state_dict=state)
+        _save_unwrapped(model, partial, state_dict=state)
         tokenizer.save_pretrained(partial)
 
 
@@ -69,6 +69,16 @@ def require_room(policy: PreTrainedModel, folder: str | Path, merged: bool, rank
         )
 
 
+def _save_unwrapped(model: Any, folder: Path, **options: Any) -> None:
+    """Save a model that has no wrapper. Transformers would look for one, and import DeepSpeed for it if installed."""
+    original = modeling_utils.unwrap_model
+    modeling_utils.unwrap_model = lambda model: model
+    try:
+        model.save_pretrained(folder, **options)
+    finally:
+        modeling_utils.unwrap_model = original
+
+
 def _adapter_weights(policy: Any) -> Any:
     return ((name, gathered(p)) for name, p in policy.named_parameters() if p.requires_grad)
 
@@ -85,7 +95,7 @@ def _tied_names(policy: Any) -> set[str]:
 def save_policy(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
     """Write an ordinary Hugging Face folder. Other files in it stay."""
     with writing_policy(folder) as partial:
-        policy.save_pretrained(partial)
+        _save_unwrapped(policy, partial)
         tokenizer.save_pretrained(partial)
     return Path(folder)
 
