@@ -257,7 +257,8 @@ class PolicyModule(LightningModule):
         first = next(iter(means.values()))
         metrics = {k: sum(m[k] for m in means.values()) / len(means) for k in first}
         metrics |= {f"{name}/{k}": value for name, m in means.items() if name for k, value in m.items()}
-        self.log_dict({f"{stage}/{k}": value for k, value in metrics.items()}, prog_bar=len(means) == 1)
+        for name, value in metrics.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "accuracy")
 
     def save_pretrained(self, folder: str | Path, merged: bool = True) -> None:
         """Save the policy as a Hugging Face folder; a collective, rank 0 writes.
