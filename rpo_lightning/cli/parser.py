@@ -1,13 +1,16 @@
-"""Argument parsers whose errors are one line, and what settings and classes are called today."""
+"""An argument parser whose errors are one line, which also say what renamed settings are called today.
+
+Lightning's is not imported here: ``report`` and ``cache show`` need none of it.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from jsonargparse import ArgumentParser
-from lightning.pytorch.cli import LightningArgumentParser
 
+from rpo_lightning.cli.commands import COMMANDS, TOOL_COMMANDS
 from rpo_lightning.core.errors import ConfigurationError, RPOError
 
 _OF_THE_UPDATE = (
@@ -22,6 +25,8 @@ RENAMED = {
     "model.eval_samples": "model.evaluation.samples",
 }
 
+_NO_COMMAND = 'expected "subcommand" to be one of'
+_UNKNOWN_COMMAND = re.compile(r"argument subcommand: invalid choice: '([^']*)'")
 _RENAMED = re.compile(rf"(?<![\w.])({'|'.join(re.escape(name) for name in RENAMED)})(?!\w)")
 _OWN_CLASS = re.compile(r"rpo_lightning(?:\.\w+)*\.(\w+)'")
 # What jsonargparse says of the alternatives of a type, besides what is wrong.
@@ -30,11 +35,15 @@ _NOISE = re.compile(
 )
 
 
-class _OneLineErrors(ArgumentParser):
-    """Raises what is wrong as one line, where argparse prints the usage and exits."""
+class PlainArgumentParser(ArgumentParser):
+    """Raises errors as one line, where argparse prints the usage and exits."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the error of ours that caused it, or one line made of the message."""
+        """Raise the package's error that caused this one, or an error with the message in one line.
+
+        Raises:
+            RPOError: Always, except in the parser of one alternative of a type, which may fail.
+        """
         if not self.exit_on_error:  # the parser of an alternative, which may fail
             super().error(message, ex)
         cause: BaseException | None = ex
@@ -45,19 +54,18 @@ class _OneLineErrors(ArgumentParser):
         raise ConfigurationError(in_one_line(message)) from ex
 
 
-class PlainArgumentParser(_OneLineErrors):
-    """The parser of commands that take no policy and no data."""
-
-
-class RPOArgumentParser(_OneLineErrors, LightningArgumentParser):
-    """Lightning's parser, except that a path given for an argument is a path, not a file of settings to be read."""
-
-    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        return super().add_class_arguments(*args, **{**kwargs, "sub_configs": False})
-
-
 def in_one_line(message: str) -> str:
-    """What jsonargparse says of a wrong setting, with today's names of those that have been renamed."""
+    """Shorten a message of jsonargparse to one line: the setting, and what is wrong with it.
+
+    A renamed setting's line is its name of today.
+    """
+    if _NO_COMMAND in message:
+        return f"no command given; the commands are {', '.join(COMMANDS)}"
+    command = _UNKNOWN_COMMAND.search(message)
+    if command and command[1] in TOOL_COMMANDS:
+        return f"{command[1]}: write the command first, then its arguments"
+    if command:
+        return f"{command[1]}: no such command; the commands are {', '.join(COMMANDS)}"
     renamed = _RENAMED.search(message)
     if renamed:
         return f"{renamed[1]} is called {RENAMED[renamed[1]]} now"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from rpo_lightning.cli.commands import COMMANDS
 from rpo_lightning.cli.lightning_cli import RPOCLI
+from rpo_lightning.cli.lightning_parser import RPOArgumentParser
 from rpo_lightning.cli.memory.config import Run, read_run
 from rpo_lightning.cli.memory.estimate import MOMENTS, Estimate, estimate
 from rpo_lightning.cli.memory.model import model_shape
@@ -35,7 +37,8 @@ class MemoryCLI(RPOCLI):
             auto_configure_optimizers=False,
             parser_kwargs={
                 "prog": "rpo-lightning memory",
-                "description": "Estimate the memory that each device needs for a config. Loads no weights.",
+                "command": "memory",
+                "description": COMMANDS["memory"],
             },
             args=arguments,
         )
@@ -49,6 +52,7 @@ class MemoryCLI(RPOCLI):
             default=None,
             help="Memory of one device in GiB. If given, the estimate says whether the run fits.",
         )
+        cast(RPOArgumentParser, parser).add_own({"gpu_memory_gib"})
 
     def _set_seed(self) -> None:
         """Do nothing: no random number is drawn."""

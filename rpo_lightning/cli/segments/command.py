@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rpo_lightning.cli.commands import COMMANDS
 from rpo_lightning.cli.tool_cli import ToolCLI
 
 
@@ -14,5 +15,5 @@ def segments(arguments: list[str]) -> None:
     from rpo_lightning.cli.segments.analysis import SegmentAnalysis
     from rpo_lightning.cli.segments.results import SegmentResultsCallback
 
-    cli = ToolCLI("segments", SegmentAnalysis, SegmentResultsCallback, arguments)
+    cli = ToolCLI("segments", COMMANDS["segments"], SegmentAnalysis, SegmentResultsCallback, arguments)
     cli.predict_on("predict", "val", "train")

@@ -1,0 +1,113 @@
+"""``rpo-lightning cache export`` and ``cache import``: their arguments, and what they print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from rpo_lightning.cache.cache import ExperienceCache
+from rpo_lightning.cache.parquet import read_cache, write_cache
+from rpo_lightning.cli.cache.exchange import exported_rows, import_responses, write_rows
+from rpo_lightning.cli.cache.show import summary
+from rpo_lightning.cli.commands import CACHE_COMMANDS
+from rpo_lightning.cli.tool_cli import ToolCLI
+from rpo_lightning.core.errors import CacheError
+from rpo_lightning.data.datamodule import RPODataModule
+from rpo_lightning.data.prompts import QUESTION_COLUMNS
+from rpo_lightning.data.sources import as_source
+from rpo_lightning.evaluation.module import PolicyModule
+from rpo_lightning.module import RPOModule
+from rpo_lightning.policy.tokenizer import tokenizer_fingerprint
+
+
+@dataclass
+class ExportSettings:
+    """Write a cache as a table with text.
+
+    Attributes:
+        path: The cache file.
+        out: A ``.parquet`` or ``.jsonl`` file, or a folder for ``datasets.load_from_disk``.
+
+    Raises:
+        CacheError: ``out`` names a file of another kind.
+    """
+
+    path: str
+    out: str
+
+    def __post_init__(self) -> None:
+        """Refuse before a large cache is read."""
+        suffix = Path(self.out).suffix
+        # Letters only: a folder's name may end in a version.
+        if suffix[1:].isalpha() and suffix not in (".parquet", ".jsonl", ".json"):
+            raise CacheError(
+                f"{self.out}: tables are written as .parquet or .jsonl, or as a folder, whose name has no ending"
+            )
+
+
+@dataclass
+class ImportSettings:
+    """Make a cache of responses from elsewhere: an exported cache, or questions with solutions.
+
+    Attributes:
+        path: ``.jsonl``, ``.parquet``, or a Hugging Face name. Rows are matched with the training questions by their
+            ``uid``, or else by the question's text.
+        out: The cache file.
+        response_column: Column of the response's text.
+        question_column: Column of the question; ``problem``, ``question`` or ``prompt`` if not given.
+    """
+
+    path: str
+    out: str = "cache.parquet"
+    response_column: str = "response"
+    question_column: str | None = None
+
+
+def run_export(arguments: list[str]) -> None:
+    """Write a cache as a table."""
+    cli = ToolCLI("cache export", CACHE_COMMANDS["export"], RPOModule, ExportSettings, arguments)
+    export(cli.added, cli.model, cli.datamodule)
+
+
+def run_import(arguments: list[str]) -> None:
+    """Make a cache of a table."""
+    cli = ToolCLI("cache import", CACHE_COMMANDS["import"], RPOModule, ImportSettings, arguments)
+    import_(cli.added, cli.model, cli.datamodule)
+
+
+def export(settings: ExportSettings, module: PolicyModule, data: RPODataModule) -> None:
+    """Write a cache with the texts of its questions and responses."""
+    cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer))
+    cache = read_cache(settings.path, cache.tokenizer_fingerprint)
+    prompts = data.read("train", "", module.tokenizer, module.grader.verifier)
+    rows = list(exported_rows(cache, module.tokenizer, {p.uid: p for p in prompts}))
+    if not rows:
+        raise CacheError(f"{settings.path}: holds no responses, so there is nothing to export")
+    write_rows(rows, settings.out)
+    print(f"{len(rows)} responses written to {settings.out}")
+
+
+def import_(settings: ImportSettings, module: PolicyModule, data: RPODataModule) -> None:
+    """Make a cache of responses from elsewhere."""
+    cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer))
+    prompts = data.read("train", "", module.tokenizer, module.grader.verifier)
+    source = as_source(settings.path, split="train")
+    columns = [settings.question_column] if settings.question_column else list(QUESTION_COLUMNS)
+    try:
+        report = import_responses(
+            cache, prompts, tqdm(source.rows(), desc="reading", unit="row", disable=None),
+            (columns, settings.response_column), module.tokenizer, module.grader,
+            module.max_response_tokens, repr(source),
+        )  # fmt: skip
+    finally:
+        module.grader.pool.close()
+    if not report.responses:
+        raise CacheError(f"{source!r}: none of its rows is about one of the {len(prompts)} training questions")
+    write_cache(cache, settings.out)
+    print(
+        f"{report.matched} rows used; left out: {report.unmatched} about no training question, {report.overlong} over "
+        f"model.max_response_tokens={module.max_response_tokens}"
+    )
+    print(summary(cache, settings.out))
