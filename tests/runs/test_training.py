@@ -467,7 +467,7 @@ def test_a_policy_object_needs_its_tokenizer_and_trains_in_place(tmp_path, polic
         ({"max_response_tokens": 0}, r"max_response_tokens must be at least 1"),
         ({"rewards": []}, r"model\.rewards is empty"),
         ({"policy": "./no/such/folder"}, r"\./no/such/folder: no such model folder"),
-        ({"policy": "embedded:nothing"}, r"there is embedded:arithmetic-reasoner"),
+        ({"policy": "embedded:nothing"}, r"no such embedded model: use embedded:arithmetic-reasoner"),
     ],
 )
 def test_impossible_settings_are_refused_before_anything_is_loaded(settings, message):
