@@ -160,6 +160,8 @@ class RPODataModule(LightningDataModule):
         self.reports[key] = report
         for message in report.unusable[:_MAX_MESSAGES]:
             log.warning(message)
+        for message in report.only_text_message():
+            log.info(f"{source!r}: {message}")
         if report.unusable or report.overlong or report.duplicates:
             log.warning(
                 f"{source!r}: {report.kept} questions kept; dropped {report.overlong} over "

@@ -8,6 +8,8 @@ from decimal import Decimal
 from typing import Any
 
 from rpo_lightning.core.types import GoldAnswer
+from rpo_lightning.rewards.answers.extraction import extract, marked_answer
+from rpo_lightning.rewards.answers.golds import is_solution
 
 # Only of rows with a "final_answer": elsewhere the name means other things.
 TOLERANCE_COLUMN = "error"
@@ -17,8 +19,8 @@ def gold_answer(value: Any, tolerance: Any = None) -> GoldAnswer:
     r"""A gold answer in the shapes that data sets are published in.
 
     Args:
-        value: A number; a list of parts; or text, of which the content of the last ``\boxed{}`` is taken if there
-            is one, else what follows GSM8K's ``####``, else all of it.
+        value: A number; a list of parts; or text, which is read as a response is
+            (:mod:`rpo_lightning.rewards.answers.extraction`): its last box, what follows ``####``, or all of it.
         tolerance: How far numbers may be from it: a number, or text such as ``1e-2`` or ``0.1,0.2`` (one a part).
 
     Raises:
@@ -46,22 +48,13 @@ def _answer_text(value: Any) -> str:
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() else format(Decimal(repr(value)), "f")
     text = str(value)
-    boxed = last_boxed(text)
-    if boxed is not None:
-        return boxed
-    _, marker, final = text.rpartition("####")
-    return final.strip().replace(",", "") if marker else text.strip()
-
-
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last ``\boxed{}`` with balanced braces; ``None`` if there is none."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for index in range(start + len("\\boxed"), len(text)) if start >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(text[index], 0)
-        if depth == 0:
-            return text[start + len("\\boxed{") : index].strip()
-    return None
+    marked = marked_answer(text)
+    if marked is not None:
+        return marked.replace(",", "") if "####" in text and "\\boxed" not in text else marked
+    if is_solution(text):  # its last sentence may say what the answer is
+        told = extract(text)
+        return told.text if told is not None and told.is_marked else text.strip()
+    return text.strip()
 
 
 def is_empty(value: Any) -> bool:

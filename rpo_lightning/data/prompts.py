@@ -31,12 +31,14 @@ class LoadReport:
         overlong: Prompts dropped because they exceed the limit.
         duplicates: Rows dropped because their uid had been seen.
         unusable: One message for each row dropped because its question or gold answer is missing or cannot be used.
+        only_text: Gold answers among the kept that only their own text can match.
     """
 
     kept: int = 0
     overlong: int = 0
     duplicates: int = 0
     unusable: list[str] = field(default_factory=list)
+    only_text: list[str] = field(default_factory=list)
 
     @property
     def dropped(self) -> int:
@@ -47,7 +49,14 @@ class LoadReport:
         """Everything that was left out."""
         counted = [f"{self.overlong} prompts over data.max_prompt_tokens"] if self.overlong else []
         counted += [f"{self.duplicates} repeated questions"] if self.duplicates else []
-        return [*self.unusable, *counted]
+        return [*self.unusable, *counted, *self.only_text_message()]
+
+    def only_text_message(self) -> list[str]:
+        """How many gold answers only their own text can match, if there are any."""
+        if not self.only_text:
+            return []
+        shown = ", ".join(repr(answer[:40]) for answer in self.only_text[:3])
+        return [f"{len(self.only_text)} gold answers can be matched by their own text only, such as {shown}"]
 
 
 class PromptBuilder:
@@ -131,6 +140,8 @@ class PromptBuilder:
             if uid in prompts:
                 report.duplicates += 1
                 continue
+            if self.verifier.is_only_text(answer):
+                report.only_text.append(answer)
             prompts[uid] = Prompt(uid=uid, text=text, token_ids=tuple(token_ids), answer=answer)
         report.kept = len(prompts)
         if not prompts:

@@ -33,6 +33,10 @@ class Verifier(ABC):
         """Why a gold answer cannot be compared with, or ``None`` if it can."""
         return None if answer.strip() else "it is empty"
 
+    def is_only_text(self, answer: str) -> bool:
+        """Whether nothing but its own text equals a gold answer, as with words; the load report counts these."""
+        return False
+
 
 class AnswerVerifier(Verifier):
     """A verifier that can tell final answers and compare them, which majority votes need."""

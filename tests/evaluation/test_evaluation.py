@@ -16,12 +16,13 @@ import torch
 from rpo_lightning.callbacks.evaluation_results import evaluation_table
 from rpo_lightning.cli.main import main
 from rpo_lightning.core.errors import ConfigurationError
-from rpo_lightning.data.gold_answers import gold_answer, last_boxed
+from rpo_lightning.data.gold_answers import gold_answer
 from rpo_lightning.data.prompts import LoadReport
 from rpo_lightning.evaluation import AverageAtK, Estimate, Evaluation, MajorityAtK, PassAtK, QuestionMean
 from rpo_lightning.evaluation.evaluation import average
 from rpo_lightning.evaluation.metrics import bootstrap_means
 from rpo_lightning.rewards import Grader, GradingPool, MathVerifier
+from rpo_lightning.rewards.answers.extraction import marked_answer
 from rpo_lightning.rewards.terms import AccuracyReward
 from tests.conftest import REASONER, make_group
 
@@ -147,9 +148,9 @@ def test_gold_answers_are_read_in_the_shapes_they_are_published_in(value, expect
 
 
 def test_boxes_within_boxes():
-    assert last_boxed("\\boxed{a} then \\boxed{\\frac{\\sqrt{2}}{3}}.") == "\\frac{\\sqrt{2}}{3}"
-    assert last_boxed("\\boxed{never closed") is None
-    assert last_boxed("none") is None
+    assert marked_answer("\\boxed{a} then \\boxed{\\frac{\\sqrt{2}}{3}}.") == "\\frac{\\sqrt{2}}{3}"
+    assert marked_answer("\\boxed{never closed") is None
+    assert marked_answer("none") is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""How answers are read and compared: one reading for gold answers and responses (``docs/answers.md``)."""
