@@ -10,6 +10,8 @@ import sys
 import warnings
 from typing import NamedTuple
 
+from typing_extensions import override
+
 
 class HarmlessWarning(NamedTuple):
     """A warning that is ignored.
@@ -49,6 +51,21 @@ HARMLESS_WARNINGS = (
 )
 
 
+class Once(logging.Filter):
+    """Lets each message of a logger pass once, whatever its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: set[str] = set()
+
+    @override
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = str(record.msg)
+        is_first = message not in self._passed
+        self._passed.add(message)
+        return is_first
+
+
 def silence_libraries() -> None:
     """Ignore the harmless warnings, and log lines that ask for nothing."""
     for warning in HARMLESS_WARNINGS:
@@ -58,6 +75,8 @@ def silence_libraries() -> None:
         logging.getLogger(name).addFilter(_is_no_tip)
     # A faster kernel is missing; bitsandbytes computes without it. PEFT imports it for adapters of any kind.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_about_a_kernel)
+    # It tells that 8-bit products are computed in 16 bits, at every product.
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(Once())
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the last failure is an error
     # What a command prints, such as a config, may be piped into a file.
     logging.getLogger("DeepSpeed").addFilter(_to_stderr)

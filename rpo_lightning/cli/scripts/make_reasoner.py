@@ -23,8 +23,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_scheduler
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rpo_lightning.cli.quiet import silence_libraries
 from rpo_lightning.data.arithmetic import STEP_NAMES, draw_problem
 from rpo_lightning.policy.export import save_policy
 from rpo_lightning.policy.load import load_policy, resolve_policy
@@ -147,6 +148,9 @@ class Teaching:
             decays: Whether the learning rate decays to 0.
             sufficient: Sampled accuracy at which to stop early; above 1 for never.
         """
+        # Only here: its module imports peft, which imports bitsandbytes.
+        from transformers import get_scheduler
+
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
         name = "linear" if decays else "constant_with_warmup"
         every = EVALUATE_EVERY if sufficient <= 1 else updates // 3  # for progress only
@@ -187,6 +191,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="a reasoner to continue from, instead of the curriculum")
     parser.add_argument("--bfloat16", action="store_true", help="save the weights rounded, in half the space")
     args = parser.parse_args()
+    silence_libraries()
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer(args.operations)
     model = make_model(tokenizer, args.operations)
