@@ -16,6 +16,7 @@ from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
 from rpo_lightning import RPODataModule, RPOModule
 from rpo_lightning.cache.cache import ExperienceCache
+from rpo_lightning.cli.quiet import HARMLESS_WARNINGS, HarmlessWarning
 from rpo_lightning.core.types import Completion, Group, Prompt, RolloutRequest, Sample
 from rpo_lightning.data.arithmetic import ArithmeticChain
 from rpo_lightning.policy.load import load_policy
@@ -28,6 +29,19 @@ from tests.policy.prefix_sharing.dense_kernels import dense_attend, dense_attend
 REASONER = "embedded:arithmetic-reasoner"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
+
+
+def pytest_configure(config):
+    """Ignore the warnings that the command line ignores, and those that only tests cause."""
+    of_tests = (
+        # Tests put several runs into one folder.
+        HarmlessWarning("Experiment logs directory .* exists and is not empty", UserWarning, r"lightning\."),
+        HarmlessWarning("Checkpoint directory .* exists and is not empty", UserWarning, r"lightning\."),
+        # Tests resume without the callback that wrote the checkpoint: it holds nothing that they need.
+        HarmlessWarning("Be aware that when using `ckpt_path`, callbacks", UserWarning, r"lightning\."),
+    )
+    for message, category, module in (*HARMLESS_WARNINGS, *of_tests):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}:{module}")
 
 
 @pytest.fixture(autouse=True)
