@@ -71,12 +71,13 @@ def require_room(policy: PreTrainedModel, folder: str | Path, merged: bool, rank
 
 def _save_unwrapped(model: Any, folder: Path, **options: Any) -> None:
     """Save a model that has no wrapper. Transformers would look for one, and import DeepSpeed for it if installed."""
-    original = modeling_utils.unwrap_model
-    modeling_utils.unwrap_model = lambda model: model
+    library: Any = modeling_utils
+    original = library.unwrap_model
+    library.unwrap_model = lambda model: model
     try:
         model.save_pretrained(folder, **options)
     finally:
-        modeling_utils.unwrap_model = original
+        library.unwrap_model = original
 
 
 def _adapter_weights(policy: Any) -> Any:
