@@ -1,4 +1,4 @@
-"""Callbacks: experience cache, weight sync, completions, export, predictions, evaluation results, summary, errors."""
+"""Callbacks: the experience cache, the engine's weights, the files of a run, its summary, and its progress bar."""
 
 from rpo_lightning.callbacks.completions import CompletionsCallback
 from rpo_lightning.callbacks.evaluation_results import EvaluationResultsCallback
@@ -6,6 +6,7 @@ from rpo_lightning.callbacks.experience_cache import ExperienceCacheCallback
 from rpo_lightning.callbacks.export import HuggingFaceExportCallback
 from rpo_lightning.callbacks.lone_exception import LoneExceptionCallback
 from rpo_lightning.callbacks.predictions import PredictionsCallback
+from rpo_lightning.callbacks.run_progress import RunProgressBar
 from rpo_lightning.callbacks.run_summary import RunSummaryCallback
 from rpo_lightning.callbacks.weight_sync import WeightSyncCallback
 
@@ -16,6 +17,7 @@ __all__ = [
     "HuggingFaceExportCallback",
     "LoneExceptionCallback",
     "PredictionsCallback",
+    "RunProgressBar",
     "RunSummaryCallback",
     "WeightSyncCallback",
 ]

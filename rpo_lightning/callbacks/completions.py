@@ -1,4 +1,4 @@
-"""Sample completions as a table, in every place that shows tables."""
+"""Logs sample completions: a file of the run, and tables in TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -21,20 +21,25 @@ COLUMNS = ("step", "uid", "prompt", "answer", "prefix", "suffix", "reward", "cor
 
 
 class CompletionsCallback(RunFolderCallback):
-    """Logs some completions of a training batch, kept prefix and generated suffix apart.
+    """Logs some completions of a training batch, with prefix and suffix in columns of their own.
 
-    Rows are appended to ``completions.jsonl`` in the run's folder, and shown as a table in
-    TensorBoard (text) and Weights & Biases where such a logger is set.
+    Appends rows to ``completions.jsonl`` in the run's folder. A TensorBoard or Weights & Biases logger gets a table.
 
     Args:
-        every_n_batches: Log every so many training batches.
-        groups: Groups logged each time.
-        members: Members logged of each group: the best, the worst, and so on in turn.
+        every_n_batches: Training batches from one log to the next.
+        groups: Groups to log each time.
+        members: Members to log of each group: the best, the worst, the second best, and so on.
+
+    Raises:
+        ConfigurationError: A number is below 1.
     """
 
     def __init__(self, every_n_batches: int = 10, groups: int = 2, members: int = 2) -> None:
         if min(every_n_batches, groups, members) < 1:
-            raise ConfigurationError("CompletionsCallback needs every_n_batches, groups and members of at least 1")
+            raise ConfigurationError(
+                "completions.every_n_batches, completions.groups and completions.members must be at least 1, got "
+                f"{every_n_batches}, {groups} and {members}"
+            )
         self.every_n_batches = every_n_batches
         self.groups = groups
         self.members = members
@@ -42,7 +47,7 @@ class CompletionsCallback(RunFolderCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: RPOModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log a table."""
+        """Log some completions of the batch, if it is one in ``every_n_batches``."""
         if not self.writes(trainer) or (pl_module.iteration - 1) % self.every_n_batches:
             return
         rows = [row for g in pl_module.groups[: self.groups] for row in self._rows(g, pl_module.tokenizer)]

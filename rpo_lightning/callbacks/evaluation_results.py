@@ -1,4 +1,4 @@
-"""What an evaluation found, as files and as a table."""
+"""Writes and prints the results of ``validate`` and ``test``."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from rpo_lightning.evaluation.evaluation import CONFIDENCE, average
 if TYPE_CHECKING:
     from rpo_lightning.module import RPOModule
 
-# Rows that are told one by one.
+# Rows that were not scored, of which the table names at most so many.
 _MOST_MESSAGES = 50
 
 
 class EvaluationResultsCallback(RunFolderCallback):
     """Writes every question's answers to ``evaluation.parquet`` and a table of the metrics to ``evaluation.md``.
 
-    It does so at the end of ``test`` and ``validate``, in the run's folder; validations within ``fit`` only log.
+    It does so in the run's folder at the end of ``test`` and ``validate``. Validations of ``fit`` are only logged.
     """
 
     def on_test_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Write and print."""
+        """Write the files and print the table."""
         self._write(trainer, pl_module, "test")
 
     def on_validation_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Write and print, unless it is but a validation of a training run."""
+        """Write the files and print the table, unless the validation is part of ``fit``."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._write(trainer, pl_module, "val")
 
     def _write(self, trainer: Trainer, module: RPOModule, split: str) -> None:
-        # All ranks take part in these two.
+        # Collectives: all ranks call them.
         estimates = {e.name: e.estimates() for e in module.evaluations if e.questions}
         rows = gather_rows([row for e in module.evaluations for row in e.rows], ("set", "uid"))
         if not estimates or not trainer.is_global_zero:
@@ -60,12 +60,12 @@ class EvaluationResultsCallback(RunFolderCallback):
 def evaluation_table(
     estimates: dict[str, dict[str, Estimate]], counts: dict[str, int], reports: dict[str, LoadReport]
 ) -> str:
-    """A Markdown table of the metrics of every set, and the rows that were not scored.
+    """Make a Markdown table of the metrics of every set, and list the rows that were not scored.
 
     Args:
         estimates: Metrics by set.
         counts: Questions by set.
-        reports: What happened to the rows of each set.
+        reports: How many rows of each set were dropped, and why.
     """
     columns = list(dict.fromkeys(metric for of_set in estimates.values() for metric in of_set))
     lines = [f"| set | questions | rows not scored | {' | '.join(columns)} |", "|" + " --- |" * (3 + len(columns))]

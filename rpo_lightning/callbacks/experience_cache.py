@@ -1,8 +1,8 @@
-"""The experience cache as a callback: add it and GRPO or DAPO becomes RPO.
+"""The experience cache as a callback, which turns a GRPO or DAPO run into an RPO run.
 
-It owns the cache (every rank has all of it, and so has every checkpoint), hands the data module the prefixes
-to pair prompts with, fills the cache from the starting policy before training (paper) or lets first visits
-fill it, and takes every sampled group of every rank back into it.
+Before training it fills the cache with answers of the starting policy (paper), or leaves that to the first visits. The
+data module asks it for the prefix of each prompt. After each iteration the ranks exchange their cache updates in one
+collective and apply them in rank order, so all caches stay equal. Every checkpoint holds the whole cache.
 """
 
 from __future__ import annotations
@@ -40,24 +40,27 @@ class ExperienceCacheCallback(FinalFilesCallback):
     """Maintains the experience cache and serves prefixes from it.
 
     Args:
-        cut: How much of a cached response is kept; ``FractionOfShortestCut(0.5)`` (the paper's ℓ/2)
-            if not given.
+        cut: How much of a cached response becomes the prefix; ``FractionOfShortestCut(0.5)`` (the paper's ℓ/2) if not
+            given.
         refresh: Which member of a group is cached; ``EpsilonGreedyRefresh(0.5)`` if not given.
         budget: How long a suffix may get; ``FullBudget()`` (up to the response limit) if not given.
-        initialisation: ``eager`` samples a response to every question before training (paper);
-            ``lazy`` lets a question's first visit take the full path, train, and fill its entry.
-        initial_samples: Responses sampled per question by eager initialisation; the best is cached.
+        initialisation: ``eager`` samples responses to all questions before training (paper). With ``lazy``, the first
+            visit of a question takes the full path, trains, and fills its entry.
+        initial_samples: Responses to each question (n) that eager initialisation samples; the best is cached.
         initial_sampling: How they are drawn; as in training if not given.
-        initial_batch_size: Questions of one batch of the initialisation pass.
-        on_failure: After a group without a correct member, ``keep`` cutting its entry (paper) or
+        initial_batch_size: Questions of one batch of eager initialisation.
+        on_failure: What to do after a group without a correct member: ``keep`` cutting the cached response (paper), or
             ``restart`` the question without a prefix.
         keep_unfinished: Whether responses that ran out of budget may be cached.
-        path: A cache file to start from, of whatever model with this tokenizer; with eager initialisation only what
-            it lacks is sampled.
+        path: A cache file to start from, made by any model with this tokenizer. Eager initialisation samples only the
+            questions that it lacks.
 
     Attributes:
-        initialisation_tokens: Tokens decoded by the initialisation pass.
-        initialisation_seconds: What it took.
+        initialisation_tokens: Tokens that eager initialisation decoded.
+        initialisation_seconds: Seconds that it took.
+
+    Raises:
+        ConfigurationError: A number is below 1.
     """
 
     def __init__(
@@ -95,21 +98,28 @@ class ExperienceCacheCallback(FinalFilesCallback):
 
     @property
     def cache(self) -> ExperienceCache:
-        """The cache; there is one from ``setup`` on.
+        """The cache, from ``setup`` on.
 
         Raises:
-            ConfigurationError: The callback has not been set up by a trainer yet.
+            ConfigurationError: No trainer has set the callback up.
         """
         return self._served.cache
 
     @property
     def _served(self) -> CachedPrefixes:
         if self._prefixes is None:
-            raise ConfigurationError("the experience cache is there only once a trainer has set the callback up")
+            raise ConfigurationError(
+                "the experience cache is made when a trainer sets the callback up: call trainer.fit first"
+            )
         return self._prefixes
 
     def setup(self, trainer: Trainer, pl_module: RPOModule, stage: str) -> None:
-        """Make the cache and hand it to the data pl_module."""
+        """Make the cache and hand its prefixes to the data module.
+
+        Raises:
+            ConfigurationError: The data module serves no prefixes, or the run would overwrite ``path``.
+            CacheError: The cache was made with another tokenizer, or for other questions.
+        """
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -140,11 +150,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
         return self.path is not None and Path(self.path).resolve() == (self.folder / CACHE_FILE).resolve()
 
     def _starting_cache(self, trainer: Trainer, module: RPOModule, data: Any) -> ExperienceCache:
-        """The cache of an earlier run of this callback, else that of the file, else an empty one.
-
-        Raises:
-            CacheError: It was made with another tokenizer, or for other questions.
-        """
+        """The cache of this callback's earlier run, or that of ``path``, or an empty one."""
         cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer))
         if self._prefixes is not None:
             where = "the cache of an earlier run"
@@ -155,13 +161,13 @@ class ExperienceCacheCallback(FinalFilesCallback):
             cache = read_cache(where, cache.tokenizer_fingerprint)
         else:
             return cache
-        if trainer.global_step == 0:  # else the same trainer goes on, and so do its updates
+        if trainer.global_step == 0:  # otherwise the same trainer continues to count its updates
             cache.forget_updates()
         require_same_questions(cache, data.read("train", "", module.tokenizer, module.grader.verifier), where)
         return cache
 
     def on_train_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Fill the cache from the starting policy, unless it came from a checkpoint."""
+        """Fill the cache with answers of the starting policy, unless a checkpoint has restored it."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if self._is_restored:
             require_same_questions(self.cache, data.prompts["train"], "the checkpoint's cache")
@@ -170,7 +176,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
             missing = [p for p in data.prompts["train"] if p.uid not in known]
             if missing:
                 sync_engine(trainer)
-                with trainer.precision_plugin.train_step_context():  # in which later rollouts are drawn
+                with trainer.precision_plugin.train_step_context():  # the precision of later rollouts
                     self._initialise(pl_module, missing)
                 if trainer.is_global_zero:
                     log.info(f"cache initialised with {self.initialisation_tokens} decoded tokens")
@@ -179,7 +185,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: RPOModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take the groups of this batch into the cache, those that were not trained on included."""
+        """Update the cache with all groups of this iteration, trained on or not; a collective."""
         with pl_module.timer("cache"):
             updates = [self._served.update_from(group) for group in pl_module.groups]
             for of_rank in pl_module.ranks.gather(updates):
@@ -193,7 +199,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
         self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: RPOModule, exception: BaseException) -> None:
-        """Save what has been gathered."""
+        """Save the cache so far."""
         if self._prefixes is not None and len(self.cache):
             self._save(trainer)
 
@@ -202,7 +208,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
             write_cache(self.cache, self.folder / CACHE_FILE)
 
     def state_dict(self) -> dict[str, Any]:
-        """The cache, for the checkpoint; nothing before training has made one."""
+        """The cache for the checkpoint; empty before there is one."""
         if self._prefixes is None:
             return {}
         return {
@@ -212,33 +218,33 @@ class ExperienceCacheCallback(FinalFilesCallback):
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: RPOModule, checkpoint: dict[str, Any]) -> None:
-        """Restore the cache from the checkpoint itself: what Lightning gives ``load_state_dict`` it copies before.
+        """Restore the cache in ``fit``; evaluation uses none.
 
-        Only training has a cache: evaluating a checkpoint leaves the one at hand as it is.
+        It is taken out of the checkpoint here, because Lightning copies a state before it calls ``load_state_dict``.
         """
         state = checkpoint["callbacks"].pop(self.state_key, None)
         if state is not None and trainer.state.fn == TrainerFn.FITTING:
             self.load_state_dict(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the cache; ``setup`` has been called before."""
+        """Restore the cache. Lightning calls ``setup`` first."""
         self.cache.load_state_dict(state_dict["cache"])
         self.initialisation_tokens = state_dict["initialisation_tokens"]
         self.initialisation_seconds = state_dict["initialisation_seconds"]
         self._is_restored = True
 
     def _initialise(self, module: RPOModule, prompts: list[Prompt]) -> None:
-        """Sample the starting policy (eq. 1). Nothing says that what it answers is right."""
-        module.timer.take()  # whatever came before is not part of it
+        """Cache answers of the starting policy (eq. 1), right or wrong; a collective."""
+        module.timer.take()  # earlier seconds are not part of it
         bar = AnswerBar("filling the cache", len(prompts), module.trainer.is_global_zero)
         starts = range(0, len(prompts), self.initial_batch_size)
         ranks = module.ranks
-        # Batches are dealt out whole and seeded by where they start: the same cache on any number of ranks.
+        # Each batch goes to one rank, and its start is its seed: the cache is the same on any number of ranks.
         for first in range(0, len(starts), ranks.size):
             mine = starts[first + ranks.rank : first + ranks.rank + 1]
             groups = [group for start in mine for group in self._sample(module, prompts, start)]
             if not mine:
-                self._sample(module, [], 0)  # the others may wait for this rank to take part
+                self._sample(module, [], 0)  # an engine of several ranks needs all of them
             tokens = sum(len(c.token_ids) for g in groups for c in g.completions)
             for found, of_rank in ranks.gather(([self._served.initial_update(g) for g in groups], tokens)):
                 self.initialisation_tokens += of_rank

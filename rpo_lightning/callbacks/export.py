@@ -1,4 +1,4 @@
-"""Saves the policy as an ordinary Hugging Face folder."""
+"""Saves the policy as a Hugging Face folder when training ends, and during training if asked."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ log = logging.getLogger(__name__)
 
 
 class HuggingFaceExportCallback(FinalFilesCallback):
-    """Writes ``<run>/policy`` at the end, and ``<run>/policy-step=N`` on the way if asked.
+    """Saves the final policy to ``policy`` in the run's folder, and earlier ones to ``policy-step=N``.
 
     Args:
-        every_n_steps: Also export after every so many updates.
-        merged: Merge an adapter into the weights; otherwise it is written alone, as PEFT does.
+        every_n_steps: Also save a policy after every so many updates.
+        merged: Merge an adapter into the weights. Otherwise the adapter is saved alone, as PEFT saves it.
     """
 
     def __init__(self, every_n_steps: int | None = None, merged: bool = True) -> None:
@@ -31,7 +31,11 @@ class HuggingFaceExportCallback(FinalFilesCallback):
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Count from where the run begins or goes on, and look at the folder before there is anything to lose."""
+        """Check the folder before training starts, and note the number of updates so far.
+
+        Raises:
+            ConfigurationError: The folder holds an adapter, and a whole policy would be saved, or the other way round.
+        """
         if self.leaves_files(trainer):
             require_room(pl_module.loaded_policy, self.folder / POLICY_FOLDER, self.merged, pl_module.ranks)
         self._last_step = trainer.global_step
@@ -39,14 +43,14 @@ class HuggingFaceExportCallback(FinalFilesCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: RPOModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Export on the way: after the iteration that made the update in question, or went past it."""
+        """Save the policy if this iteration's updates reached a multiple of ``every_n_steps``, or went past it."""
         step = trainer.global_step
         if self.every_n_steps and step // self.every_n_steps > self._last_step // self.every_n_steps:
             self._export(trainer, pl_module, f"{POLICY_FOLDER}-step={step}")
         self._last_step = step
 
     def write_final_files(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Export the final policy."""
+        """Save the final policy."""
         self._export(trainer, pl_module, POLICY_FOLDER)
 
     def _export(self, trainer: Trainer, module: RPOModule, name: str) -> None:

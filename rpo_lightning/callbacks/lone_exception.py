@@ -1,8 +1,8 @@
-"""Exceptions that one rank has alone.
+"""Ends a run when one rank fails alone.
 
-A checkpoint is written by all ranks together. With ``save_on_exception`` a rank that fails alone (a reward that
-raises, memory that runs out) would begin one and wait for ranks that wait for it elsewhere: nobody would exit, and
-nobody would read why. Ranks that fail together can save.
+All ranks write a checkpoint together. With ``save_on_exception``, a rank that fails alone (a reward raises, memory runs
+out) would start a checkpoint and wait for the other ranks, which wait for it elsewhere. The run would hang without an
+error message. Ranks that fail together can save a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 
 class LoneExceptionCallback(Callback):
-    """Lets checkpoints be saved on an exception only if all ranks have one. ``RPOModule`` brings one itself.
+    """Saves checkpoints on an exception only if all ranks have one. ``RPOModule`` adds one itself.
 
-    Lightning calls checkpoint callbacks last, so that this one decides before them.
+    Lightning calls checkpoint callbacks last, therefore this callback decides before them.
 
     Args:
-        patience: Seconds that ranks wait for each other.
+        patience: Seconds to wait for the other ranks.
     """
 
     def __init__(self, patience: float = 30.0) -> None:
@@ -38,26 +38,26 @@ class LoneExceptionCallback(Callback):
         self._silenced: list[ModelCheckpoint] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Make a group of ranks that nothing else waits in, and that does not wait for long.
+        """Make a process group of its own, whose barrier gives up after ``patience`` seconds.
 
         Raises:
-            ConfigurationError: A callback would save on exceptions whatever this one finds.
+            ConfigurationError: ``OnExceptionCheckpoint`` is set, which saves even if one rank fails alone.
         """
-        for callback in self._silenced:  # in an earlier fit
+        for callback in self._silenced:  # by an earlier fit
             callback.save_on_exception = True
         self._silenced = []
         if trainer.world_size == 1:
             return
         if any(isinstance(callback, OnExceptionCheckpoint) for callback in _callbacks(trainer)):
             raise ConfigurationError(
-                "OnExceptionCheckpoint would wait for ever where one rank fails alone: use ModelCheckpoint with "
-                "save_on_exception"
+                "trainer.callbacks: OnExceptionCheckpoint waits for ever if one rank fails alone; use ModelCheckpoint "
+                "with save_on_exception"
             )
-        trainer.strategy.barrier()  # what is not long either is the time in which a group may be made
+        trainer.strategy.barrier()  # new_group waits for all ranks, and for no longer than the timeout
         self._group = distributed.new_group(backend="gloo", timeout=self.patience)
 
     def on_exception(self, trainer: Trainer, pl_module: RPOModule, exception: BaseException) -> None:
-        """See who else has one."""
+        """Stop checkpoints from being saved, unless all ranks have an exception."""
         saving = [c for c in _callbacks(trainer) if isinstance(c, ModelCheckpoint) and c.save_on_exception]
         if trainer.world_size == 1 or not saving or self._all_fail():
             return
@@ -66,12 +66,12 @@ class LoneExceptionCallback(Callback):
         self._silenced = saving
         if self._group is not None:
             log.warning(
-                f"rank {trainer.global_rank} did not fail together with all others: no checkpoint is saved of this "
-                "moment, earlier ones stay"
+                f"rank {trainer.global_rank} failed, and not all others did: no checkpoint of this moment is saved; "
+                "resume from an earlier one"
             )
 
     def _all_fail(self) -> bool:
-        """Whether all ranks ask; before training begins there is nothing to save."""
+        """Whether all ranks call this; false before training, when there is nothing to save."""
         if self._group is None:
             return False
         try:

@@ -1,4 +1,4 @@
-"""Writes what ``rpo-lightning predict`` answers."""
+"""Writes the answers of ``rpo-lightning predict``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class PredictionsCallback(BasePredictionWriter):
-    """Writes one JSON line an answer to ``predictions.jsonl`` in the run's folder."""
+    """Writes a JSON line for each answer to ``predictions.jsonl`` in the run's folder."""
 
     def __init__(self) -> None:
         super().__init__(write_interval="epoch")
@@ -26,7 +26,7 @@ class PredictionsCallback(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: RPOModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Write the answers of all ranks."""
+        """Write the answers of all ranks; a collective, rank 0 writes."""
         path = run_folder(trainer) / PREDICTIONS_FILE
         rows = gather_rows([row for batch in predictions for row in batch], ("uid", "sample"))
         if not RunFolderCallback.writes(trainer):

@@ -1,4 +1,4 @@
-"""A progress bar over questions, with tokens per second; silent where the output is no terminal."""
+"""Progress bars over questions, with tokens per second. They are silent unless the output is a terminal."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ if TYPE_CHECKING:
 
 
 class AnswerBar:
-    """A bar over questions.
+    """A progress bar over questions.
 
     Args:
-        task: What the bar calls it.
-        questions: How many there are.
-        visible: Whether this rank shows it.
+        task: Name of the task, shown before the bar.
+        questions: Number of questions.
+        visible: Whether this rank shows the bar.
     """
 
     def __init__(self, task: str, questions: int, visible: bool = True) -> None:
         self._bar = tqdm(total=questions, desc=task, unit="question", disable=None if visible else True)
 
     def update(self, questions: int, tokens: int) -> None:
-        """Move on.
+        """Advance the bar.
 
         Args:
-            questions: Answered since the last call.
-            tokens: Sampled since the bar was opened.
+            questions: Questions answered since the last call.
+            tokens: Tokens sampled since the bar was opened.
         """
         self._bar.set_postfix({"tokens/s": round(tokens / max(self._bar.format_dict["elapsed"], 1e-9))}, refresh=False)
         self._bar.update(questions)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar; it stays on the screen."""
         self._bar.close()
 
 
 class AnswerProgressCallback(Callback):
-    """Shows how far ``predict`` has come.
+    """Shows a bar over the questions of ``predict``.
 
     Args:
-        task: What the bar calls it.
+        task: Name of the task, shown before the bar.
     """
 
     def __init__(self, task: str) -> None:
@@ -58,7 +58,7 @@ class AnswerProgressCallback(Callback):
         self._bar = AnswerBar(self.task, total, trainer.is_global_zero)
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: RPOModule, outputs: Any, batch: Any, *_: Any) -> None:
-        """Move on."""
+        """Advance the bar by a batch."""
         assert self._bar is not None
         self._bar.update(len(batch), pl_module.decoded_tokens)
 

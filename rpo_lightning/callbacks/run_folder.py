@@ -1,4 +1,4 @@
-"""Where a run's files go, and where those of earlier runs are."""
+"""Finds the folder of a run's files and the checkpoints of earlier runs; base classes of callbacks that write files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The folder of the first logger's run, in which ``ModelCheckpoint`` has its own too.
+    """The folder of the first logger's run, or ``default_root_dir`` without a logger; a collective.
 
-    ``default_root_dir`` where there is no logger. All ranks must ask for it together.
+    ``ModelCheckpoint`` puts its checkpoints there too.
     """
     logger = trainer.logger
     if logger is None or isinstance(logger, TensorBoardLogger | CSVLogger):
@@ -32,9 +32,9 @@ def _experiment_folder(trainer: Trainer, logger: Logger) -> Path:
 
 
 def last_checkpoint(trainer: Trainer) -> Path | None:
-    """The newest of the last checkpoints that Lightning would find, and of those of the experiment's earlier runs.
+    """The newest last checkpoint of this run or of the experiment's earlier runs.
 
-    Lightning looks into the folder of the new run, which is empty unless checkpoints have a folder that is given.
+    Lightning looks only into the folder of the new run. That folder is empty unless ``ModelCheckpoint.dirpath`` is set.
     """
     found: set[str | Path] = set()
     for callback in trainer.checkpoint_callbacks:
@@ -50,53 +50,55 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
 
 
 class RunFolderCallback(Callback):
-    """A callback that writes into the run's folder, which all ranks look up when the run is set up.
+    """A callback that writes into the run's folder.
 
     Attributes:
-        folder: The run's folder.
+        folder: The run's folder, from ``setup`` on.
     """
 
     folder: Path
 
     def setup(self, trainer: Trainer, pl_module: RPOModule, stage: str) -> None:
-        """Look the folder up."""
+        """Look the run's folder up; a collective."""
         self.folder = run_folder(trainer)
 
     @staticmethod
     def leaves_files(trainer: Trainer) -> bool:
-        """Whether the run writes files: it does, unless it is but a trial (``fast_dev_run``)."""
+        """Whether the run writes files: a trial (``fast_dev_run``) writes none."""
         return not trainer.fast_dev_run  # type: ignore[attr-defined]
 
     @classmethod
     def writes(cls, trainer: Trainer) -> bool:
-        """Whether this rank writes files: the first one does."""
+        """Whether this rank writes files: only rank 0 does."""
         return trainer.is_global_zero and cls.leaves_files(trainer)
 
 
 class FinalFilesCallback(RunFolderCallback, ABC):
     """A callback that writes files when training ends.
 
-    A run that is taken up when all of its updates have been made, because it crashed in its last validation, has no
-    end of training: then the end of ``fit`` is the time.
+    A run that crashed in its last validation has no steps left when resumed, so Lightning skips ``on_train_end``. The
+    files are then written in ``on_fit_end``.
     """
 
     _has_written = False
 
     @abstractmethod
     def write_final_files(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Write; all ranks call it."""
+        """Write the files; a collective."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Nothing is written yet."""
+        """Note that the files are still to be written."""
         self._has_written = False
 
     def on_train_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Write."""
+        """Write the files."""
         self.write_final_files(trainer, pl_module)
         self._has_written = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Write what no end of training has written."""
+        """Write the files if ``on_train_end`` was skipped."""
         if not self._has_written:
-            pl_module.to(trainer.strategy.root_device)  # off which the trainer has taken it, and where shards meet
+            pl_module.to(
+                trainer.strategy.root_device
+            )  # Lightning moved it to the CPU; gathering shards needs the device
             self.write_final_files(trainer, pl_module)

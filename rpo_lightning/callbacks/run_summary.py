@@ -1,7 +1,7 @@
-"""What a run achieved and what it cost, in one screen and one file.
+"""Summarises a run on the screen and in a file: accuracy before and after, tokens, seconds.
 
-Accuracy is that of the validation set, answered without any prefix, before the first update (set
-``trainer.num_sanity_val_steps: -1`` for it) and after the last one.
+Accuracy is measured on the validation set without a prefix: before the first update, if
+``trainer.num_sanity_val_steps`` is -1, and after the last one.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ Number = TypeVar("Number", int, float)
 class RunSummaryCallback(RunFolderCallback):
     """Counts tokens, remembers accuracies, and writes ``summary.json`` into the run's folder.
 
-    It also has a run that ``max_steps`` or ``max_epochs`` ends do so with a validation, unless
-    ``check_val_every_n_epoch`` has none in that epoch.
+    It also asks for a validation after the last update. There is none if ``check_val_every_n_epoch`` skips that epoch.
     """
 
     def __init__(self) -> None:
@@ -50,12 +49,12 @@ class RunSummaryCallback(RunFolderCallback):
         self._started = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Remember an unprefixed accuracy; Lightning keeps a sanity check from the loggers, so log it."""
+        """Remember the accuracy of a validation, and log that of the sanity check, which Lightning does not log."""
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if "val/accuracy" not in metrics or trainer.state.fn != "fit":
             return
         if trainer.sanity_checking and trainer.num_sanity_val_batches != trainer.num_val_batches:
-            return  # of fewer questions than the accuracies that it would be compared with
+            return  # it answered fewer questions than the later validations
         self.accuracies.append((trainer.global_step, metrics["val/accuracy"]))
         self.full_path_tokens.append(metrics["val/response_tokens"])
         if trainer.sanity_checking:
@@ -65,7 +64,7 @@ class RunSummaryCallback(RunFolderCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: RPOModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count tokens, and ask for a validation after the last batch."""
+        """Count tokens and seconds, and end the run with a validation after the last batch."""
         record: IterationRecord = pl_module.record
         self.decoded_tokens += record.phase_tokens["decode"]
         self.responses += record.responses
@@ -76,7 +75,7 @@ class RunSummaryCallback(RunFolderCallback):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Add what came after the last iteration's record: the refresh of the cache."""
+        """Add the seconds after the last iteration's record, in which the cache was refreshed."""
         _add(self.phase_seconds, pl_module.timer.take())
 
     def on_fit_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
@@ -91,10 +90,9 @@ class RunSummaryCallback(RunFolderCallback):
         print(_screen(summary, self._files(trainer)), flush=True)
 
     def summary(self, trainer: Trainer) -> dict[str, Any]:
-        """The figures of the run so far."""
+        """Collect the figures of the run so far."""
         caches = [c for c in trainer.callbacks if isinstance(c, ExperienceCacheCallback)]  # type: ignore[attr-defined]
         initialisation = sum(c.initialisation_tokens for c in caches)
-        # A "before" is one that was measured before the first update.
         before = next((accuracy for step, accuracy in self.accuracies if step == 0), None)
         after = next((a for step, a in reversed(self.accuracies) if step == trainer.global_step), None)
         return {
@@ -117,7 +115,7 @@ class RunSummaryCallback(RunFolderCallback):
         return self.seconds + (0.0 if self._started is None else time.perf_counter() - self._started)
 
     def _phases(self, caches: list[ExperienceCacheCallback]) -> dict[str, dict[str, float | int | None]]:
-        """Seconds and tokens of every phase of all training iterations."""
+        """Seconds and tokens of each phase, over all training iterations."""
         seconds, tokens = dict(self.phase_seconds), dict(self.phase_tokens)
         if caches:
             seconds["initialise"] = sum(c.initialisation_seconds for c in caches)
@@ -125,7 +123,7 @@ class RunSummaryCallback(RunFolderCallback):
         return {p: {"seconds": seconds[p], "tokens": tokens.get(p)} for p in PHASES if p in seconds}
 
     def state_dict(self) -> dict[str, Any]:
-        """Counts, so that a resumed run sums up the whole."""
+        """Counts for the checkpoint: the summary of a resumed run covers the whole run."""
         return {
             "decoded_tokens": self.decoded_tokens,
             "samples": self.responses,
@@ -147,7 +145,7 @@ class RunSummaryCallback(RunFolderCallback):
         self.phase_tokens = dict(state_dict["phase_tokens"])
 
     def _files(self, trainer: Trainer) -> dict[str, Path]:
-        """What the run has left; a logger may have a folder of its own."""
+        """The files that the run wrote, by kind. A logger may have another folder than the run."""
         if not self.writes(trainer):
             return {}
         kinds = {type(c) for c in trainer.callbacks}  # type: ignore[attr-defined]
@@ -156,7 +154,7 @@ class RunSummaryCallback(RunFolderCallback):
             files["policy"] = self.folder / POLICY_FOLDER
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
-                logger.save()  # it keeps rows back
+                logger.save()  # it holds rows back
                 files["metrics"] = Path(logger.log_dir) / METRICS_FILE
         if ExperienceCacheCallback in kinds:
             files["cache"] = self.folder / CACHE_FILE
@@ -189,7 +187,7 @@ def _screen(summary: dict[str, Any], files: dict[str, Path]) -> str:
 
 
 def _phase_table(phases: dict[str, dict[str, Any]]) -> list[str]:
-    """Where the training iterations' time went."""
+    """Lines of a table: seconds, share and tokens of each phase of the training iterations."""
     total = sum(phase["seconds"] for phase in phases.values()) or 1.0
     lines = ["", f"{'phase':<20}{'seconds':>10}{'share':>8}{'tokens':>14}"]
     for name, phase in phases.items():

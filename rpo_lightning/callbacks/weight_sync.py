@@ -1,9 +1,8 @@
 """Keeps the rollout engine's weights equal to the policy's.
 
-The module counts versions of its policy, the engine remembers the version it holds. Before anything
-is generated (training batch, validation, test, prediction, start and resume included) the callback
-compares the two and syncs where they differ: exactly one sync for each change, however many updates a
-rollout is trained on. A run that ends in an exception leaves no engine behind.
+The module counts versions of its policy, and the engine remembers the version that it holds. The callback compares them
+before anything is generated: in training, validation, test and prediction, also after a resume. If they differ, it
+syncs once, however many updates were made. A run that ends in an exception leaves no engine behind.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def sync_engine(trainer: Trainer) -> None:
-    """Have the trainer's weight-sync callback sync now, for callbacks that generate in ``on_train_start``."""
+    """Sync the engine at once. Callbacks that generate in ``on_train_start`` call this first."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, WeightSyncCallback):
             callback.sync(cast("RPOModule", trainer.lightning_module))
 
 
 class WeightSyncCallback(Callback):
-    """Loads the policy into the engine whenever it has changed. ``RPOModule`` brings one itself.
+    """Loads the policy into the engine after it changed. ``RPOModule`` adds this callback itself.
 
     Attributes:
         syncs: Number of syncs so far.
@@ -34,7 +33,7 @@ class WeightSyncCallback(Callback):
         self.syncs = 0
 
     def sync(self, module: RPOModule) -> None:
-        """Sync if the engine is behind; wake it in any case."""
+        """Wake the engine, and load the policy if the engine holds an older version."""
         with module.timer("sync"):
             if module.engine.weights_version == module.policy_version:
                 module.engine.wake()
@@ -43,25 +42,25 @@ class WeightSyncCallback(Callback):
         self.syncs += 1
 
     def on_train_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Before the cache is initialised."""
+        """Sync before the cache is filled."""
         self.sync(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: RPOModule, batch: Any, batch_idx: int) -> None:
-        """Before a rollout."""
+        """Sync before a rollout."""
         self.sync(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Before validation, the sanity check included."""
+        """Sync before a validation or the sanity check."""
         self.sync(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Before testing."""
+        """Sync before a test."""
         self.sync(pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Before prediction."""
+        """Sync before a prediction."""
         self.sync(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: RPOModule, exception: BaseException) -> None:
-        """Release engine and grading processes: after an exception Lightning calls no ``teardown``."""
+        """Release the engine and the grading processes, because Lightning skips ``teardown`` after an exception."""
         pl_module.release()

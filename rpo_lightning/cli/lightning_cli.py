@@ -23,10 +23,10 @@ from rpo_lightning.callbacks import (
     ExperienceCacheCallback,
     HuggingFaceExportCallback,
     PredictionsCallback,
+    RunProgressBar,
     RunSummaryCallback,
 )
 from rpo_lightning.callbacks.run_folder import last_checkpoint, run_folder
-from rpo_lightning.callbacks.run_progress import RunProgressBar
 from rpo_lightning.cli.commands import LIGHTNING_COMMANDS
 from rpo_lightning.cli.lightning_parser import RPOArgumentParser
 from rpo_lightning.core.errors import ConfigurationError

@@ -141,7 +141,7 @@ def test_entries_are_shown_with_what_a_cut_keeps_and_drops(tokenizer, capsys):
         text = tokenizer.decode(entry.response.token_ids, skip_special_tokens=True)
         kept = len(entry.response) // 2 if entry.response.correct else 0
         assert re.search(
-            rf"kept \({kept}\): +{re.escape(text[:kept])}\n +cut \(\d+\): +{re.escape(text[kept:])}\n", shown
+            rf"prefix \({kept}\): +{re.escape(text[:kept])}\n +dropped \(\d+\): +{re.escape(text[kept:])}\n", shown
         )
     main(["cache", "stats", "--path", "cache.parquet", "--tokenizer", REASONER])
     stats = capsys.readouterr().out
@@ -222,7 +222,7 @@ def test_what_does_not_belong_is_refused_with_one_line(tokenizer, tmp_path, caps
         (["cache", "import", *SMALL, "--path", "drifted.parquet"], "row 1: its token ids are not this tokenizer's"),
         (["cache", "import", *SMALL, "--path", "texts.parquet", "--response_column", "no", "--data.train.seed", "9"],
          "none of its rows is about one of the 6 training questions"),
-        (["report", "nowhere"], "no metrics.csv in it"),
+        (["report", "nowhere"], "nowhere: holds no metrics.csv"),
     ):  # fmt: skip
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:

@@ -33,8 +33,8 @@ def build(arguments: list[str]) -> None:
 class BuildCacheCallback(Callback):
     """Makes a cache of the best answers that ``predict`` samples to the training questions.
 
-    ``cache.initial_samples``, ``cache.initial_sampling`` and ``cache.keep_unfinished`` say how, as they do for eager
-    initialisation; without ``cache`` in the config ``model.evaluation``.
+    ``cache.initial_samples``, ``cache.initial_sampling`` and ``cache.keep_unfinished`` say how, as for eager
+    initialisation. Without ``cache`` in the config, ``model.evaluation`` does.
 
     Args:
         out: The cache file.
@@ -53,7 +53,11 @@ class BuildCacheCallback(Callback):
             self._found.append({"uid": uid, "response": initial_response(group, self.keep_unfinished)})
 
     def on_predict_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Save the cache."""
+        """Write the cache file and print its statistics; a collective, rank 0 writes.
+
+        Raises:
+            CacheError: No answer may be cached.
+        """
         found = gather_rows(self._found, ("uid",))
         if not trainer.is_global_zero:
             return

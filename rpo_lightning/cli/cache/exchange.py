@@ -1,8 +1,7 @@
-"""Experience caches as tables with text, for people and for other programs; and traces from elsewhere as caches.
+"""Turns experience caches into tables with text, and tables of responses into caches.
 
-An exported row is readable (``response`` is text) and complete (``token_ids`` are there too), so that it can be
-imported again without drift: ids are taken as they are and must decode to the text. Where a row has
-text alone, a teacher's solution say, it is tokenised once, here.
+An exported row has the response as text (``response``) and as token ids (``token_ids``). Importing it again takes the
+ids, which must decode to the text. A row with text only, such as a teacher's solution, is tokenised here.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from rpo_lightning.rewards import Grader
 def exported_rows(
     cache: ExperienceCache, tokenizer: PreTrainedTokenizerBase, questions: Mapping[str, Prompt]
 ) -> Iterator[dict[str, Any]]:
-    """The responses of a cache as rows.
+    """Yield the responses of a cache as rows.
 
     Args:
         cache: The cache.
         tokenizer: Decodes token ids.
-        questions: Prompts by uid; question and answer are empty for uids that are not there.
+        questions: Prompts by uid. Question and answer of other uids are ``None``.
     """
     for entry in cache:
         if entry.response is None:
@@ -56,10 +55,10 @@ def exported_rows(
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], out: str | Path) -> None:
-    """Write rows to a ``.parquet`` or ``.jsonl`` file, or else as a ``datasets`` folder.
+    """Write rows to a ``.parquet`` or ``.jsonl`` file, or to a folder of ``datasets``.
 
     Raises:
-        CacheError: ``datasets`` is needed and not installed.
+        CacheError: ``out`` is a folder, and ``datasets`` is not installed.
     """
     path = Path(out)
     if path.suffix == ".parquet":
@@ -69,19 +68,22 @@ def write_rows(rows: Sequence[Mapping[str, Any]], out: str | Path) -> None:
     try:
         from datasets import Dataset
     except ImportError as error:
-        raise CacheError(f"{out}: a folder needs 'pip install datasets'; .parquet and .jsonl do not") from error
+        raise CacheError(
+            f"{out}: a folder needs datasets, which is not installed: pip install 'rpo-lightning[hub]', or name a "
+            ".parquet or .jsonl file"
+        ) from error
     Dataset.from_list([dict(row) for row in rows]).save_to_disk(str(path))
 
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What became of the rows of an import.
+    """Counts of an import.
 
     Attributes:
-        matched: Rows whose question is a training question.
-        unmatched: Rows whose question is none, or more than one.
-        overlong: Rows whose response is over the limit.
-        responses: Questions that have a response now.
+        matched: Rows whose question is one training question.
+        unmatched: Rows whose question is no training question, or several.
+        overlong: Rows whose response is longer than the limit.
+        responses: Questions that have a response after the import.
     """
 
     matched: int
@@ -100,20 +102,20 @@ def import_responses(
     response_limit: int,
     where: str,
 ) -> ImportReport:
-    """Cache responses that were made elsewhere; the best of those that a question has.
+    """Cache the best response to each question from a table.
 
     Args:
-        cache: Takes the responses.
-        prompts: The questions, as the run that will use the cache reads them.
-        rows: Rows with a response each, and the ``uid`` or the text of its question.
-        columns: Columns that may hold the question, and the one that holds the response's text.
-        tokenizer: The policy's.
+        cache: The cache to fill.
+        prompts: The training questions, as the run that will use the cache reads them.
+        rows: Rows with a response and its question, as ``uid`` or as text.
+        columns: Columns that may hold the question, and the column of the response's text.
+        tokenizer: The policy's tokenizer.
         grader: Grades the responses.
-        response_limit: Longer responses are left out: a run could not continue them.
+        response_limit: Longer responses are left out, because a run could not continue them. In tokens.
         where: Names the source in messages.
 
     Raises:
-        CacheError: A row has no response, or token ids that are not this tokenizer's.
+        CacheError: A row has no response, or its token ids are not this tokenizer's.
     """
     known = {p.uid: p for p in prompts}
     texts = Counter(p.text for p in prompts)
@@ -131,7 +133,7 @@ def import_responses(
         if len(ids) > response_limit:
             overlong += 1
             continue
-        # Whether text without ids was finished is not known; it is taken to be.
+        # Text without ids counts as finished; nothing says whether it is.
         found.append((prompt, ids, bool(row.get("finished", ids[-1] == tokenizer.eos_token_id))))
     for prompt, response in _graded(found, tokenizer, grader):
         known_response = cache.entry(prompt.uid).response
@@ -140,7 +142,7 @@ def import_responses(
     return ImportReport(len(found), unmatched, overlong, sum(e.response is not None for e in cache))
 
 
-# A question, a response's token ids, and whether it had ended by itself.
+# A question, a response's token ids, and whether the response is finished.
 _Response = tuple[Prompt, list[int], bool]
 
 
@@ -161,10 +163,12 @@ def _token_ids(row: Mapping[str, Any], column: str, tokenizer: PreTrainedTokeniz
         if not ids or max(ids) >= len(tokenizer) or (text is not None and decode(tokenizer, ids) != text):
             raise CacheError(
                 f"{where}: its token ids are not this tokenizer's (they do not decode to its {column!r}); "
-                "drop the column 'token_ids' to have the text tokenised"
+                "drop the column 'token_ids', and the text is tokenised"
             )
         return ids
     if not text:
-        raise CacheError(f"{where}: no {column!r} in it, and no token ids; name the column with --response_column")
+        raise CacheError(
+            f"{where}: has neither {column!r} nor token ids; name the column of the response with --response_column"
+        )
     ids = list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
     return [*ids, int(tokenizer.eos_token_id)] if tokenizer.eos_token_id is not None else ids

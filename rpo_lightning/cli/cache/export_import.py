@@ -24,21 +24,21 @@ from rpo_lightning.policy.tokenizer import tokenizer_fingerprint
 
 @dataclass
 class ExportSettings:
-    """Write a cache as a table with text.
+    """Arguments of ``cache export``.
 
     Attributes:
         path: The cache file.
         out: A ``.parquet`` or ``.jsonl`` file, or a folder for ``datasets.load_from_disk``.
 
     Raises:
-        CacheError: ``out`` names a file of another kind.
+        CacheError: ``out`` is a file of another kind.
     """
 
     path: str
     out: str
 
     def __post_init__(self) -> None:
-        """Refuse before a large cache is read."""
+        """Check the ending before a large cache is read."""
         suffix = Path(self.out).suffix
         # Letters only: a folder's name may end in a version.
         if suffix[1:].isalpha() and suffix not in (".parquet", ".jsonl", ".json"):
@@ -49,14 +49,14 @@ class ExportSettings:
 
 @dataclass
 class ImportSettings:
-    """Make a cache of responses from elsewhere: an exported cache, or questions with solutions.
+    """Arguments of ``cache import``.
 
     Attributes:
-        path: ``.jsonl``, ``.parquet``, or a Hugging Face name. Rows are matched with the training questions by their
-            ``uid``, or else by the question's text.
+        path: A ``.jsonl`` or ``.parquet`` file, or a Hugging Face name. A row belongs to the training question with its
+            ``uid``, or with its text.
         out: The cache file.
         response_column: Column of the response's text.
-        question_column: Column of the question; ``problem``, ``question`` or ``prompt`` if not given.
+        question_column: Column of the question's text; ``problem``, ``question`` or ``prompt`` if not given.
     """
 
     path: str
@@ -78,7 +78,11 @@ def run_import(arguments: list[str]) -> None:
 
 
 def export(settings: ExportSettings, module: PolicyModule, data: RPODataModule) -> None:
-    """Write a cache with the texts of its questions and responses."""
+    """Write a cache as a table with the texts of its questions and responses.
+
+    Raises:
+        CacheError: The cache holds no responses.
+    """
     cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer))
     cache = read_cache(settings.path, cache.tokenizer_fingerprint)
     prompts = data.read("train", "", module.tokenizer, module.grader.verifier)
@@ -90,7 +94,11 @@ def export(settings: ExportSettings, module: PolicyModule, data: RPODataModule) 
 
 
 def import_(settings: ImportSettings, module: PolicyModule, data: RPODataModule) -> None:
-    """Make a cache of responses from elsewhere."""
+    """Make a cache of the responses in a table.
+
+    Raises:
+        CacheError: No row is about a training question.
+    """
     cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer))
     prompts = data.read("train", "", module.tokenizer, module.grader.verifier)
     source = as_source(settings.path, split="train")

@@ -51,20 +51,25 @@ def show(
     entries: int = 3,
     cut: CutStrategy | None = None,
 ) -> None:
-    """Print entries with the parts that a cut keeps and drops.
+    """Print entries of a cache with what a cut keeps and drops.
 
     Args:
         path: The cache file.
         tokenizer: Folder or name of the policy whose tokenizer it was made with.
-        uid: The question; the first ones if not given.
-        entries: How many.
-        cut: The cut strategy, with the draws of a run of seed 0; the paper's ``FractionOfShortestCut`` if not given.
+        uid: Print the entry of this question only.
+        entries: How many entries to print, if no ``uid`` is given.
+        cut: The cut strategy, which draws as in a run with seed 0; the paper's ``FractionOfShortestCut`` if not given.
+
+    Raises:
+        CacheError: There is no such entry.
     """
     cache, loaded = _load(path, tokenizer)
     filled = [e for e in cache if e.response is not None]
     chosen = [e for e in filled if e.uid == uid] if uid else filled[:entries]
     if not chosen:
-        raise CacheError(f"{path}: no response for question {uid!r}" if uid else f"{path}: holds no responses")
+        raise CacheError(
+            f"{path}: no response for question {uid!r}; --entries lists some" if uid else f"{path}: holds no responses"
+        )
     for entry in chosen:
         print(_shown(entry, loaded, cut or FractionOfShortestCut()))
 
@@ -87,8 +92,8 @@ def _shown(entry: CacheEntry, tokenizer: Any, cut: CutStrategy) -> str:
     return "\n".join(
         [
             f"question {entry.uid}: {verdict}, {ended}, {entry.visits} visits; {len(ids)} tokens: {origins}",
-            f"  kept ({kept}):  {decode(tokenizer, ids[:kept])}",
-            f"  cut ({len(ids) - kept}):   {decode(tokenizer, ids[kept:])}",
+            f"  prefix ({kept}):   {decode(tokenizer, ids[:kept])}",
+            f"  dropped ({len(ids) - kept}):  {decode(tokenizer, ids[kept:])}",
             "",
         ]
     )

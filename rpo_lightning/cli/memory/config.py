@@ -130,7 +130,7 @@ def _engine(engine: Mapping[str, Any] | None, ranks: int) -> EnginePlan:
             f"{ranks}"
         )
     size = _ENGINE_BYTES.get(str(options.get("dtype", arguments.get("dtype"))))
-    return EnginePlan(True, 0.5 if share is None else share, 1 if level is None else level, parallel, size)
+    return EnginePlan(True, 0.5 if share is None else share, 2 if level is None else level, parallel, size)
 
 
 def _strategy(strategy: Any, ranks: int) -> dict[str, Any]:

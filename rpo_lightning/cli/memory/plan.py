@@ -62,7 +62,7 @@ class EnginePlan:
 
     is_vllm: bool = False
     gpu_share: float = 0.5
-    sleep_level: int = 1
+    sleep_level: int = 2
     tensor_parallel: int = 1
     bytes_per_number: int | None = None
     sequences: int = 128

@@ -69,7 +69,7 @@ def _engine_changes(plan: Plan) -> Iterator[tuple[str, Plan]]:
             yield f"model.engine.max_sequences: {half}", replace(plan, engine=replace(engine, sequences=half))
         return
     if plan.on_gpu and engine.sleep_level == 0:
-        yield "model.engine.sleep_level: 1", replace(plan, engine=replace(engine, sleep_level=1))
+        yield "model.engine.sleep_level: 2", replace(plan, engine=replace(engine, sleep_level=2))
     if plan.on_gpu and engine.gpu_share > 0.3:
         share = round(engine.gpu_share - 0.1, 2)
         yield f"model.engine.gpu_memory_utilization: {share}", replace(plan, engine=replace(engine, gpu_share=share))

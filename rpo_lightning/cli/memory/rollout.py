@@ -69,4 +69,7 @@ def _decoding_parts(shape: ModelShape, plan: Plan) -> list[Part]:
     logits = sequences * shape.vocabulary * (plan.precision.computed + 12)
     prompts = requests * (plan.longest if plan.has_cache else plan.prompt_tokens)
     prefill = prompts * (held * 3 * shape.hidden + plan.precision.computed * 3 * shape.intermediate)
-    return [Part("keys and values", rollout=cache), Part("logits and prompts", rollout=max(logits, prefill))]
+    parts = [Part("keys and values", rollout=cache), Part("logits and prompts", rollout=max(logits, prefill))]
+    if plan.casts_weights:  # autocast keeps its casts of weights that train until the rollout ends
+        parts.append(Part("weights in 16 bits", rollout=shape.trainable * plan.precision.computed))
+    return parts

@@ -16,8 +16,8 @@ ZeRO-3                computed (P+F) / N  computed P / N + buckets              
 
 Sources: FSDP2's gradients are whole until the last micro-batch (``ShardedAccumulation``), in the dtype of their
 reduction (``torch/distributed/fsdp/_fully_shard/_fsdp_param.py``). ZeRO's partitions are from Rajbhandari et al.,
-arXiv 1910.02054, its buffers from ``deepspeed/runtime/zero`` with Lightning's ``reduce_bucket_size``. Except with
-DeepSpeed, gradients stay after the step: the module frees them when the next update begins.
+arXiv 1910.02054, its buffers from ``deepspeed/runtime/zero`` with Lightning's ``reduce_bucket_size``. Gradients are
+freed after the step.
 """
 
 from __future__ import annotations
@@ -75,16 +75,18 @@ def gradient_parts(shape: ModelShape, plan: Plan) -> list[Part]:
     if plan.sharding in (Sharding.SINGLE, Sharding.DDP):
         # A parameter's new gradient, as computed and as it is added to the accumulated one.
         in_flight = shape.largest * (trained + (plan.precision.computed if plan.casts_weights else 0))
-        parts = [Part.always("gradients", whole), Part("newest gradient", backward=in_flight)]
+        # They are freed after the step, except where they are views of DDP's buckets.
+        kept = whole if plan.sharding is Sharding.DDP and plan.bucket_view else 0.0
+        parts = [Part("gradients", kept, whole, whole), Part("newest gradient", backward=in_flight)]
         if plan.sharding is Sharding.DDP and not plan.bucket_view:
             parts.append(Part.always("DDP's buckets", whole))
         return parts
     if plan.sharding is Sharding.FSDP2:
         shard = whole / plan.ranks
         if plan.accumulate_sharded:
-            return [Part.always("gradients", shard)]
+            return [Part("gradients", backward=shard, step=shard)]
         unsharded = shape.trainable * reduced_bytes(shape, plan)
-        return [Part("gradients (whole until the last pass)", shard, max(unsharded, shard), shard)]
+        return [Part("gradients (whole until the last pass)", 0.0, max(unsharded, shard), shard)]
     bucket = min(plan.bucket_elements, shape.trainable) * trained * (2 if plan.overlaps else 1)
     own = whole if plan.sharding is Sharding.ZERO1 else 0 if plan.offloads_optimizer else whole / plan.ranks
     return [Part("gradients", backward=own, step=own), Part("DeepSpeed's buckets", backward=bucket)]

@@ -1,7 +1,7 @@
-"""A run as one self-contained page: curves, times, the cache, some completions.
+"""``rpo-lightning report``: a run as one HTML page with curves, times, the cache and some completions.
 
-``rpo-lightning report runs/quickstart/version_0`` reads what the run's callbacks and its CSV logger left in the
-folder, and writes ``report.html`` there. Pictures and style are inside the file.
+``rpo-lightning report runs/quickstart/version_0`` reads the files of the run's callbacks and of its CSV logger in that
+folder, and writes ``report.html`` there. The page holds its pictures and its style.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from rpo_lightning.core.run_files import COMPLETIONS_FILE, METRICS_FILE, REPORT_
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture: columns of the metrics over iterations, of which each makes one update, several or none.
+    """One picture: columns of the metrics over iterations. An iteration makes one update, several or none.
 
     Attributes:
-        title: What it shows.
-        unit: Of the vertical axis.
-        columns: Column of the metrics file and its label.
+        title: The picture's title.
+        unit: Unit of the vertical axis.
+        columns: Columns of the metrics file, each with its label.
         stacked: Whether the columns add up to a whole.
     """
 
@@ -45,7 +45,7 @@ PANELS = (
         "mean",
         [
             ("reward/mean", "reward in training"),
-            ("reward/correct_share", "right in training (prefix kept)"),
+            ("reward/correct_share", "right in training (with a prefix)"),
             ("val/accuracy", "held out, no prefix"),
         ],
     ),
@@ -55,7 +55,7 @@ PANELS = (
         [
             ("rollout/response_tokens", "whole response"),
             ("rollout/decoded_tokens_per_sample", "decoded"),
-            ("rollout/kept_prefix_tokens", "kept prefix"),
+            ("rollout/kept_prefix_tokens", "prefix"),
             ("val/response_tokens", "held out"),
         ],
     ),
@@ -79,7 +79,11 @@ def write_report(run: str) -> None:
     """Write ``report.html`` into a run's folder.
 
     Args:
-        run: Folder of the run, with ``metrics.csv`` in it; other files are used where they are there.
+        run: Folder of the run. It holds ``metrics.csv``; the page also shows its other files, if any.
+
+    Raises:
+        ConfigurationError: A package of the extra ``analysis`` is not installed.
+        DataError: The folder holds no ``metrics.csv``.
     """
     require_modules("analysis", "jinja2", "matplotlib", "pandas")
     import pandas as pd
@@ -88,7 +92,7 @@ def write_report(run: str) -> None:
     folder = Path(run)
     metrics_path, summary_path = folder / METRICS_FILE, folder / SUMMARY_FILE
     if not metrics_path.is_file():
-        raise DataError(f"{folder}: no {METRICS_FILE} in it; name the folder of a run with a CSVLogger")
+        raise DataError(f"{folder}: holds no {METRICS_FILE}; name the folder of a run with a CSVLogger")
     metrics = pd.read_csv(metrics_path)
     summary = json.loads(summary_path.read_text()) if summary_path.is_file() else None
     times = Panel(
@@ -110,12 +114,12 @@ def write_report(run: str) -> None:
 
 
 def has_data(metrics: Any, panel: Panel) -> bool:
-    """Whether any column of a panel was logged."""
+    """Whether the run logged any column of a panel."""
     return any(c in metrics and metrics[c].notna().any() for c, _ in panel.columns)
 
 
 def draw(metrics: Any, panel: Panel) -> str:
-    """A panel as a PNG, base64."""
+    """Draw a panel; returns a PNG in base64."""
     import matplotlib
     import pandas as pd
 
@@ -144,7 +148,7 @@ def draw(metrics: Any, panel: Panel) -> str:
 
 
 def read_completions(folder: Path, limit: int = 6) -> list[dict[str, Any]]:
-    """The last completions that were logged."""
+    """Read the last completions that the run logged."""
     path = folder / COMPLETIONS_FILE
     if not path.is_file():
         return []
@@ -152,5 +156,5 @@ def read_completions(folder: Path, limit: int = 6) -> list[dict[str, Any]]:
 
 
 def report(arguments: list[str]) -> None:
-    """Write the page of a run."""
+    """Write the page of a run into its folder."""
     auto_cli(write_report, args=arguments, prog="rpo-lightning report", parser_class=PlainArgumentParser)
