@@ -7,7 +7,8 @@ from typing import cast
 
 from rpo_lightning.core.types import GoldAnswer
 from rpo_lightning.rewards.answers.cleaning import clean
-from rpo_lightning.rewards.answers.equality import as_float, equal, found_by_math_verify, is_only_text
+from rpo_lightning.rewards.answers.equality import equal, is_only_text
+from rpo_lightning.rewards.answers.expressions import as_float, found_by_math_verify
 from rpo_lightning.rewards.answers.extraction import Extracted, extract, marked_answer
 from rpo_lightning.rewards.answers.golds import no_gold
 from rpo_lightning.rewards.answers.parts import several, without_name

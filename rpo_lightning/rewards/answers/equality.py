@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from fractions import Fraction
-from typing import Any
 
 from rpo_lightning.rewards.answers.cleaning import clean, same_text, unwrapped
+from rpo_lightning.rewards.answers.expressions import LONGEST, as_float, math_equal
+from rpo_lightning.rewards.answers.numbers import number, rounds_to
 from rpo_lightning.rewards.answers.parts import (
     Several,
     choice,
@@ -22,20 +22,7 @@ from rpo_lightning.rewards.answers.parts import (
     without_name,
 )
 
-# Longer answers, and powers beyond these, are compared as text only: parsing them could take for ever.
-_LONGEST, _HIGHEST_POWER = 600, 10_000
 _MOST_PARTS = 12
-# So much of the end of a text is searched for an answer that nothing marks.
-_LONGEST_PROSE = 4000
-# A decimal stands for a number that it cannot equal, such as 1/3, from so many digits on.
-_DIGITS = 6
-_NUMBER = re.compile(
-    r"^([-+]?)\s*(?:(\d+)\s*\\frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?|\\frac\s*\{?\s*([-+]?\d+)\s*\}?\s*\{?\s*([-+]?\d+)\s*\}?"
-    r"|(\d+) (\d+)/(\d+)|([-+]?\d+)\s*/\s*([-+]?\d+)|(\d+\.?\d*|\.\d+))$"
-)
-_SCIENTIFIC = re.compile(
-    r"^([-+]?(?:\d+\.?\d*|\.\d+))\s*\\(?:times|cdot)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?$|^([-+]?)10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?$"
-)
 _FUNCTIONS = frozenset(
     {
         "sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "ln",
@@ -58,7 +45,7 @@ _BASES = {
 
 def equal(gold: str, given: str) -> bool:
     """Whether an answer equals the gold one; both as they were extracted."""
-    if len(gold) > _LONGEST or len(given) > _LONGEST:
+    if len(gold) > LONGEST or len(given) > LONGEST:
         return same_text(gold.strip(), given.strip())
     return _equal(clean(gold), clean(given))
 
@@ -104,7 +91,7 @@ def _equal(gold: str, given: str) -> bool:
     ):
         return False
     return _same_quantity(without_name(gold), without_name(given)) or (
-        bool("=" in gold or "=" in given) and not is_words(gold) and _math_equal(gold, given)
+        bool("=" in gold or "=" in given) and not is_words(gold) and math_equal(gold, given)
     )
 
 
@@ -154,71 +141,18 @@ def _same_quantity(gold: str, given: str) -> bool:
 def _same_value(gold: str, given: str) -> bool:
     first, second = number(gold), number(given)
     if first is not None and second is not None:
-        return first == second or _rounds_to(first, second, gold, given)
+        return first == second or rounds_to(first, second, gold, given)
     if is_words(gold) or is_words(given):
         return same_text(gold, given)
     if bool(_variables(gold)) != bool(_variables(given)):
         return False  # math-verify takes letters behind a number for units
-    return _math_equal(gold, given)
+    return math_equal(gold, given)
 
 
 def _variables(text: str) -> set[str]:
     """Letters of an expression that are neither commands nor constants."""
     bare = re.sub(r"\\[a-zA-Z]+", " ", unwrapped(text))
     return set(re.findall(r"[a-zA-Z]", bare)) - {"e", "i"}
-
-
-def number(text: str) -> Fraction | None:
-    """The exact value of a plain number: integer, decimal, fraction, mixed number, or a number times a power of 10."""
-    text = text.strip()
-    while text.startswith("(") and text.endswith(")") and text.count("(") == 1:
-        text = text[1:-1].strip()
-    scaled = re.match(r"^(.*) \\cdot (10+)$", text)
-    if scaled:
-        value = number(scaled[1])
-        return None if value is None else value * int(scaled[2])
-    power = _SCIENTIFIC.match(text.replace(" ", "") if "\\" in text or "^" in text else text)
-    if power:
-        mantissa, exponent, sign, alone = power.groups()
-        shift = int(exponent if exponent is not None else alone)
-        if abs(shift) > _HIGHEST_POWER:
-            return None
-        factor = Fraction(mantissa) if mantissa is not None else Fraction(-1 if sign == "-" else 1)
-        return factor * Fraction(10) ** shift
-    found = _NUMBER.match(re.sub(r"(?<=[-+]) ", "", text))
-    if found is None or len(text) > 400:
-        return None
-    sign, whole, top, bottom, numerator, denominator, w2, t2, b2, t3, b3, decimal = found.groups()
-    try:
-        if whole is not None or w2 is not None:
-            value = Fraction(int(whole or w2)) + Fraction(int(top or t2), int(bottom or b2))
-        elif numerator is not None:
-            value = Fraction(int(numerator), int(denominator))
-        elif t3 is not None:
-            value = Fraction(int(t3), int(b3))
-        else:
-            value = Fraction(decimal)
-    except ZeroDivisionError:
-        return None
-    return -value if sign == "-" else value
-
-
-def _rounds_to(first: Fraction, second: Fraction, first_text: str, second_text: str) -> bool:
-    """Whether one is a decimal that stands for the other, which no decimal equals."""
-    for exact, decimal, text in ((first, second, second_text), (second, first, first_text)):
-        digits = re.sub(r"^[-+ ]*0*\.?0*", "", text).replace(".", "")
-        if re.fullmatch(r"[-+ ]*\d*\.\d+", text.strip()) and len(digits) >= _DIGITS and not _is_decimal(exact):
-            places = len(text.partition(".")[2])
-            return abs(exact - decimal) * 10**places <= Fraction(1, 1)
-    return False
-
-
-def _is_decimal(value: Fraction) -> bool:
-    bottom = value.denominator
-    for prime in (2, 5):
-        while bottom % prime == 0:
-            bottom //= prime
-    return bottom == 1
 
 
 def _same_parts(gold: str, given: str, golds: Several | None, found: Several | None) -> bool:
@@ -229,7 +163,7 @@ def _same_parts(gold: str, given: str, golds: Several | None, found: Several | N
         if one is not None and not one.brackets and all(_equal(clean(one.parts[0]), clean(p)) for p in one.parts[1:]):
             return _equal(clean(one.parts[0]), single)  # one answer in several forms
         is_interval = one is not None and len(one.parts) == 2 and one.is_ordered
-        return is_interval and bool(re.search(r"[<>]|\\le|\\ge", single)) and _math_equal(gold, given)
+        return is_interval and bool(re.search(r"[<>]|\\le|\\ge", single)) and math_equal(gold, given)
     if golds.brackets != found.brackets or len(golds.parts) != len(found.parts):
         return False
     if golds.is_ordered:
@@ -284,71 +218,3 @@ def _bases_equal(gold: str, given: str) -> bool | None:
     if not all(base is None or base.isdigit() for base in bases):
         return None
     return digits[0].lower() == digits[1].lower() and (None in bases or bases[0] == bases[1])
-
-
-def as_float(text: str) -> float | None:
-    """The value of an expression, ``None`` if it has none."""
-    value = number(value_and_unit(text)[0])
-    if value is not None:
-        return float(value)
-    parsed = parse(text)
-    if not parsed or isinstance(parsed[0], str):
-        return None
-    expression = parsed[0].rhs if type(parsed[0]).__name__ == "Equality" else parsed[0]
-    if not (getattr(expression, "is_number", False) and getattr(expression, "is_real", False)):
-        return None
-    result = float(expression)
-    return result if math.isfinite(result) else None
-
-
-def parse(text: str) -> list[Any]:
-    """What math-verify makes of an answer; empty if it cannot read it or if that could take for ever."""
-    if len(text) > _LONGEST or _is_a_tower(text):
-        return []
-    from math_verify import parse as math_parse
-
-    # In braces, letters behind a number are factors; bare ones math-verify takes for units.
-    text = re.sub(r"(?<=[\d})])\s*([a-zA-Z]{1,2})(?![a-zA-Z_(])", lambda m: "".join(f"{{{x}}}" for x in m[1]), text)
-    text = re.sub(r"(\\(?:cdot|times)\s+)([a-zA-Z])(?![a-zA-Z_(])", r"\1{\2}", text)
-    if "matrix" in text:  # elements are compared exactly
-        text = re.sub(r"(?<![\d.])(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
-        text = re.sub(r"(?<![\w}])(\d+)/(\d+)(?![\w{])", r"\\frac{\1}{\2}", text)
-    # The pool enforces the limit; math-verify's own alarms would only add signal handlers.
-    return list(math_parse(rf"\boxed{{{text}}}", parsing_timeout=None))
-
-
-def _math_equal(gold: str, given: str) -> bool:
-    from math_verify import verify
-
-    first, second = parse(gold), parse(given)
-    if not first or not second:
-        return False
-    values = [_small(x[0]) for x in (first, second)]
-    if None not in values and values[0] != values[1]:
-        scale = max(abs(v) for v in values if v is not None)
-        if scale < 1e-3:  # math-verify's tolerance is absolute
-            return bool(abs(values[0] - values[1]) <= 1e-6 * scale)  # type: ignore[operator]
-    return bool(verify(first, second, timeout_seconds=None))
-
-
-def _small(expression: Any) -> float | None:
-    if not (getattr(expression, "is_number", False) and getattr(expression, "is_real", False)):
-        return None
-    value = float(expression)
-    return value if math.isfinite(value) else None
-
-
-def _is_a_tower(text: str) -> bool:
-    """Whether powers are so high or so nested that computing them would not end."""
-    powers = re.findall(r"\^\s*\{?\s*(\d+)", text)
-    return text.count("^") > 12 or any(int(p[:8]) > _HIGHEST_POWER for p in powers) or bool(
-        re.search(r"\^\s*\{?[^{}^]*\^\s*\{?[^{}^]*\^", text)
-    ) or text.count("!") > 3 or bool(re.search(r"\d{5,}\s*!", text))  # fmt: skip
-
-
-def found_by_math_verify(text: str) -> str | None:
-    """The text of the answer that math-verify finds in prose; ``None`` if it finds none."""
-    from math_verify import parse as math_parse
-
-    found = math_parse(text[-_LONGEST_PROSE:], parsing_timeout=None)
-    return str(found[-1]) if found else None

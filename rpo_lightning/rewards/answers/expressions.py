@@ -1,0 +1,86 @@
+"""Expressions, as math-verify reads and compares them, with guards against those that could take for ever."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from rpo_lightning.rewards.answers.numbers import HIGHEST_POWER, number
+from rpo_lightning.rewards.answers.parts import value_and_unit
+
+# Longer answers are compared as text only.
+LONGEST = 600
+
+
+# So much of the end of a text is searched for an answer that nothing marks.
+_LONGEST_PROSE = 4000
+
+
+def as_float(text: str) -> float | None:
+    """The value of an expression, ``None`` if it has none."""
+    value = number(value_and_unit(text)[0])
+    if value is not None:
+        return float(value)
+    parsed = parse(text)
+    if not parsed or isinstance(parsed[0], str):
+        return None
+    expression = parsed[0].rhs if type(parsed[0]).__name__ == "Equality" else parsed[0]
+    if not (getattr(expression, "is_number", False) and getattr(expression, "is_real", False)):
+        return None
+    result = float(expression)
+    return result if math.isfinite(result) else None
+
+
+def parse(text: str) -> list[Any]:
+    """What math-verify makes of an answer; empty if it cannot read it or if that could take for ever."""
+    if len(text) > LONGEST or _is_a_tower(text):
+        return []
+    from math_verify import parse as math_parse
+
+    # In braces, letters behind a number are factors; bare ones math-verify takes for units.
+    text = re.sub(r"(?<=[\d})])\s*([a-zA-Z]{1,2})(?![a-zA-Z_(])", lambda m: "".join(f"{{{x}}}" for x in m[1]), text)
+    text = re.sub(r"(\\(?:cdot|times)\s+)([a-zA-Z])(?![a-zA-Z_(])", r"\1{\2}", text)
+    if "matrix" in text:  # elements are compared exactly
+        text = re.sub(r"(?<![\d.])(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
+        text = re.sub(r"(?<![\w}])(\d+)/(\d+)(?![\w{])", r"\\frac{\1}{\2}", text)
+    # The pool enforces the limit; math-verify's own alarms would only add signal handlers.
+    return list(math_parse(rf"\boxed{{{text}}}", parsing_timeout=None))
+
+
+def math_equal(gold: str, given: str) -> bool:
+    """Whether math-verify finds two expressions equal; small numbers are compared relatively."""
+    from math_verify import verify
+
+    first, second = parse(gold), parse(given)
+    if not first or not second:
+        return False
+    values = [_small(x[0]) for x in (first, second)]
+    if None not in values and values[0] != values[1]:
+        scale = max(abs(v) for v in values if v is not None)
+        if scale < 1e-3:  # math-verify's tolerance is absolute
+            return bool(abs(values[0] - values[1]) <= 1e-6 * scale)  # type: ignore[operator]
+    return bool(verify(first, second, timeout_seconds=None))
+
+
+def _small(expression: Any) -> float | None:
+    if not (getattr(expression, "is_number", False) and getattr(expression, "is_real", False)):
+        return None
+    value = float(expression)
+    return value if math.isfinite(value) else None
+
+
+def _is_a_tower(text: str) -> bool:
+    """Whether powers are so high or so nested that computing them would not end."""
+    powers = re.findall(r"\^\s*\{?\s*(\d+)", text)
+    return text.count("^") > 12 or any(int(p[:8]) > HIGHEST_POWER for p in powers) or bool(
+        re.search(r"\^\s*\{?[^{}^]*\^\s*\{?[^{}^]*\^", text)
+    ) or text.count("!") > 3 or bool(re.search(r"\d{5,}\s*!", text))  # fmt: skip
+
+
+def found_by_math_verify(text: str) -> str | None:
+    """The text of the answer that math-verify finds in prose; ``None`` if it finds none."""
+    from math_verify import parse as math_parse
+
+    found = math_parse(text[-_LONGEST_PROSE:], parsing_timeout=None)
+    return str(found[-1]) if found else None
