@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,6 +15,7 @@ from typing_extensions import override
 
 # Metrics and what the bar calls them, in the order in which it shows them. Loggers keep the metrics' own names.
 SHORT_NAMES = {"reward/mean": "reward", "val/accuracy": "accuracy", "rollout/tokens_per_second": "tokens/s"}
+_LIGHTNINGS = ("lightning.pytorch", "lightning.fabric")
 
 
 class RunProgressBar(TQDMProgressBar):
@@ -30,16 +32,31 @@ class RunProgressBar(TQDMProgressBar):
         self._log_above_bar = ExitStack()
         self._accuracy: dict[str, Any] = {}
 
+    @property
+    def sanity_check_description(self) -> str:
+        """Name of the bar of the validation before training."""
+        return "validating"
+
+    @property
+    def validation_description(self) -> str:
+        """Name of the bar of a validation."""
+        return "validating"
+
+    @property
+    def predict_description(self) -> str:
+        """Name of the bar of ``predict``."""
+        return "answering"
+
     @override
-    def on_train_start(self, trainer: Trainer, *args: Any) -> None:
-        super().on_train_start(trainer, *args)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         bar = self.train_progress_bar
         bar.set_description_str("training", refresh=False)
         if _counts_updates(trainer):
             bar.total, bar.initial, bar.n = trainer.max_steps, trainer.global_step, trainer.global_step
-            bar.refresh()
         if self.is_enabled:
-            loggers = [logging.getLogger(name) for name in (None, "lightning.pytorch", "lightning.fabric")]
+            bar.set_postfix(self.get_metrics(trainer, pl_module))
+            loggers = [logging.getLogger(name) for name in (None, "rpo_lightning", *_LIGHTNINGS)]
             with_handlers = [logger for logger in loggers if logger.handlers]
             self._log_above_bar.enter_context(logging_redirect_tqdm(with_handlers))
 
@@ -47,9 +64,8 @@ class RunProgressBar(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
         if _counts_updates(trainer):
             return  # the bar goes on
-        super().on_train_epoch_start(trainer, *args)
         last = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
-        self.train_progress_bar.set_description_str(f"epoch {trainer.current_epoch + 1}{last}")
+        _restart(self.train_progress_bar, f"epoch {trainer.current_epoch + 1}{last}", self.total_train_batches)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -72,9 +88,12 @@ class RunProgressBar(TQDMProgressBar):
         self._log_above_bar.close()
 
     @override
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        super().on_validation_batch_start(trainer, pl_module, *args)
-        _name_set(self.val_progress_bar, trainer, "validating", "val", args)
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.has_dataloader_changed(dataloader_idx):
+            name = f"validating {_name_of_set(trainer, 'val', dataloader_idx)}".strip()
+            _restart(self.val_progress_bar, name, self.total_val_batches_current_dataloader)
 
     @override
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -88,9 +107,12 @@ class RunProgressBar(TQDMProgressBar):
         super().on_validation_end(trainer, pl_module)
 
     @override
-    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        super().on_test_batch_start(trainer, pl_module, *args)
-        _name_set(self.test_progress_bar, trainer, "testing", "test", args)
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.has_dataloader_changed(dataloader_idx):
+            name = f"testing {_name_of_set(trainer, 'test', dataloader_idx)}".strip()
+            _restart(self.test_progress_bar, name, self.total_test_batches_current_dataloader)
 
     @override
     def on_test_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -98,9 +120,11 @@ class RunProgressBar(TQDMProgressBar):
         _show_rate(self.test_progress_bar, trainer)
 
     @override
-    def on_predict_batch_start(self, *args: Any) -> None:
-        super().on_predict_batch_start(*args)
-        self.predict_progress_bar.set_description_str("answering")
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.has_dataloader_changed(dataloader_idx):
+            _restart(self.predict_progress_bar, "answering", self.total_predict_batches_current_dataloader)
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -114,11 +138,17 @@ def _counts_updates(trainer: Trainer) -> bool:
     return trainer.max_epochs == -1 and trainer.max_steps > 0
 
 
-def _name_set(bar: tqdm, trainer: Trainer, task: str, split: str, arguments: tuple[Any, ...]) -> None:
-    """Describe a bar by its task and the name of the set of questions; ``arguments`` end with the set's number."""
-    names = getattr(getattr(trainer, "datamodule", None), "evaluation_names", lambda _: [""])(split)
-    number = arguments[2] if len(arguments) > 2 else 0
-    bar.set_description_str(f"{task} {names[number]}".strip())
+def _restart(bar: tqdm, name: str, total: float) -> None:
+    """Start a bar again for another epoch or another set of questions; an infinite total is not shown."""
+    bar.set_description_str(name, refresh=False)
+    bar.initial = 0
+    bar.reset(None if math.isinf(total) else int(total))
+
+
+def _name_of_set(trainer: Trainer, split: str, number: int) -> str:
+    """The name of a set of evaluation questions; empty if there is only one, or the data module is another."""
+    names: list[str] = getattr(getattr(trainer, "datamodule", None), "evaluation_names", lambda _: [])(split)
+    return str(names[number]) if number < len(names) else ""
 
 
 def _show_rate(bar: tqdm, trainer: Trainer) -> None:

@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # classes of the user's own, as with python -m
+    _show_own_log()
     silence_libraries()
     try:
         _run(arguments)
@@ -43,6 +44,14 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"rpo-lightning: error: {str(mendable).strip()}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _show_own_log() -> None:
+    """Print the package's log lines. The root logger stays bare: Lightning logs lines twice if it has handlers."""
+    own = logging.getLogger("rpo_lightning")
+    own.setLevel(logging.INFO)
+    if not own.hasHandlers():
+        own.addHandler(logging.StreamHandler())
 
 
 def _run(arguments: list[str]) -> None:
@@ -60,9 +69,6 @@ def _run(arguments: list[str]) -> None:
         raise ConfigurationError(f"{command}: no such command; the commands are {', '.join(COMMANDS)}")
     module, function = _FUNCTIONS[command].split(":")
     run: Callable[[list[str]], None] = getattr(import_module(module), function)
-    # After the imports: Lightning logs every line twice if it finds the root logger configured.
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("rpo_lightning").setLevel(logging.INFO)
     run(arguments if command in LIGHTNING_COMMANDS else arguments[1:])
 
 
