@@ -1,6 +1,6 @@
 """The records that travel through one iteration, the glossary, and the legend of tensor shapes.
 
-``Prompt`` → ``RolloutRequest`` (prompt + prefix + suffix budget) → ``Group`` (G responses to one request, scored) → loss.
+``Prompt`` → ``RolloutRequest`` (prompt, prefix and suffix budget) → ``Group`` (G scored responses to a request) → loss.
 Token ids are kept from end to end. Text is made once, for rewards and logs.
 
 One word a thing:
