@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -200,3 +202,12 @@ def test_the_page_tells_the_verdicts(gold, response, told):
 
 def test_the_page_has_a_table():
     assert len(rows_of_the_page()) > 25
+
+
+def test_grading_in_a_process_of_its_own_prints_nothing():
+    code = (
+        "from rpo_lightning.rewards import MathVerifier\n"
+        r"assert MathVerifier().verify('', r'\boxed{\frac{x+1}{2}}', '(1+x)/2')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
