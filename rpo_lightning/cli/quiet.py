@@ -46,6 +46,8 @@ HARMLESS_WARNINGS = (
     ),
     # Modules of torch, and of libraries that are imported with it, still use TorchScript.
     HarmlessWarning("`torch.jit.script_method` is", DeprecationWarning, r"torch\.jit"),
+    # vLLM walks over torch's modules and meets an old name of torch's.
+    HarmlessWarning("`torch.distributed.reduce_op` is deprecated", FutureWarning, r"vllm\."),
     # The package refuses such an adapter right after, with a line that says what to do.
     HarmlessWarning("Model has `tie_word_embeddings=True` and a tied layer", UserWarning, r"peft\."),
 )
@@ -75,6 +77,8 @@ def silence_libraries() -> None:
         logging.getLogger(name).addFilter(_is_no_tip)
     # A faster kernel is missing; bitsandbytes computes without it. PEFT imports it for adapters of any kind.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_not_about_a_kernel)
+    # Triton compiles kernels for GPUs. On a CPU vLLM has others.
+    logging.getLogger("vllm.triton_utils.importing").addFilter(_is_not_about_triton)
     # It tells that 8-bit products are computed in 16 bits, at every product.
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(Once())
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the last failure is an error
@@ -88,6 +92,10 @@ def _is_no_tip(record: logging.LogRecord) -> bool:
 
 def _is_not_about_a_kernel(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+
+
+def _is_not_about_triton(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Triton is installed, but doesn't include CPU backend")
 
 
 def _to_stderr(record: logging.LogRecord) -> bool:
