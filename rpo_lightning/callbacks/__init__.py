@@ -6,6 +6,7 @@ from rpo_lightning.callbacks.experience_cache import ExperienceCacheCallback
 from rpo_lightning.callbacks.export import HuggingFaceExportCallback
 from rpo_lightning.callbacks.lone_exception import LoneExceptionCallback
 from rpo_lightning.callbacks.predictions import PredictionsCallback
+from rpo_lightning.callbacks.progress_lines import ProgressLinesCallback
 from rpo_lightning.callbacks.run_progress import RunProgressBar
 from rpo_lightning.callbacks.run_summary import RunSummaryCallback
 from rpo_lightning.callbacks.weight_sync import WeightSyncCallback
@@ -17,6 +18,7 @@ __all__ = [
     "HuggingFaceExportCallback",
     "LoneExceptionCallback",
     "PredictionsCallback",
+    "ProgressLinesCallback",
     "RunProgressBar",
     "RunSummaryCallback",
     "WeightSyncCallback",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -128,10 +129,14 @@ class RunProgressBar(TQDMProgressBar):
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        metrics = self._accuracy | trainer.progress_bar_metrics
-        shown = {short: _figure(metrics[name]) for name, short in SHORT_NAMES.items() if name in metrics}
-        further = {name: _figure(value) for name, value in metrics.items() if name not in SHORT_NAMES}
-        return shown | {name: figure for name, figure in further.items() if name not in shown}
+        return dict(named_figures(self._accuracy | trainer.progress_bar_metrics))
+
+
+def named_figures(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Metrics as a line shows them: short names first, numbers in three digits."""
+    shown = {short: _figure(metrics[name]) for name, short in SHORT_NAMES.items() if name in metrics}
+    further = {name: _figure(value) for name, value in metrics.items() if name not in SHORT_NAMES}
+    return shown | {name: figure for name, figure in further.items() if name not in shown}
 
 
 def _counts_updates(trainer: Trainer) -> bool:

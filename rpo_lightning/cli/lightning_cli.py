@@ -23,6 +23,7 @@ from rpo_lightning.callbacks import (
     ExperienceCacheCallback,
     HuggingFaceExportCallback,
     PredictionsCallback,
+    ProgressLinesCallback,
     RunProgressBar,
     RunSummaryCallback,
 )
@@ -109,7 +110,8 @@ class RPOCLI(LightningCLI):
         Raises:
             ConfigurationError: The trainer refuses a setting, or a setting has no effect on the module.
         """
-        if self._get(self.config_init, "trainer.enable_progress_bar") is None and not sys.stdout.isatty():
+        in_lines = self._get(self.config_init, "trainer.enable_progress_bar") is None and not sys.stdout.isatty()
+        if in_lines:
             kwargs["enable_progress_bar"] = False
         given = self._get(self.config_init, "trainer.callbacks") or []
         has_bar = any(isinstance(c, ProgressBar) for c in (given if isinstance(given, list) else [given]))
@@ -130,7 +132,9 @@ class RPOCLI(LightningCLI):
         cache = self._get(self.config_init, "cache")
         if cache is not None:
             cast(Any, trainer).callbacks.insert(0, cache)
-        if not has_bar:
+        if in_lines:
+            cast(Any, trainer).callbacks.append(ProgressLinesCallback())
+        elif not has_bar:
             _replace_bar(trainer)
         return trainer
 

@@ -13,12 +13,13 @@ import sys
 import termios
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from rpo_lightning.callbacks import RunProgressBar
+from rpo_lightning.callbacks import ProgressLinesCallback, RunProgressBar, progress_lines
 from rpo_lightning.cli.commands import CACHE_COMMANDS, COMMANDS, COMMON_SETTINGS
 from rpo_lightning.cli.main import main
 from rpo_lightning.cli.quiet import HARMLESS_WARNINGS, silence_libraries
@@ -179,6 +180,28 @@ def test_a_bar_of_the_users_own_stays(capsys):
     assert "Epoch 0" in capsys.readouterr().out
     main(["fit", *SMALL, "--trainer.fast_dev_run", "true", "--trainer.enable_progress_bar", "true"])
     assert "Epoch 0" not in capsys.readouterr().out
+
+
+def test_output_that_is_no_terminal_gets_lines_with_updates_and_figures(monkeypatch, caplog):
+    monkeypatch.setattr(progress_lines, "SECONDS_BETWEEN_LINES", 0.0)
+    with caplog.at_level("INFO", logger=progress_lines.__name__):
+        main(["fit", *SMALL])
+    lines = [r.getMessage() for r in caplog.records if r.name == progress_lines.__name__]
+    figures = r"reward [\d.]+, (accuracy [\d.]+, )?tokens/s [\d.]+k?"
+    assert [line for line in lines if re.fullmatch(rf"training, update 1/2, {figures}", line)]
+    assert [line for line in lines if re.fullmatch(rf"training, update 2/2, {figures}", line)]
+    assert [line for line in lines if line.startswith("validating, batch 1")]
+
+
+def test_lines_of_progress_are_a_minute_apart(tmp_path, monkeypatch, caplog):
+    seconds = iter(range(0, 10_000, 25))
+    monkeypatch.setattr(progress_lines, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    lines = ProgressLinesCallback()
+    with caplog.at_level("INFO", logger=progress_lines.__name__):
+        for step in range(1, 7):  # after 25, 50, 75 … seconds
+            lines.on_train_batch_end(SimpleNamespace(
+                max_steps=9, global_step=step, is_global_zero=True, progress_bar_metrics={}), None)  # fmt: skip
+    assert caplog.messages == ["training, update 3/9", "training, update 6/9"]
 
 
 def test_a_run_of_epochs_names_the_epoch_and_its_last(tmp_path, capsys):
