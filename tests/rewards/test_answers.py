@@ -13,7 +13,7 @@ import pytest
 from rpo_lightning.data.gold_answers import gold_answer
 from rpo_lightning.rewards import MathVerifier
 from rpo_lightning.rewards.answers.equality import equal
-from rpo_lightning.rewards.answers.extraction import extract, marked_answer
+from rpo_lightning.rewards.answers.extraction import extract, final_part, marked_answer
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -186,6 +186,23 @@ def test_hostile_answers_are_wrong_and_done_with(hostile):
     """Each of these in the test's own process: a parser that hangs would hang the test."""
     for response in (f"\\boxed{{{hostile}}}", f"<answer>{hostile}</answer>", f"The answer is {hostile}"):
         assert not equal("42", (extract(response) or extract("x")).text)
+
+
+@pytest.mark.parametrize(
+    ("read", "response", "answer"),
+    [
+        (marked_answer, "\\boxed{" * 20_000, None),
+        (marked_answer, "\\boxed{" * 20_000 + "7" + "}" * 20_000, "7"),
+        (marked_answer, "\\boxed 7 " * 20_000, "7"),
+        (final_part, "<answer>" * 20_000, "<answer>" * 20_000),
+        (final_part, "<answer>" * 20_000 + "7</answer>", "<answer>" * 19_999 + "7"),
+        (final_part, "<answer>7</answer>" * 20_000, "7"),
+    ],
+    ids=["open boxes", "nested boxes", "bare boxes", "open blocks", "nested blocks", "blocks"],
+)
+def test_a_policy_that_repeats_itself_is_read_in_one_pass(read, response, answer):
+    """With a pass for each repetition these take minutes, and nested boxes more stack than there is."""
+    assert read(response) == answer
 
 
 def rows_of_the_page():

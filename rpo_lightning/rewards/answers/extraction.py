@@ -12,8 +12,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_BARE = re.compile(r"[^\s$.,;{}]+")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 # What may stand between boxes that are one answer, math mode and text commands aside.
 _JOINED = re.compile(r"(?:,|;|and|or|,\s*and|,\s*or)", re.IGNORECASE)
 _BETWEEN = re.compile(r"\\text\s*\{([^{}]*)\}|\\(?:quad|qquad|,|;|:|!| )|\\[()\[\]]|[${}~]")
@@ -42,8 +43,9 @@ def final_part(response: str) -> str | None:
     rest = rest if closed else response
     if "<think>" in rest:  # new thoughts after the last closed ones
         return None
-    blocks = [block for block in _ANSWER_BLOCK.findall(rest) if block.strip()]
-    return str(blocks[-1]) if blocks else rest
+    # Every piece but the last is closed. What opens its block is its first tag.
+    blocks = [piece.partition("<answer>")[2] for piece in rest.split("</answer>")[:-1]]
+    return next((block for block in reversed(blocks) if block.strip()), rest)
 
 
 def extract(response: str) -> Extracted | None:
@@ -81,39 +83,49 @@ def marked_answer(text: str) -> str | None:
 def _boxes(text: str) -> list[tuple[int, int, str]]:
     """Start, end and content of all boxes with something in them; a box within a box is that box's content."""
     found: list[tuple[int, int, str]] = []
+    closing = _closing_braces(text)
     position = 0
     while (start := _BOX.search(text, position)) is not None:
-        position = start.end()
-        if position < len(text) and text[position] == "{":
-            end = _closing(text, position)
-            if end is None:
-                continue
-            content, position = text[position + 1 : end], end + 1
-        else:  # \boxed 7
-            bare = re.match(r"[^\s$.,;{}]+", text[position:])
-            if bare is None:
-                continue
-            content, position = bare[0], position + bare.end()
-        inner = _boxes(content)
-        if len(inner) == 1 and inner[0][:2] == (0, len(content.strip())):
-            content = inner[0][2]
-        if content.strip():
-            found.append((start.start(), position, content.strip()))
+        content = _content(text, start.end(), closing)
+        if content is None:
+            position = start.end()
+            continue
+        first, last, position = content
+        while (inner := _filling_box(text, first, last, closing)) is not None:
+            first, last = inner
+        if text[first:last].strip():
+            found.append((start.start(), position, text[first:last].strip()))
     return found
 
 
-def _closing(text: str, opening: int) -> int | None:
-    """Where the brace that opens at a position closes; escaped braces do not count."""
-    depth, index = 0, opening
-    while index < len(text):
-        if text[index] == "\\":
-            index += 2
-            continue
-        depth += {"{": 1, "}": -1}.get(text[index], 0)
-        if depth == 0:
-            return index
-        index += 1
-    return None
+def _filling_box(text: str, start: int, end: int, closing: dict[int, int]) -> tuple[int, int] | None:
+    """Start and end of what a box holds that is all there is between two positions; ``None`` if there is none."""
+    inner = _BOX.match(text, start)
+    content = inner and _content(text, inner.end(), closing)
+    if not content or not text[content[0] : content[1]].strip():
+        return None
+    is_all = content[2] <= end and not text[content[2] : end].strip()
+    return content[:2] if is_all else None
+
+
+def _content(text: str, position: int, closing: dict[int, int]) -> tuple[int, int, int] | None:
+    r"""Start and end of what a box holds whose command ends at a position, and the end of the box."""
+    if text[position : position + 1] == "{":
+        end = closing.get(position)
+        return None if end is None else (position + 1, end, end + 1)
+    bare = _BARE.match(text, position)  # \boxed 7
+    return None if bare is None else (position, bare.end(), bare.end())
+
+
+def _closing_braces(text: str) -> dict[int, int]:
+    """Where each brace that is closed closes; escaped braces do not count."""
+    closing, opened = {}, []
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif brace[0] == "}" and opened:
+            closing[opened.pop()] = brace.start()
+    return closing
 
 
 def _are_joined(between: str) -> bool:
