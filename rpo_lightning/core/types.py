@@ -146,7 +146,7 @@ class Sample:
 
     Attributes:
         prompt: Question text.
-        response: Decoded response, prefix included, special tokens left out.
+        response: Decoded response, prefix included. Special tokens that only frame a text are left out.
         answer: Gold answer.
         length: Response length in tokens, prefix included.
         finished: Whether the response ended by itself.

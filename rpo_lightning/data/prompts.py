@@ -158,11 +158,10 @@ class PromptBuilder:
             is_there, value = _nested(row, name)
             if is_there:
                 return value
-        else:
-            raise DataError(
-                f"{where}: no column {' or '.join(repr(n) for n in names)} for the {what}; it has "
-                f"{', '.join(sorted(row)) or 'none'}: set data.{what}_column"
-            )
+        raise DataError(
+            f"{where}: no column {' or '.join(repr(n) for n in names)} for the {what}; it has "
+            f"{', '.join(sorted(row)) or 'none'}: set data.{what}_column"
+        )
 
     def _messages(self, question: Any) -> list[dict[str, Any]]:
         """The messages of a question.

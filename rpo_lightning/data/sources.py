@@ -21,8 +21,8 @@ class DataSource(ABC):
         """Yield a mapping from columns to values for each question."""
 
 
-class JsonLines(DataSource):
-    """A JSON Lines file: a JSON object on each line, in UTF-8. Blank lines are ignored.
+class FileSource(DataSource):
+    """Base class of sources that are a file.
 
     Args:
         path: The file.
@@ -31,13 +31,30 @@ class JsonLines(DataSource):
     def __init__(self, path: str) -> None:
         self.path = path
 
+    def existing(self) -> Path:
+        """The file.
+
+        Raises:
+            DataError: There is none.
+        """
+        if not Path(self.path).is_file():
+            raise DataError(f"{self.path}: no such file: check the path")
+        return Path(self.path)
+
+    def __repr__(self) -> str:
+        return self.path
+
+
+class JsonLines(FileSource):
+    """A JSON Lines file: a JSON object on each line, in UTF-8. Blank lines are ignored."""
+
     def rows(self) -> Iterator[Row]:
         """Yield the objects.
 
         Raises:
             DataError: The file is missing, or a line is not a JSON object.
         """
-        with _existing(self.path).open("rb") as file:
+        with self.existing().open("rb") as file:
             for number, raw in enumerate(file, start=1):
                 try:
                     line = raw.decode("utf-8-sig")  # a byte order mark may open the file
@@ -65,19 +82,9 @@ class JsonLines(DataSource):
                     )
                 yield row
 
-    def __repr__(self) -> str:
-        return self.path
 
-
-class Parquet(DataSource):
-    """A Parquet file.
-
-    Args:
-        path: The file.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
+class Parquet(FileSource):
+    """A Parquet file."""
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows.
@@ -88,15 +95,12 @@ class Parquet(DataSource):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        path = _existing(self.path)
+        path = self.existing()
         try:
             table = pq.read_table(path)
         except pa.ArrowInvalid as error:
             raise DataError(f"{self.path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
         yield from table.to_pylist()
-
-    def __repr__(self) -> str:
-        return self.path
 
 
 class HubDataset(DataSource):
@@ -175,9 +179,3 @@ def as_source(data: str | Path | DataSource | Sequence[Row], split: str) -> Data
     if Path(data).is_file():
         raise DataError(f"{data}: questions are read from .jsonl, .json and .parquet files")
     return HubDataset(data, split=split)
-
-
-def _existing(path: str) -> Path:
-    if not Path(path).is_file():
-        raise DataError(f"{path}: no such file: check the path")
-    return Path(path)

@@ -30,7 +30,7 @@ class MathVerifier(AnswerVerifier):
 
     def verify(self, prompt: str, response: str, answer: str) -> float:
         """1.0 if the response's answer equals the gold one, or is within its tolerances."""
-        given, gold = extract(response), marked_answer(answer) or answer
+        given, gold = extract(response), _marked(answer)
         if given is None:
             return 0.0
         return float(any(_equal_within(answer, gold, text) for text in _readings(given)))
@@ -49,14 +49,14 @@ class MathVerifier(AnswerVerifier):
 
     def gold_problem(self, answer: str) -> str | None:
         """Why a gold answer cannot be compared with; ``None`` if it can."""
-        gold = marked_answer(answer) or answer
+        gold = _marked(answer)
         if not answer.strip():
             return "it is empty"
         return no_gold(gold) or (None if equal(gold, gold) else "it is not equal to itself")
 
     def is_only_text(self, answer: str) -> bool:
         """Whether nothing but its own text equals a gold answer."""
-        return is_only_text(marked_answer(answer) or answer)
+        return is_only_text(_marked(answer))
 
 
 class ExactMatchVerifier(AnswerVerifier):
@@ -102,6 +102,11 @@ class FunctionVerifier(Verifier):
     def verify(self, prompt: str, response: str, answer: str) -> float:
         """The function's verdict."""
         return float(self._call(prompt, response, answer))
+
+
+def _marked(answer: str) -> str:
+    """What a box or ``####`` marks in a gold answer; all of it if neither does."""
+    return marked_answer(answer) or answer
 
 
 def _readings(given: Extracted) -> list[str]:

@@ -79,6 +79,22 @@ def unwrapped(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+def closes_at_end(text: str, opening: str = "{", closing: str = "}") -> bool:
+    """Whether the bracket that a text begins with closes at its end.
+
+    Args:
+        text: The text.
+        opening: Brackets that open.
+        closing: Brackets that close.
+    """
+    depth = 0
+    for index, character in enumerate(text):
+        depth += (character in opening) - (character in closing)
+        if depth == 0:
+            return index == len(text) - 1
+    return False
+
+
 def _bare(text: str) -> str:
     return re.sub(r"[\s{}]", "", unwrapped(text))
 
@@ -123,17 +139,8 @@ def _trimmed(text: str) -> str:
         if text.startswith("=") and not text.startswith("=="):
             text = text[1:].strip()
         wrapper = _WRAPPERS.match(text)
-        if wrapper and _closes_at_end(text[wrapper.end() :]):
+        if wrapper and closes_at_end(text[wrapper.end() :]):
             text = text[wrapper.end() :]
-        if text.startswith("{") and _closes_at_end(text):
+        if text.startswith("{") and closes_at_end(text):
             text = text[1:-1].strip()
     return text
-
-
-def _closes_at_end(text: str) -> bool:
-    depth = 0
-    for index, character in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return index == len(text) - 1
-    return False

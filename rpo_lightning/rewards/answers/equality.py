@@ -72,12 +72,10 @@ def _equal(gold: str, given: str) -> bool:
     letter = choice(gold)
     if letter is not None:
         return _same_choice(letter, given)
-    for splitter in (_sides_of_approx, _sides_of_plus_minus):
-        split = splitter(gold, given)
-        if split is not None:
-            return split
-    if _bases_equal(gold, given) is not None:
-        return bool(_bases_equal(gold, given))
+    for form in (_sides_of_approx, _sides_of_plus_minus, _bases):
+        told = form(gold, given)
+        if told is not None:
+            return told
     gold, given = _last_side(gold), _last_side(given)
     gold_parts, given_parts = several(without_name(gold)), several(without_name(given))
     if gold_parts or given_parts:
@@ -91,7 +89,7 @@ def _equal(gold: str, given: str) -> bool:
     ):
         return False
     return _same_quantity(without_name(gold), without_name(given)) or (
-        bool("=" in gold or "=" in given) and not is_words(gold) and math_equal(gold, given)
+        "=" in gold + given and not is_words(gold) and math_equal(gold, given)
     )
 
 
@@ -208,7 +206,7 @@ def _sides_of_plus_minus(gold: str, given: str) -> bool | None:
     return None if None in parts else _same_parts(both[0], both[1], parts[0], parts[1])
 
 
-def _bases_equal(gold: str, given: str) -> bool | None:
+def _bases(gold: str, given: str) -> bool | None:
     """Compare numbers with a base, such as ``1010_2``; a base may be left out."""
     first, second = _BASE.match(gold), _BASE.match(given)
     if first is None and second is None:

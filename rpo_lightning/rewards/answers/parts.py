@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from rpo_lightning.rewards.answers.cleaning import unwrapped
+from rpo_lightning.rewards.answers.cleaning import closes_at_end, unwrapped
 
 _OPENING, _CLOSING = "([{", ")]}"
 _CONJUNCTION = re.compile(
@@ -77,7 +77,7 @@ class Several:
 def several(text: str) -> Several | None:
     """The parts of a cleaned list, set, tuple or interval; ``None`` for a single answer."""
     text = re.sub(r"\\\{", "{", re.sub(r"\\\}", "}", text)) if text.startswith(r"\{") else text
-    if text and text[0] in _OPENING and text[-1] in _CLOSING and _matching(text, 0) == len(text) - 1:
+    if text and text[0] in _OPENING and text[-1] in _CLOSING and closes_at_end(text, _OPENING, _CLOSING):
         inside = _split(text[1:-1], ",")
         if len(inside) > 1:
             return Several(tuple(inside)) if text[0] == "{" else Several(tuple(inside), text[0] + text[-1])
@@ -209,12 +209,3 @@ def _split(text: str, separator: str) -> list[str]:
             start = index + 1
     parts.append(text[start:].strip())
     return [part for part in parts if part]
-
-
-def _matching(text: str, opening: int) -> int | None:
-    depth = 0
-    for index in range(opening, len(text)):
-        depth += (text[index] in _OPENING) - (text[index] in _CLOSING)
-        if depth == 0:
-            return index
-    return None
