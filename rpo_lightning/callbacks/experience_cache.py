@@ -20,7 +20,7 @@ from rpo_lightning.cache.cuts import CutStrategy, FractionOfShortestCut
 from rpo_lightning.cache.parquet import read_cache, write_cache
 from rpo_lightning.cache.prefixes import CachedPrefixes, require_same_questions
 from rpo_lightning.cache.refresh import EpsilonGreedyRefresh, RefreshRule
-from rpo_lightning.callbacks.progress import AnswerBar
+from rpo_lightning.callbacks.answer_progress import AnswerBar
 from rpo_lightning.callbacks.run_folder import FinalFilesCallback
 from rpo_lightning.callbacks.weight_sync import sync_engine
 from rpo_lightning.core.errors import ConfigurationError

@@ -15,11 +15,25 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 60.0
 
 
+class MinuteLines:
+    """Logs a line at most once a minute, the first one a minute after it was made."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def say(self, *parts: str) -> None:
+        """Log the parts with commas between them, unless the last line is too near."""
+        now = time.monotonic()
+        if now - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = now
+            log.info(", ".join(parts))
+
+
 class ProgressLinesCallback(Callback):
     """Logs updates or batches done, and the metrics that a progress bar would show, at most once a minute."""
 
     def __init__(self) -> None:
-        self._last = time.monotonic()
+        self._lines = MinuteLines()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log the updates of the run."""
@@ -45,10 +59,7 @@ class ProgressLinesCallback(Callback):
         self._log(trainer, f"answering, batch {batch_idx + 1}")
 
     def _log(self, trainer: Trainer, done: str) -> None:
-        now = time.monotonic()
-        if now - self._last < SECONDS_BETWEEN_LINES:
-            return
-        self._last = now
         if trainer.is_global_zero:
-            figures = [f"{name} {figure}" for name, figure in named_figures(trainer.progress_bar_metrics).items()]
-            log.info(", ".join([done, *figures]))
+            self._lines.say(
+                done, *(f"{n} {figure}" for n, figure in named_figures(trainer.progress_bar_metrics).items())
+            )

@@ -12,7 +12,7 @@ from typing import Any, cast
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from rpo_lightning.callbacks.progress import AnswerProgressCallback
+from rpo_lightning.callbacks.answer_progress import AnswerProgressCallback
 from rpo_lightning.cli.lightning_cli import RPOCLI
 from rpo_lightning.cli.lightning_parser import RPOArgumentParser
 from rpo_lightning.core.errors import ConfigurationError

@@ -186,11 +186,25 @@ def test_output_that_is_no_terminal_gets_lines_with_updates_and_figures(monkeypa
     monkeypatch.setattr(progress_lines, "SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level("INFO", logger=progress_lines.__name__):
         main(["fit", *SMALL])
-    lines = [r.getMessage() for r in caplog.records if r.name == progress_lines.__name__]
+    lines = caplog.messages
     figures = r"reward [\d.]+, (accuracy [\d.]+, )?tokens/s [\d.]+k?"
     assert [line for line in lines if re.fullmatch(rf"training, update 1/2, {figures}", line)]
     assert [line for line in lines if re.fullmatch(rf"training, update 2/2, {figures}", line)]
     assert [line for line in lines if line.startswith("validating, batch 1")]
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments"),
+    [
+        ("filling the cache", ["fit", *SMALL, "--cache.initialisation", "eager"]),
+        ("cache build", ["cache", "build", *SMALL]),
+    ],
+)
+def test_long_tasks_besides_training_give_lines_too(task, arguments, monkeypatch, caplog):
+    monkeypatch.setattr(progress_lines, "SECONDS_BETWEEN_LINES", 0.0)
+    with caplog.at_level("INFO", logger=progress_lines.__name__):
+        main(arguments)
+    assert [line for line in caplog.messages if re.fullmatch(rf"{task}, question 8/8, tokens/s \d+", line)]
 
 
 def test_lines_of_progress_are_a_minute_apart(tmp_path, monkeypatch, caplog):

@@ -1,27 +1,33 @@
-"""Progress bars over questions, with tokens per second. They are silent unless the output is a terminal."""
+"""Progress over questions, with tokens per second: a bar on a terminal, and a log line a minute elsewhere."""
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
 from tqdm.auto import tqdm
+
+from rpo_lightning.callbacks.progress_lines import MinuteLines
 
 if TYPE_CHECKING:
     from rpo_lightning.module import RPOModule
 
 
 class AnswerBar:
-    """A progress bar over questions.
+    """A progress bar over questions; log lines where the output is no terminal.
 
     Args:
         task: Name of the task, shown before the bar.
         questions: Number of questions.
-        visible: Whether this rank shows the bar.
+        visible: Whether this rank shows it.
     """
 
     def __init__(self, task: str, questions: int, visible: bool = True) -> None:
         self._bar = tqdm(total=questions, desc=task, unit="question", disable=None if visible else True)
+        self._lines = MinuteLines() if visible and self._bar.disable else None
+        self._task, self._questions, self._done = task, questions, 0
+        self._start = time.monotonic()
 
     def update(self, questions: int, tokens: int) -> None:
         """Advance the bar.
@@ -30,8 +36,12 @@ class AnswerBar:
             questions: Questions answered since the last call.
             tokens: Tokens sampled since the bar was opened.
         """
-        self._bar.set_postfix({"tokens/s": round(tokens / max(self._bar.format_dict["elapsed"], 1e-9))}, refresh=False)
+        self._done += questions
+        rate = round(tokens / max(time.monotonic() - self._start, 1e-9))
+        self._bar.set_postfix({"tokens/s": rate}, refresh=False)
         self._bar.update(questions)
+        if self._lines is not None:
+            self._lines.say(f"{self._task}, question {self._done}/{self._questions}", f"tokens/s {rate}")
 
     def close(self) -> None:
         """Close the bar; it stays on the screen."""
