@@ -17,6 +17,8 @@ from rpo_lightning.rewards.functions import import_function
 
 # So many parts of an answer are matched in every order.
 _MOST_ORDERS = 6
+# A longer text is prose about the answer rather than the answer.
+_LONGEST_BARE_ANSWER = 120
 
 
 class MathVerifier(AnswerVerifier):
@@ -114,7 +116,9 @@ def _readings(given: Extracted) -> list[str]:
     if given.is_marked:
         return [given.text]
     found = found_by_math_verify(given.text)
-    return [given.text] if found is None else [given.text, found]
+    if found is None:
+        return [given.text]
+    return [found] if len(given.text) > _LONGEST_BARE_ANSWER else [given.text, found]
 
 
 def _equal_within(answer: str, gold: str, given: str) -> bool:

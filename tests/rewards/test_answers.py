@@ -95,7 +95,9 @@ def test_every_reference_solution_of_gsm8k_is_right_by_its_own_gold():
         ("$\\boxed{6}$ and $\\boxed{9}$", "6, 9"),
         ("\\boxed{1}, \\boxed{2} or \\boxed{3}.", "1, 2, 3"),
         ("first \\boxed{5}\n\nthen \\boxed{1}, \\boxed{2}", "1, 2"),
+        ("x=\\boxed{6} and y=\\boxed{9}", "6, 9"),
         ("\\fbox{4}", "4"),
+        ("\\framebox{4}", "4"),
         ("\\boxed 7", "7"),
         ("\\boxed{\\boxed{5}}", "5"),
         ("\\boxed{\\frac{\\sqrt{2}}{3}}", "\\frac{\\sqrt{2}}{3}"),
@@ -123,6 +125,11 @@ def test_the_last_box_counts_unless_boxes_are_joined(response, answer):
         ("a prompt that opened the thoughts</think><answer>9</answer>", "9"),
         ("Answer: (C)", "(C)"),
         ("The answer is B.", "B"),
+        ("**Answer:** 9", "9"),
+        ("**Answer: C**", "C"),
+        ("The correct option is C.", "C"),
+        ("The answer is therefore 9 dollars.", "9 dollars"),
+        ("The answer is 7.\nIt is \\boxed{9", "7"),
         ("The final answer is 3.5. Done.", "3.5"),
         ("The answer is 4.\nThe answer is 5.", "5"),
     ],
@@ -132,7 +139,7 @@ def test_thoughts_end_before_the_answer_is_looked_for(response, text):
 
 
 @pytest.mark.parametrize(
-    "response", ["<think>\\boxed{9}", "<think>a</think>b<think>\\boxed{9}", "", " ", "<think>a</think>"]
+    "response", ["<think>\\boxed{9}", "<think>a</think>b<think>\\boxed{9}", "", " ", "<think>a</think>", "\\boxed{9"]
 )
 def test_thoughts_that_are_never_closed_have_no_answer(response):
     assert extract(response) is None
@@ -176,7 +183,9 @@ def test_votes_agree_with_verdicts():
 @pytest.mark.parametrize(
     "hostile",
     [
-        "9^{9^{9^{9}}}", "10^{1000000}", "((((" * 5000, "{" * 5000, "\\frac{" * 2000, "1" * 100_000, "a" * 100_000,
+        "9^{9^{9^{9}}}", "10^{1000000}", "10^{10^{10}}", "10**(10**(10))", "2^{1000 \\cdot 1000 \\cdot 1000}",
+        "(10^6)!", "((9!))!",
+        "((((" * 5000, "{" * 5000, "\\frac{" * 2000, "1" * 100_000, "a" * 100_000,
         "\\boxed{" * 3000, "9!!!!!!!!", "999999!", "x" + "\u0301" * 5000, "\u202e123", "1\x002", "=" * 5000,
         "1=" * 2000,
         "\\sqrt{" * 500 + "2" + "}" * 500, "1, " * 3000, "\\pm" * 500, "3 " * 2000, " \\approx " * 500,

@@ -38,6 +38,7 @@ _RENAMED = [
 _THIN_SPACE_IN_NUMBER = re.compile(r"(?<=\d)(?:\\[,;:! ]|\{,\}|,\\!|~)+(?=\d{3}(?!\d))")
 _THOUSANDS = re.compile(r"(?<![\d.,_^])\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,]|\.\d*,)")
 _EXPONENT = re.compile(r"(?<![\w\\])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d+)(?!\w)")
+_SPACED_DIGITS = re.compile(r"\\(?:mathbf|boldsymbol|bm|textbf)\s*\{\s*(\d(?: \d)+)\s*\}")
 _ROOT = re.compile(r"√\s*(\d+(?:\.\d+)?|[a-zA-Z]|\(|\{)")
 _CALL = re.compile(r"(?<![\\a-zA-Z])(sqrt|exp|ln|log|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan)(?=\s*[({\s\d]|$)")
 _MARKUP = re.compile(r"\*\*(.+?)\*\*|`(.+?)`|__(.+?)__")
@@ -53,6 +54,7 @@ def clean(text: str) -> str:
     text = _without_math_mode(text)
     for pattern, replacement in _RENAMED:
         text = pattern.sub(replacement, text)
+    text = _SPACED_DIGITS.sub(lambda m: m[1].replace(" ", ""), text)
     text = _THIN_SPACE_IN_NUMBER.sub("", text)
     text = re.sub(r"(?<!\\)\\[,;:! ]|~", " ", text)
     text = _EXPONENT.sub(lambda m: rf"{m[1]} \times 10^{{{int(m[2])}}}", text)

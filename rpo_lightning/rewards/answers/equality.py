@@ -88,9 +88,20 @@ def _equal(gold: str, given: str) -> bool:
         and len(gold_name) == len(given_name) == 1
     ):
         return False
+    if _ends_otherwise(gold, given):
+        return False
     return _same_quantity(without_name(gold), without_name(given)) or (
         "=" in gold + given and not is_words(gold) and math_equal(gold, given)
     )
+
+
+def _ends_otherwise(gold: str, given: str) -> bool:
+    """Whether a chain of equalities ends with something else than a gold answer that is none. Reads that end only."""
+    if "=" in gold or "=" not in given:
+        return False
+    last = re.sub(r"\s*\\end\{\w+\}$", "", given.rpartition("=")[2]).strip()
+    is_whole = bool(last) and last.count("{") == last.count("}")
+    return is_whole and not _same_quantity(gold, last)
 
 
 def _last_side(text: str) -> str:
@@ -102,11 +113,10 @@ def _last_side(text: str) -> str:
         return text
     if name_of(f"{sides[0]} = 1") is not None:
         return f"{sides[0]} = {sides[-1]}"
-    values = [as_float(side) for side in sides]
-    last = values[-1]
-    if last is None or any(value is None or not math.isclose(value, last, rel_tol=1e-9) for value in values):
+    if is_words(text) or (last := as_float(sides[-1])) is None:
         return text
-    return sides[-1]
+    are_equal = all((value := as_float(side)) is not None and math.isclose(value, last, rel_tol=1e-9) for side in sides)
+    return sides[-1] if are_equal else text
 
 
 def _same_choice(gold: tuple[str, str], given: str) -> bool:
@@ -140,8 +150,10 @@ def _same_value(gold: str, given: str) -> bool:
     first, second = number(gold), number(given)
     if first is not None and second is not None:
         return first == second or rounds_to(first, second, gold, given)
+    if same_text(gold, given):
+        return True
     if is_words(gold) or is_words(given):
-        return same_text(gold, given)
+        return False
     if bool(_variables(gold)) != bool(_variables(given)):
         return False  # math-verify takes letters behind a number for units
     return math_equal(gold, given)

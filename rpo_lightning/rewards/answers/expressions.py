@@ -7,6 +7,7 @@ import math
 import re
 from typing import Any
 
+from rpo_lightning.rewards.answers.extraction import closing_brackets
 from rpo_lightning.rewards.answers.numbers import HIGHEST_POWER, number
 from rpo_lightning.rewards.answers.parts import value_and_unit
 
@@ -15,6 +16,9 @@ LONGEST = 600
 
 # So much of the end of a text is searched for an answer that nothing marks.
 _LONGEST_PROSE = 4000
+_DECIMAL_POWER = re.compile(r"\^\s*\{\s*-?\d*\.\d+\s*\}")
+_BARE_EXPONENT = re.compile(r"\d*(?:\s*\^[\s{]*\d+)*")
+_HIGHEST_SIZE = math.log10(HIGHEST_POWER)
 
 # The pool enforces the time limit, so math-verify's own is off. It warns of that in every process.
 for _name in ("math_verify.parser", "math_verify.grader"):
@@ -45,8 +49,9 @@ def parse(text: str) -> list[Any]:
     # In braces, letters behind a number are factors; bare ones math-verify takes for units.
     text = re.sub(r"(?<=[\d})])\s*([a-zA-Z]{1,2})(?![a-zA-Z_(])", lambda m: "".join(f"{{{x}}}" for x in m[1]), text)
     text = re.sub(r"(\\(?:cdot|times)\s+)([a-zA-Z])(?![a-zA-Z_(])", r"\1{\2}", text)
+    text = _DECIMAL_POWER.sub(lambda m: _with_fractions(m[0]), text)
     if "matrix" in text:  # elements are compared exactly
-        text = re.sub(r"(?<![\d.])(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
+        text = _with_fractions(text)
         text = re.sub(r"(?<![\w}])(\d+)/(\d+)(?![\w{])", r"\\frac{\1}{\2}", text)
     # The pool enforces the limit; math-verify's own alarms would only add signal handlers.
     return list(math_parse(rf"\boxed{{{text}}}", parsing_timeout=None))
@@ -67,6 +72,11 @@ def math_equal(gold: str, given: str) -> bool:
     return bool(verify(first, second, timeout_seconds=None))
 
 
+def _with_fractions(text: str) -> str:
+    """A text with fractions for its decimals, which math-verify takes for floats."""
+    return re.sub(r"(?<![\d.])(\d*)\.(\d+)", lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
+
+
 def _small(expression: Any) -> float | None:
     if not (getattr(expression, "is_number", False) and getattr(expression, "is_real", False)):
         return None
@@ -75,11 +85,49 @@ def _small(expression: Any) -> float | None:
 
 
 def _is_a_tower(text: str) -> bool:
-    """Whether powers are so high or so nested that computing them would not end."""
-    powers = re.findall(r"\^\s*\{?\s*(\d+)", text)
-    return text.count("^") > 12 or any(int(p[:8]) > HIGHEST_POWER for p in powers) or bool(
-        re.search(r"\^\s*\{?[^{}^]*\^\s*\{?[^{}^]*\^", text)
-    ) or text.count("!") > 3 or bool(re.search(r"\d{5,}\s*!", text))  # fmt: skip
+    """Whether powers and factorials are so high or so nested that computing them would not end."""
+    if text.count("^") > 12 or text.count("!") > 3 or re.search(r"!\s*!", text):
+        return True
+    return any(_size(part) > _HIGHEST_SIZE for part in _exponents(text) + _under_factorials(text))
+
+
+def _exponents(text: str) -> list[str]:
+    """What stands behind each ``^``: a group with all that is in it, or a numeral with its own powers."""
+    closing = closing_brackets(text) | closing_brackets(text, "()")
+    found = []
+    for sign in re.finditer(r"\^\s*", text):
+        if sign.end() in closing:
+            found.append(text[sign.end() : closing[sign.end()]])
+        else:
+            found.append(_BARE_EXPONENT.match(text, sign.end())[0])  # type: ignore[index]  # may match nothing
+    return found
+
+
+def _under_factorials(text: str) -> list[str]:
+    """What stands before each ``!``: a numeral, or the group that ends there."""
+    found = []
+    for sign in re.finditer(r"(\d*)((?:\\right)?\s*[)}\]])?\s*!", text):
+        start = sign.start()
+        if sign[2]:
+            depth = 1
+            while start > 0 and depth:
+                start -= 1
+                depth += (text[start] in ")}]") - (text[start] in "({[")
+        found.append(text[start : sign.end() - 1])
+    return found
+
+
+def _size(text: str) -> float:
+    """The decimal logarithm of the highest number that numerals with products and powers between them can be."""
+    if "!" in text:
+        return math.inf
+    if "^" not in text and re.search(r"[+-]", text):
+        return max(_size(term) for term in re.split(r"[+-]", text))
+    size = 0.0
+    for sign, numeral in re.findall(r"(\^[\s{]*)?(\d+)", text):
+        value = float(numeral[:300])
+        size = size * value if sign else size + math.log10(max(value, 1.0))
+    return size
 
 
 def found_by_math_verify(text: str) -> str | None:

@@ -2,9 +2,10 @@ r"""Which part of a text is the answer; the same rules for gold answers and resp
 
 1. Thoughts end at the last ``</think>``. A visible ``<think>`` that is never closed has no answer.
 2. After them the last ``<answer>`` block that is not empty holds the answer.
-3. In what is left, the last box counts (``\boxed{}``, ``\fbox{}``). Boxes that are joined by a comma, "and" or "or"
-   in one sentence count together.
-4. Without a box: what follows GSM8K's ``####``, else what follows the last "answer is" or "answer:".
+3. In what is left, the last box counts (``\boxed{}``, ``\fbox{}``, ``\framebox{}``). Boxes that are joined by a comma,
+   "and" or "or" in one sentence count together. A box that is cut off does not count.
+4. Without a box: what follows GSM8K's ``####``, else what follows the last "answer is", "answer:" or "correct option
+   is".
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*")
 _BARE = re.compile(r"[^\s$.,;{}]+")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_BRACKET = {pair: re.compile(rf"\\.|[{pair}]", re.DOTALL) for pair in ("{}", "()")}
 # What may stand between boxes that are one answer, math mode and text commands aside.
-_JOINED = re.compile(r"(?:,|;|and|or|,\s*and|,\s*or)", re.IGNORECASE)
+_JOINED = re.compile(r"(?:,|;|and|or|,\s*and|,\s*or)(?:\s*[a-z](?:_\w)?\s*=)?", re.IGNORECASE)
 _BETWEEN = re.compile(r"\\text\s*\{([^{}]*)\}|\\(?:quad|qquad|,|;|:|!| )|\\[()\[\]]|[${}~]")
-_ANCHOR = re.compile(r"(?:final\s+)?answer\s*(?:is|are|:|=)+\s*:?", re.IGNORECASE)
+_ANCHOR = re.compile(
+    r"(?:answer|(?:correct|right)\s+(?:option|choice))\s*(?:\*\*)?\s*(?:is|are|:|=)+\s*:?"
+    r"(?:\s*(?:therefore|thus|hence|then|simply|just)\b[,:]?)?",
+    re.IGNORECASE,
+)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|\n|(?<=\))\.")
 
 
@@ -56,14 +61,11 @@ def extract(response: str) -> Extracted | None:
     marked = marked_answer(part)
     if marked is not None:
         return Extracted(marked, True)
-    anchors = list(_ANCHOR.finditer(part))
-    if anchors:
-        told = part[anchors[-1].end() :].strip()
-        end = _SENTENCE_END.search(told)
-        told = told[: end.start()] if end else told
-        if told.strip():
-            return Extracted(told.strip(), True)
-    return Extracted(part.strip(), False)
+    part = _before_cut_off_box(part)
+    told = _told_answer(part)
+    if told:
+        return Extracted(told, True)
+    return Extracted(part.strip(), False) if part.strip() else None
 
 
 def marked_answer(text: str) -> str | None:
@@ -80,10 +82,29 @@ def marked_answer(text: str) -> str | None:
     return final.strip() if marker else None
 
 
+def _told_answer(text: str) -> str:
+    """What follows the last "answer is" in its sentence; empty if nothing does."""
+    anchors = list(_ANCHOR.finditer(text))
+    if not anchors:
+        return ""
+    told = text[anchors[-1].end() :].strip()
+    end = _SENTENCE_END.search(told)
+    told = told[: end.start()].strip() if end else told
+    # Bold print that began or ends outside of the answer, as in **Answer:** 9.
+    return told.removeprefix("**").removesuffix("**").strip() if told.count("**") % 2 else told
+
+
+def _before_cut_off_box(text: str) -> str:
+    """What stands before the first box that is never closed; all of a text without one."""
+    closing = closing_brackets(text)
+    cut_off = (m.start() for m in _BOX.finditer(text) if text[m.end() : m.end() + 1] == "{" and m.end() not in closing)
+    return text[: next(cut_off, len(text))]
+
+
 def _boxes(text: str) -> list[tuple[int, int, str]]:
     """Start, end and content of all boxes with something in them; a box within a box is that box's content."""
     found: list[tuple[int, int, str]] = []
-    closing = _closing_braces(text)
+    closing = closing_brackets(text)
     position = 0
     while (start := _BOX.search(text, position)) is not None:
         content = _content(text, start.end(), closing)
@@ -117,14 +138,14 @@ def _content(text: str, position: int, closing: dict[int, int]) -> tuple[int, in
     return None if bare is None else (position, bare.end(), bare.end())
 
 
-def _closing_braces(text: str) -> dict[int, int]:
-    """Where each brace that is closed closes; escaped braces do not count."""
+def closing_brackets(text: str, pair: str = "{}") -> dict[int, int]:
+    """Where each bracket that is closed closes; escaped ones do not count."""
     closing, opened = {}, []
-    for brace in _BRACE.finditer(text):
-        if brace[0] == "{":
-            opened.append(brace.start())
-        elif brace[0] == "}" and opened:
-            closing[opened.pop()] = brace.start()
+    for bracket in _BRACKET[pair].finditer(text):
+        if bracket[0] == pair[0]:
+            opened.append(bracket.start())
+        elif bracket[0] == pair[1] and opened:
+            closing[opened.pop()] = bracket.start()
     return closing
 
 

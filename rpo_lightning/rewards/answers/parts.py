@@ -26,7 +26,7 @@ _UNITS = {
 }  # fmt: skip
 _SHORT = {
     "cm", "mm", "km", "kg", "mg", "ml", "ft", "yd", "mi", "lb", "lbs", "oz", "hr", "hrs", "min", "mins", "sec",
-    "secs", "mph", "kph", "hz", "khz", "kw", "kj", "mol", "pa", "kpa", "in",
+    "secs", "mph", "kph", "hz", "khz", "kw", "kj", "mol", "pa", "kpa", "in", "am", "pm",
 }  # fmt: skip
 _SINGLE = set("mshgljnwvakJNWVAKCF")
 _LONGEST_QUANTITY = 120
@@ -51,6 +51,7 @@ _UNIT_AFTER_NUMBER = re.compile(
     r"^(?P<value>[-+]?\s*(?:\d+\s*/\s*\d+|(?:[^a-zA-Z\\]|\\(?:frac|sqrt|pi|cdot|times)(?![a-zA-Z]))+))(?P<unit>.*)$",
     re.DOTALL,
 )
+_CURRENCY = re.compile(r"^\\?([$£€¥₹])\s*(.+)$|^([^£€¥₹]+?)\s*([£€¥₹])$", re.DOTALL)
 _CHOICE = re.compile(
     r"^(?:(?i:option|choice|answer)\s)?\s*(?:\(\s*([A-Z])\s*\)|([A-Z]))\s*(?:[).:]\s*(.*)|(?<=\))\s*(.*)|)$", re.DOTALL
 )
@@ -110,10 +111,11 @@ def value_and_unit(text: str) -> tuple[str, str]:
     text = text.strip()
     if len(text) > _LONGEST_QUANTITY:
         return text, ""
-    if text.startswith((r"\$", "$")):
-        rest, unit = value_and_unit(text.lstrip("\\$").strip())
-        return rest, unit or "$"
-    match = re.match(r"^(.*?)\s*(?:\\%|%|\\text\s*\{\s*percent\s*\}|percent)$", text, re.DOTALL)
+    money = _CURRENCY.match(text)
+    if money:
+        rest, unit = value_and_unit(money[2] or money[3])
+        return rest, unit or money[1] or money[4]
+    match = re.match(r"^(.*?)\s*(?:\(\s*\\?%\s*\)|\\%|%|\\text\s*\{\s*percent\s*\}|percent)$", text, re.DOTALL)
     if match and match[1]:
         return match[1].strip(), "%"
     match = re.match(
@@ -155,8 +157,10 @@ def choice(text: str) -> tuple[str, str] | None:
 def _unit(rest: str) -> tuple[int, str] | None:
     """Scale and unit behind a number; ``None`` if it is a factor rather than a unit."""
     is_text = re.match(r"\s*\\(?:text|mathrm|mbox|textbf|operatorname)", rest) is not None
+    is_text |= re.fullmatch(r"\s*\([^()]*[a-zA-Z] [^()]*\)", rest) is not None  # several words in brackets
     is_apart = is_text or rest[:1] in " ("
     words = unwrapped(rest).strip().strip("()").strip()
+    words = re.sub(r"\s*\\cdot\s*", "-", words)
     words = re.sub(r"\s+\^", "^", words)
     words = re.sub(r"\^\s*\{?\s*([23])\s*\}?", r"^\1", words)
     words = re.sub(r"\b(?:per)\b", "/", words)
