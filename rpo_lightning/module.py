@@ -36,7 +36,13 @@ from rpo_lightning.rewards import Grader, GradingPool, MathVerifier, Reward, Ver
 from rpo_lightning.rollout.engine import RolloutEngine, Sampling
 from rpo_lightning.rollout.transformers.engine import TransformersEngine
 from rpo_lightning.update.advantages import group_advantages
-from rpo_lightning.update.checkpoint import EpochRepair, gathered_state, restore_state, warn_of_rare_checkpoints
+from rpo_lightning.update.checkpoint import (
+    EpochRepair,
+    gathered_state,
+    require_same_policy,
+    restore_state,
+    warn_of_rare_checkpoints,
+)
 from rpo_lightning.update.dynamic_sampling import DynamicSampling, GroupBuffer, has_loss
 from rpo_lightning.update.importance import TokenTruncated
 from rpo_lightning.update.loss import PolicyLoss
@@ -274,6 +280,7 @@ class RPOModule(PolicyModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what :meth:`on_save_checkpoint` added, for whatever number of ranks; evaluation needs none of it."""
+        require_same_policy(checkpoint, self.loaded_policy, trained_only=self.adapter is not None)
         self.policy_version += 1  # the policy is about to be another one
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:
             return

@@ -10,6 +10,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
+from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.ranks import Ranks
 from rpo_lightning.core.seeds import generator_states, run_seed
 from rpo_lightning.update.dynamic_sampling import GroupBuffer
@@ -59,6 +62,41 @@ def restore_state(
         buffer.load_state_dicts(state["buffers"], ranks.rank, ranks.size)
     generators: list[dict[str, Any]] = state["generators"]
     return generators[ranks.rank] if ranks.rank < len(generators) else None
+
+
+def require_same_policy(checkpoint: Mapping[str, Any], policy: nn.Module, trained_only: bool) -> None:
+    """Check that a checkpoint holds the parameters of this run's policy. Sharded checkpoints are not looked into.
+
+    With an adapter Lightning would silently skip parameters that the checkpoint lacks, and would train from the start.
+
+    Args:
+        checkpoint: As Lightning reads it.
+        policy: The policy of this run.
+        trained_only: Whether checkpoints of this run hold only what trains, as with an adapter.
+
+    Raises:
+        ConfigurationError: It is no checkpoint of an RPO run, or names or sizes differ.
+    """
+    if "rpo" not in checkpoint:
+        raise ConfigurationError(
+            "the checkpoint is not one of an RPO run: give --ckpt_path a file that fit wrote, or start from exported "
+            "weights with model.policy"
+        )
+    shapes = {k.removeprefix("policy."): tuple(v.shape) for k, v in checkpoint.get("state_dict", {}).items()}
+    if not shapes:
+        return
+    trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    expected = {k: tuple(v.shape) for k, v in policy.state_dict().items() if not trained_only or k in trained}
+    differing = next((n for n in sorted({*expected, *shapes}) if expected.get(n) != shapes.get(n)), None)
+    if differing is not None:
+        saved, here = (
+            "no such parameter" if shape is None else f"shape {list(shape)}"
+            for shape in (shapes.get(differing), expected.get(differing))
+        )
+        raise ConfigurationError(
+            f"the checkpoint is of another policy or adapter: {differing} has {saved} in the checkpoint and {here} in "
+            "this run. Set model.policy and model.adapter as in the run that wrote it"
+        )
 
 
 def warn_of_rare_checkpoints(trainer: Any, updates_per_rollout: int) -> None:

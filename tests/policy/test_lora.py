@@ -52,6 +52,13 @@ def logits(policy) -> torch.Tensor:
         return policy(IDS, use_cache=False).logits
 
 
+@pytest.fixture(scope="module")
+def adapted_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapted")
+    adapted_run(folder, 1)
+    return folder / "step=1.ckpt"
+
+
 def test_only_the_adapter_trains_and_the_reference_is_the_policy_without_it(tmp_path):
     module = adapted_run(tmp_path, 3)
     start = load_policy(REASONER)
@@ -87,6 +94,25 @@ def test_a_checkpoint_holds_the_adapter_and_resumes_exactly(tmp_path):
     resumed = adapted_run(tmp_path / "resumed", 3, resume=saved)
     found = dict(resumed.policy.named_parameters())
     assert all(torch.equal(parameter, found[name]) for name, parameter in whole.policy.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"adapter": LoRA(rank=8)},
+            r"lora_A.* has shape \[4, \d+\] in the checkpoint and shape \[8, \d+\] in this run",
+        ),
+        ({"adapter": LoRA(rank=4, target_modules=["q_proj"])}, "in the checkpoint and no such parameter in this run"),
+        ({}, "model.adapter as in the run that wrote it"),
+    ],
+    ids=["other rank", "other layers", "no adapter"],
+)
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_a_checkpoint_of_another_adapter_is_refused_in_a_line(adapted_checkpoint, tmp_path, stage, settings, told):
+    run = getattr(make_trainer(tmp_path, max_steps=2), stage)
+    with pytest.raises(ConfigurationError, match=told):
+        run(make_module(**settings), datamodule=make_data(), ckpt_path=adapted_checkpoint, weights_only=True)
 
 
 def test_a_policy_is_saved_beside_other_files_and_in_place_of_an_earlier_one(tmp_path):
