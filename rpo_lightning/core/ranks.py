@@ -58,7 +58,7 @@ class Ranks:
 
     def _reduce(self, values: Tensor, how: str) -> Tensor:
         if self.size == 1:
-            return values
+            return values.cpu()
         reduced: Tensor = self._strategy.reduce(values.to(self._strategy.root_device), reduce_op=how)
         return reduced.cpu()
 

@@ -34,13 +34,11 @@ class Targets:
     """Which tokens to score.
 
     Attributes:
-        batch_K: Row of the token before each scored token.
-        position_K: Position of that token in its row.
+        position_K: Position of the token before each scored token, counted through all rows.
         token_K: The scored tokens.
         temperature: Divides the logits.
     """
 
-    batch_K: Tensor
     position_K: Tensor
     token_K: Tensor
     temperature: float
@@ -59,7 +57,7 @@ def scoring(model: Any, targets: Targets, chunk_elements: int = CHUNK_ELEMENTS) 
     apply: Callable[[Tensor], Tensor] = head.forward
 
     def score(hidden_BTH: Tensor) -> Tensor:
-        hidden_KH = hidden_BTH[targets.batch_K, targets.position_K]
+        hidden_KH = hidden_BTH.flatten(0, 1)[targets.position_K]
         size = max(1, chunk_elements // model.config.get_text_config().vocab_size)
         chunks = list(zip(hidden_KH.split(size), targets.token_K.split(size), strict=True))
         # A single chunk is held in any case; computing it twice saves nothing.

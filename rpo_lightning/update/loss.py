@@ -30,6 +30,7 @@ from rpo_lightning.policy.prefix_sharing.rows import (
     shared_rows,
 )
 from rpo_lightning.update.importance import ImportanceCorrection
+from rpo_lightning.update.inputs import GivenInputs, GivenLogprobs
 from rpo_lightning.update.metrics import UpdateMetrics
 from rpo_lightning.update.mismatch import Mismatch
 from rpo_lightning.update.objectives.base import LossInputs, Objective
@@ -98,14 +99,16 @@ class PolicyLoss:
         """
         pending = [g for g in groups if g.old_logprobs is None]
         stores: list[list[list[float]]] = [[[] for _ in group.completions] for group in pending]
+        passes: list[TokenLogprobs] = []
         for batch, _ in self._passes(self._micro_batches(rows_of(pending, self.settings.loss_scope))):
             with torch.no_grad():
                 computed = self._logprobs(self.policy, batch or self._idle_batch)
-            if batch is None:
-                continue
-            self.processed_tokens["old_logprobs"] += sum(len(row) for row in batch)
-            for i, row in enumerate(computed.rows):
-                stores[row.group][row.member] = computed.logprobs_BS[i][computed.mask_BS[i]].tolist()
+            if batch is not None:
+                self.processed_tokens["old_logprobs"] += sum(len(row) for row in batch)
+                passes.append(computed)
+        for computed, logprobs_BS in zip(passes, _on_host([p.logprobs_BS for p in passes]), strict=True):
+            for row, length, logprobs_S in zip(computed.rows, computed.lengths, logprobs_BS, strict=True):
+                stores[row.group][row.member] = logprobs_S[len(logprobs_S) - length :].tolist()
         for group, store in zip(pending, stores, strict=True):  # last, so an interruption leaves no group half done
             group.old_logprobs = store
 
@@ -178,38 +181,28 @@ class PolicyLoss:
         reference_BS = self._reference_logprobs(batch)
         computed = self._logprobs(self.policy, batch, self.settings.prefix_gradient)
         rows = computed.rows
-        device = computed.logprobs_BS.device
         lengths_B = torch.tensor([lengths[r.group, r.member] for r in rows])
-        mask_BS = computed.mask_BS & (lengths_B > 0).to(device)[:, None]
-        old_BS = computed.logprobs_BS.detach()
-        stored = [groups[row.group].old_logprobs for row in rows]
-        if any(of_group is not None for of_group in stored):
-            known = [of_group[row.member] if of_group else () for of_group, row in zip(stored, rows, strict=True)]
-            stored_BS, known_BS = _right_aligned(known, old_BS)
-            old_BS = torch.where(known_BS, stored_BS, old_BS)
-        importance_BS = self._importance(groups, rows, old_BS, mask_BS, mismatch)
         weights_B = self.objective.sequence_weights(lengths_B, float(totals[0]), float(totals[1]))
+        given = GivenInputs.of(groups, rows, advantages, lengths_B, weights_B, computed.logprobs_BS)
+        mask_BS = computed.mask_BS & given.counted_B[:, None]
+        old_BS = torch.where(given.old.known_BS, given.old.values_BS, computed.logprobs_BS.detach())
         inputs = LossInputs(
             logprobs_BS=computed.logprobs_BS,
             old_logprobs_BS=old_BS,
-            advantages_B=torch.stack([advantages[r.group][r.member] for r in rows]).to(computed.logprobs_BS),
+            advantages_B=given.advantages_B,
             mask_BS=mask_BS,
-            weights_B=weights_B.to(computed.logprobs_BS),
+            weights_B=given.weights_B,
             reference_logprobs_BS=reference_BS,
-            importance_BS=importance_BS,
+            importance_BS=self._importance(given.engine, old_BS, mask_BS, mismatch),
         )
         return inputs, computed
 
-    def _importance(
-        self, groups: Sequence[Group], rows: Sequence[Row], old_BS: Tensor, mask_BS: Tensor, mismatch: Mismatch
-    ) -> Tensor | None:
+    def _importance(self, engine: GivenLogprobs, old_BS: Tensor, mask_BS: Tensor, mismatch: Mismatch) -> Tensor | None:
         """Importance weights of the loss tokens. Adds the differences at sampled tokens to ``mismatch``."""
         if self.importance_correction is None:
             return None
-        logprobs = [groups[row.group].completions[row.member].logprobs for row in rows]
-        engine_BS, sampled_BS = _right_aligned(logprobs, old_BS)
-        sampled_BS &= mask_BS
-        difference_BS = torch.where(sampled_BS, old_BS - engine_BS, 0.0)
+        sampled_BS = engine.known_BS & mask_BS
+        difference_BS = torch.where(sampled_BS, old_BS - engine.values_BS, 0.0)
         mismatch.add(difference_BS, sampled_BS)
         return self.importance_correction.weights(difference_BS, sampled_BS)
 
@@ -229,14 +222,12 @@ class PolicyLoss:
         return 0 if self.settings.mask_truncated and not finished else row.scope_length
 
 
-def _right_aligned(rows: Sequence[Sequence[float]], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Right-align lists in a tensor like ``like``; also returns a mask of their positions."""
-    # Filled on the CPU and sent to the device once.
-    values_BS, mask_BS = torch.zeros(like.shape, dtype=like.dtype), torch.zeros(like.shape, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        start = like.shape[1] - len(row)
-        values_BS[i, start:], mask_BS[i, start:] = torch.tensor(row, dtype=like.dtype), True
-    return values_BS.to(like.device), mask_BS.to(like.device)
+def _on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies on the host, made by one transfer."""
+    if not tensors:
+        return []
+    parts = torch.cat([x.flatten() for x in tensors]).cpu().split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
 def _without_context_gradient(cost: RowCost) -> RowCost:

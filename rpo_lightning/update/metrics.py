@@ -18,7 +18,7 @@ _NAMES = ("tokens", "total", "policy", "entropy", "kl", "clip_share")
 
 
 class UpdateMetrics:
-    """Adds up the metrics of an update over its micro-batches.
+    """Adds up the metrics of an update over its micro-batches, on the device: the host reads them once an update.
 
     Attributes:
         mismatch: Differences between the engine's and the trainer's log-probs.
@@ -39,9 +39,9 @@ class UpdateMetrics:
         """
         entropy = (computed.entropy_BS * mask_BS).sum()
         values = (mask_BS.sum(), output.loss, output.policy_loss, entropy, output.kl_sum, output.clipped_sum)
-        self._sums += torch.stack([v.detach().cpu().double() for v in values])
-        deviation = output.ratio_deviation_max.cpu().double()
-        self._ratio_deviation_max = torch.maximum(self._ratio_deviation_max, deviation)
+        self._sums = self._sums.to(mask_BS.device) + torch.stack([v.detach().double() for v in values])
+        deviation = output.ratio_deviation_max.detach().double()
+        self._ratio_deviation_max = torch.maximum(self._ratio_deviation_max.to(mask_BS.device), deviation)
 
     def take(self, ranks: Ranks) -> dict[str, float]:
         """The update's metrics over all ranks, ``loss/…`` and ``mismatch/…``; a collective."""

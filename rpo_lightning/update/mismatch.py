@@ -20,7 +20,7 @@ _HISTORY = 20
 
 
 class Mismatch:
-    """Adds up statistics of the differences over the sampled tokens of an update."""
+    """Adds up statistics of the differences over the sampled tokens of an update, on the device."""
 
     def __init__(self) -> None:
         self._sums = torch.zeros(4, dtype=torch.float64)  # tokens, |d|, ratio, ratio²
@@ -30,17 +30,15 @@ class Mismatch:
         """Add a micro-batch.
 
         Args:
-            difference_BS: Trainer's minus engine's log-probs, [B, S].
+            difference_BS: Trainer's minus engine's log-probs, [B, S]; 0 where the engine sampled nothing.
             sampled_BS: True at tokens that the engine sampled.
         """
-        difference_N = difference_BS[sampled_BS].cpu().double()
-        if not len(difference_N):
-            return
-        ratio_N, absolute_N = difference_N.exp(), difference_N.abs()
-        count = torch.tensor(float(len(difference_N)), dtype=torch.float64)
-        self._sums += torch.stack([count, absolute_N.sum(), ratio_N.sum(), ratio_N.square().sum()])
-        maxima = torch.stack([absolute_N.max(), ratio_N.max(), (-ratio_N).max()])
-        self._maxima = torch.maximum(self._maxima, maxima)
+        absolute_BS, ratio_BS = difference_BS.double().abs(), difference_BS.double().exp()
+        of_sampled_BS = torch.where(sampled_BS, ratio_BS, 0.0)
+        sums = [sampled_BS.sum().double(), absolute_BS.sum(), of_sampled_BS.sum(), of_sampled_BS.square().sum()]
+        maxima = [torch.where(sampled_BS, x, -torch.inf).amax() for x in (absolute_BS, ratio_BS, -ratio_BS)]
+        self._sums = self._sums.to(difference_BS.device) + torch.stack(sums)
+        self._maxima = torch.maximum(self._maxima.to(difference_BS.device), torch.stack(maxima))
 
     def metrics(self, ranks: Ranks | None = None) -> dict[str, float]:
         """Statistics over all ranks, ``mismatch/…``; a collective. Empty if no token was compared.

@@ -1,6 +1,6 @@
 """Attention for rows in which several suffixes share a context, as an attention implementation for transformers.
 
-A row is context | suffix_1 | … | suffix_G. The context attends causally to itself. Each suffix attends to the context
+A row is a context and suffix_1 … suffix_G. The context attends causally to itself. Each suffix attends to the context
 and causally to itself. Both parts are ordinary attention: no score is computed and then masked, and the context's keys
 and values get the sum of the suffixes' gradients.
 
@@ -16,11 +16,11 @@ model do not change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
@@ -29,10 +29,11 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from rpo_lightning.policy.prefix_sharing.arrangement import Arrangement
 from rpo_lightning.policy.prefix_sharing.cpu import SuffixAttention
 from rpo_lightning.policy.prefix_sharing.gpu import PackedRows, packed_attention
 from rpo_lightning.policy.prefix_sharing.gpu_check import takes
-from rpo_lightning.policy.prefix_sharing.rows import RowShape
+from rpo_lightning.policy.prefix_sharing.transfer import sent_together
 
 IMPLEMENTATION = "rpo_shared_prefix"
 
@@ -43,73 +44,70 @@ class DetachedContexts(dict[int, tuple[Tensor, Tensor]]):
 
 @dataclass(frozen=True)
 class RowLayout:
-    """One row among the concatenated rows of a micro-batch.
+    """One row among the concatenated rows of a micro-batch, for kernels that take one row at a time.
 
     Attributes:
-        start: Position of its first token.
-        context_length: Number of context tokens to compute; the whole row if it has no branches.
-        stop: Position after its last token.
-        detached: Start and stop of its detached tokens among those of all rows.
-        index_GS: Positions of the suffixes' tokens, counted from the end of the context. Padding repeats the suffix's
-            first token. ``None`` for a row without branches.
-        valid_GS: False at padding.
+        context: Where its context is; the whole row if it has no branches.
+        suffixes: Where its suffixes are; empty without branches.
+        detached: Where its detached tokens are among those of all rows.
+        index_GS: Positions of the suffixes' tokens, counted from the first suffix. Padding repeats the suffix's first
+            token. ``None`` without branches.
+        valid_N: Indices of the suffixes' tokens among the G · S padded ones; ``None`` where nothing is padded.
         context_mask: Which keys each context token sees; ``None`` if nothing is detached and the mask is causal.
         mask: Which keys (context, then own suffix) each suffix token sees; ``None`` on a CPU, which needs no mask.
     """
 
-    start: int
-    context_length: int
-    stop: int
-    detached: tuple[int, int] = (0, 0)
+    context: slice
+    suffixes: slice
+    detached: slice
     index_GS: Tensor | None = None
-    valid_GS: Tensor | None = None
+    valid_N: Tensor | None = None
     context_mask: Any = None
     mask: Any = None
 
     @classmethod
-    def of(cls, start: int, shape: RowShape, detached_start: int, device: torch.device) -> RowLayout:
+    def of(cls, arrangement: Arrangement, row: int, device: torch.device) -> RowLayout:
         """Describe a row. With one suffix or none it has no branches."""
-        stop, detached = start + len(shape), (detached_start, detached_start + shape.detached)
-        context_length = shape.context if shape.branches else len(shape)
-        context_mask = _causal(context_length, shape.detached + context_length, device) if shape.detached else None
+        shape, start = arrangement.shapes[row], arrangement.context_starts[row]
+        length = shape.context if shape.branches else len(shape)
+        context, first = slice(start, start + length), arrangement.detached_starts[row]
+        detached = slice(first, first + shape.detached)
+        context_mask = _causal(length, shape.detached + length, device) if shape.detached else None
         if not shape.branches:
-            return cls(start, context_length, stop, detached, context_mask=context_mask)
-        longest = max(shape.suffixes)
-        length_G = torch.tensor(shape.suffixes)
-        valid_GS = torch.arange(longest)[None] < length_G[:, None]
-        offset_G = length_G.cumsum(0) - length_G
-        index_GS = torch.where(valid_GS, offset_G[:, None] + torch.arange(longest)[None], offset_G[:, None])
-        mask = None if device.type == "cpu" else _causal(longest, shape.detached + context_length + longest, device)
-        return cls(
-            start, context_length, stop, detached, index_GS.to(device), valid_GS.to(device), context_mask, mask
-        )  # fmt: skip
+            return cls(context, slice(0, 0), detached, context_mask=context_mask)
+        length_G = np.array(shape.suffixes)
+        longest, offset_G = int(length_G.max()), length_G.cumsum() - length_G
+        valid_GS = np.arange(longest)[None] < length_G[:, None]
+        index_GS = np.where(valid_GS, offset_G[:, None] + np.arange(longest)[None], offset_G[:, None])
+        on_host = [torch.from_numpy(x) for x in (index_GS, valid_GS.ravel().nonzero()[0])]
+        on_device = sent_together(on_host, device)
+        suffixes = slice(arrangement.suffix_starts[row], arrangement.suffix_starts[row] + sum(shape.suffixes))
+        mask = None if device.type == "cpu" else _causal(longest, shape.detached + length + longest, device)
+        valid_N = None if valid_GS.all() else on_device[1]
+        return cls(context, suffixes, detached, on_device[0], valid_N, context_mask, mask)
 
 
 class SharedLayout:
     """Positions of a micro-batch's rows, in the form that each kernel needs.
 
     Args:
-        shapes: The rows, in the order of their concatenation.
+        arrangement: Where the rows are.
         device: Where the model is.
     """
 
-    def __init__(self, shapes: Sequence[RowShape], device: torch.device) -> None:
-        self._shapes = shapes
+    def __init__(self, arrangement: Arrangement, device: torch.device) -> None:
+        self._arrangement = arrangement
         self._device = device
 
     @cached_property
     def packed(self) -> PackedRows:
         """All rows at once, for ``gpu.py``."""
-        return PackedRows.of(self._shapes, self._device)
+        return PackedRows.of(self._arrangement, self._device)
 
     @cached_property
     def rows(self) -> list[RowLayout]:
-        """Row by row, for the other kernels."""
-        rows, start, detached = [], 0, 0
-        for shape in self._shapes:
-            rows.append(RowLayout.of(start, shape, detached, self._device))
-            start, detached = start + len(shape), detached + shape.detached
-        return rows
+        """Row by row, as they are laid out, for the other kernels."""
+        return [RowLayout.of(self._arrangement, row, self._device) for row in self._arrangement.order]
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> Any:
@@ -162,7 +160,8 @@ def shared_prefix_attention(
     detached = None if detached_contexts is None else detached_contexts[layer]
     if takes(query, key, value):
         return packed_attention(query, key, value, shared_layout.packed, scaling, detached), None
-    parts = [part for row in shared_layout.rows for part in _row(query, key, value, row, scaling, detached)]
+    outputs = [_row(query, key, value, row, scaling, detached) for row in shared_layout.rows]
+    parts = [x for x, _ in outputs] + [x for _, x in outputs if x is not None]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -173,17 +172,16 @@ def _row(
     row: RowLayout,
     scaling: float | None,
     detached: tuple[Tensor, Tensor] | None,
-) -> list[Tensor]:
-    """Output of one row: its context, then its suffixes if it has several."""
-    q, k, v = (x[:, :, row.start : row.stop] for x in (query, key, value))
+) -> tuple[Tensor, Tensor | None]:
+    """Outputs of one row: of its context, and of its suffixes if it has several."""
+    k, v = key[:, :, row.context], value[:, :, row.context]
     if detached is not None:
-        k, v = (torch.cat([x[:, :, slice(*row.detached)], own], dim=2) for x, own in zip(detached, (k, v), strict=True))
-    queries, keys = row.context_length, k.shape[2] - (q.shape[2] - row.context_length)
-    of_context = _context(q[:, :, :queries], k[:, :, :keys], v[:, :, :keys], row, scaling)
+        k, v = (torch.cat([x[:, :, row.detached], own], dim=2) for x, own in zip(detached, (k, v), strict=True))
+    of_context = _context(query[:, :, row.context], k, v, row, scaling)
     if row.index_GS is None:
-        return [of_context]
-    own = (q[:, :, queries:], k[:, :, keys:], v[:, :, keys:])
-    return [of_context, _suffixes(own, k[:, :, :keys], v[:, :, :keys], row, scaling)]
+        return of_context, None
+    own = (query[:, :, row.suffixes], key[:, :, row.suffixes], value[:, :, row.suffixes])
+    return of_context, _suffixes(own, k, v, row, scaling)
 
 
 def same_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -217,7 +215,8 @@ def _suffixes(
         )
         keys, values = _repeated(own_q, keys, values)
         output = scaled_dot_product_attention(own_q, keys, values, attn_mask=row.mask, scale=scaling)
-    return output.transpose(0, 1)[:, row.valid_GS][None]
+    output = output.transpose(0, 1).flatten(1, 2)
+    return (output if row.valid_N is None else output[:, row.valid_N])[None]
 
 
 def _repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rpo_lightning.policy.prefix_sharing.arrangement import Arrangement
 from rpo_lightning.policy.prefix_sharing.cpu import merge
-from rpo_lightning.policy.prefix_sharing.rows import RowShape
+from rpo_lightning.policy.prefix_sharing.transfer import sent_together
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Sequences:
     """Sequences for one kernel call: the queries of each attend to the keys of the same sequence.
 
     Attributes:
-        query_index: Indices of the queries among the computed tokens; ``None`` for all of them.
-        key_index: Indices of the keys among the detached tokens followed by the computed ones; ``None`` for all.
+        queries: Which of the computed tokens are queries.
+        keys: Which of the detached tokens, followed by the computed ones, are keys: a slice, or indices.
         query_bounds: Start of each sequence's queries, and the end of the last, [sequences + 1], int32.
         key_bounds: Start of each sequence's keys, and the end of the last, [sequences + 1], int32.
         most_queries: Largest number of queries of a sequence.
@@ -38,30 +40,13 @@ class Sequences:
             query sees every key.
     """
 
-    query_index: Tensor | None
-    key_index: Tensor | None
+    queries: slice
+    keys: slice | Tensor
     query_bounds: Tensor
     key_bounds: Tensor
     most_queries: int
     most_keys: int
     causal: bool
-
-    @classmethod
-    def of(
-        cls,
-        queries: Sequence[int],
-        keys: Sequence[int],
-        device: torch.device,
-        query_index: Tensor | None = None,
-        key_index: Tensor | None = None,
-        causal: bool = False,
-    ) -> Sequences:
-        """Sequences with the given numbers of queries and keys; the other arguments are as in the attributes."""
-        bounds = [
-            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (queries, keys)
-        ]
-        indices = [None if index is None else index.to(device) for index in (query_index, key_index)]
-        return cls(indices[0], indices[1], bounds[0], bounds[1], max(queries), max(keys), causal)
 
 
 @dataclass(frozen=True)
@@ -77,31 +62,45 @@ class PackedRows:
     shared: Sequences | None
 
     @classmethod
-    def of(cls, shapes: Sequence[RowShape], device: torch.device) -> PackedRows:
-        """Describe rows that are concatenated in this order; their detached tokens are too."""
-        detached_starts = [0, *accumulate(shape.detached for shape in shapes)]
-        starts = [0, *accumulate(len(shape) for shape in shapes)]
-        detached_tokens = detached_starts[-1]
-        queries: list[int] = []
-        keys: list[int] = []
-        key_index: list[Tensor] = []
-        suffixes: list[Tensor] = []
-        contexts: list[Tensor] = []
-        for shape, detached_start, start in zip(shapes, detached_starts, starts, strict=False):
-            detached = torch.arange(detached_start, detached_start + shape.detached, device="cpu")
-            computed = torch.arange(start, start + len(shape), device="cpu")
-            parts = [shape.context, *shape.suffixes] if shape.branches else [len(shape)]
-            queries += parts
-            keys += [shape.detached + parts[0], *parts[1:]]
-            key_index += [detached, detached_tokens + computed]
-            if shape.branches:
-                suffixes.append(computed[shape.context :])
-                contexts.append(torch.cat([detached, detached_tokens + computed[: shape.context]]))
-        own = Sequences.of(queries, keys, device, None, torch.cat(key_index) if detached_tokens else None, causal=True)
-        if not suffixes:
+    def of(cls, arrangement: Arrangement, device: torch.device) -> PackedRows:
+        """Describe concatenated rows. All that the kernels need is sent to the device together."""
+        a, shapes, branching = arrangement, arrangement.shapes, arrangement.branching
+        queries = [shapes[i].context if shapes[i].branches else len(shapes[i]) for i in a.order]
+        keys = [shapes[i].detached + n for i, n in zip(a.order, queries, strict=True)]
+        suffixes = [n for i in branching for n in shapes[i].suffixes]
+        lengths = [[*queries, *suffixes], [*keys, *suffixes]]
+        if branching:
+            lengths += [
+                [sum(shapes[i].suffixes) for i in branching],
+                [shapes[i].detached + shapes[i].context for i in branching],
+            ]
+        on_host = [torch.from_numpy(np.array([0, *accumulate(x)], dtype=np.int32)) for x in lengths]
+        detached = sum(shape.detached for shape in shapes)
+        if detached:
+            on_host += [_with_detached(a, a.order, a.tokens), _with_detached(a, branching, a.contexts)]
+        bounds = sent_together(on_host, device)
+        picked: list[slice | Tensor] = list(bounds[-2:]) if detached else [slice(None), slice(0, a.contexts)]
+        own = Sequences(slice(None), picked[0], bounds[0], bounds[1], max(lengths[0]), max(lengths[1]), causal=True)
+        if not branching:
             return cls(own, None)
-        lengths = [len(x) for x in suffixes], [len(x) for x in contexts]
-        return cls(own, Sequences.of(*lengths, device, torch.cat(suffixes), torch.cat(contexts)))
+        shared = Sequences(
+            slice(a.suffixes, None), picked[1], bounds[2], bounds[3], max(lengths[2]), max(lengths[3]), causal=False
+        )
+        return cls(own, shared)
+
+
+def _with_detached(arrangement: Arrangement, rows: Sequence[int], stop: int) -> Tensor:
+    """Indices of rows' computed tokens up to ``stop``, those of each row's context after its detached ones."""
+    a, parts = arrangement, []
+    detached_tokens = sum(shape.detached for shape in a.shapes)
+    position = 0
+    for i in rows:
+        shape = a.shapes[i]
+        position = a.context_starts[i] + (shape.context if shape.branches else len(shape))
+        parts.append(np.arange(a.detached_starts[i], a.detached_starts[i] + shape.detached))
+        parts.append(np.arange(detached_tokens + a.context_starts[i], detached_tokens + position))
+    parts.append(np.arange(detached_tokens + position, detached_tokens + stop))
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def packed_attention(
@@ -136,10 +135,10 @@ class _PackedAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: PackedRows, scale: float | None) -> Tensor:
         output, lse = _attend(q, k, v, rows.own, scale)
         if rows.shared is not None:
-            index = rows.shared.query_index
+            suffixes = rows.shared.queries
             with_context, lse_with_context = _attend(q, k, v, rows.shared, scale)
-            merged, merged_lse = merge(output[index], lse[:, index].T, with_context, lse_with_context.T)
-            output[index], lse[:, index] = merged, merged_lse.T
+            merged, merged_lse = merge(output[suffixes], lse[:, suffixes].T, with_context, lse_with_context.T)
+            output[suffixes], lse[:, suffixes] = merged, merged_lse.T
         ctx.save_for_backward(q, k, v, output, lse)
         ctx.rows, ctx.scale = rows, scale
         return output
@@ -151,12 +150,12 @@ class _PackedAttention(torch.autograd.Function):
         q, k, v, output, lse = ctx.saved_tensors
         rows, gradient = ctx.rows, gradients[0].contiguous()
         q_grad, *own = _attend_backward(gradient, q, k, v, output, lse, rows.own, ctx.scale)
-        k_grad, v_grad = (_placed(x, k, rows.own.key_index) for x in own)
+        k_grad, v_grad = (_placed(x, k, rows.own.keys) for x in own)
         if rows.shared is not None:
             of_queries, *of_contexts = _attend_backward(gradient, q, k, v, output, lse, rows.shared, ctx.scale)
-            q_grad.index_add_(0, rows.shared.query_index, of_queries)
+            q_grad[rows.shared.queries] += of_queries
             for total, part in zip((k_grad, v_grad), of_contexts, strict=True):
-                total.index_add_(0, rows.shared.key_index, part)
+                _add(total, rows.shared.keys, part)
         return q_grad, k_grad, v_grad, None, None
 
 
@@ -164,8 +163,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float 
     """Output [queries, heads, size] and log-sum-exps [heads, queries]."""
     s = sequences
     output, lse, *_ = torch.ops.aten._flash_attention_forward(
-        _pick(q, s.query_index), _pick(k, s.key_index), _pick(v, s.key_index), s.query_bounds, s.key_bounds,
-        s.most_queries, s.most_keys, 0.0, s.causal, False, scale=scale,
+        q[s.queries], k[s.keys], v[s.keys], s.query_bounds, s.key_bounds, s.most_queries, s.most_keys, 0.0, s.causal,
+        False, scale=scale,
     )  # fmt: skip
     return output, lse
 
@@ -184,17 +183,21 @@ def _attend_backward(
     s = sequences
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
     return torch.ops.aten._flash_attention_backward(
-        _pick(gradient, s.query_index), _pick(q, s.query_index), _pick(k, s.key_index), _pick(v, s.key_index),
-        _pick(output, s.query_index), lse if s.query_index is None else lse[:, s.query_index].contiguous(),
+        gradient[s.queries], q[s.queries], k[s.keys], v[s.keys], output[s.queries], lse[:, s.queries].contiguous(),
         s.query_bounds, s.key_bounds, s.most_queries, s.most_keys, 0.0, s.causal, no_dropout,
         torch.empty(0, device=q.device), scale=scale,
     )  # fmt: skip
 
 
-def _pick(x: Tensor, index: Tensor | None) -> Tensor:
-    return x if index is None else x[index]
+def _placed(x: Tensor, like: Tensor, where: slice | Tensor) -> Tensor:
+    """A tensor like another one with ``x`` at some positions, and zeros at the others; all of it for a whole slice."""
+    if isinstance(where, slice) and where == slice(None):
+        return x
+    return _add(torch.zeros_like(like), where, x)
 
 
-def _placed(x: Tensor, like: Tensor, index: Tensor | None) -> Tensor:
-    """The inverse of :func:`_pick`, with zeros for tokens that were not picked."""
-    return x if index is None else torch.zeros_like(like).index_add_(0, index, x)
+def _add(total: Tensor, where: slice | Tensor, part: Tensor) -> Tensor:
+    if isinstance(where, slice):
+        total[where] += part
+        return total
+    return total.index_add_(0, where, part)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from rpo_lightning.policy.prefix_sharing.arrangement import Arrangement
 from rpo_lightning.policy.prefix_sharing.gpu import PackedRows, packed_attention
 from rpo_lightning.policy.prefix_sharing.rows import RowShape
 
@@ -22,7 +24,7 @@ _DTYPES = (torch.float16, torch.bfloat16)
 _LARGEST_HEAD = 256
 _OLDEST_CAPABILITY = (8, 0)
 # The trial's rows, and the largest relative error of 16 bits against fp32. Correct kernels are off by about 0.01.
-_TRIAL = (RowShape(3, 2, (4, 7)), RowShape(0, 5, (6,)), RowShape(2, 1, (1, 3, 2)))
+_TRIAL = Arrangement.of((RowShape(3, 2, (4, 7)), RowShape(0, 5, (6,)), RowShape(2, 1, (1, 3, 2))))
 _TRIAL_ERROR = 0.05
 
 
@@ -72,7 +74,7 @@ def kernels_agree(device: torch.device, dtype: torch.dtype, heads: int, key_head
 def _trial_error(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> float:
     """Largest relative error of the output and of the gradients of queries, keys and values."""
     generator = torch.Generator().manual_seed(0)
-    computed, detached = sum(len(shape) for shape in _TRIAL), sum(shape.detached for shape in _TRIAL)
+    computed, detached = _TRIAL.tokens, sum(shape.detached for shape in _TRIAL.shapes)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(1, *shape, size, generator=generator).to(device, dtype)
@@ -96,19 +98,18 @@ def _masked_attention(query: Tensor, key: Tensor, value: Tensor, before: tuple[T
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     detached_tokens = before[0].shape[2]
     seen = torch.zeros(query.shape[2], key.shape[2], dtype=torch.bool)
-    start = detached = 0
-    for shape in _TRIAL:
-        seen[start : start + len(shape), detached : detached + shape.detached] = True
-        first = start
-        for length in (shape.context, *shape.suffixes):
-            stop, context = first + length, slice(detached_tokens + start, detached_tokens + start + shape.context)
-            if first > start:
-                seen[first:stop, context] = True
-            seen[first:stop, detached_tokens + first : detached_tokens + stop] = (
-                torch.ones(length, length).tril().bool()
-            )
-            first = stop
-        start, detached = start + len(shape), detached + shape.detached
+    for i, shape in enumerate(_TRIAL.shapes):
+        start, first = _TRIAL.context_starts[i], _TRIAL.suffix_starts[i]
+        own_detached = slice(_TRIAL.detached_starts[i], _TRIAL.detached_starts[i] + shape.detached)
+        context = slice(detached_tokens + start, detached_tokens + start + shape.context)
+        suffixes = zip(accumulate(shape.suffixes, initial=first), shape.suffixes, strict=False)
+        for begin, length in [(start, shape.context), *suffixes]:
+            stop = begin + length
+            seen[begin:stop, own_detached] = True
+            if begin != start:
+                seen[begin:stop, context] = True
+            own = slice(detached_tokens + begin, detached_tokens + stop)
+            seen[begin:stop, own] = torch.ones(length, length).tril().bool()
     scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
     probs = scores.masked_fill(~seen.to(query.device), -torch.inf).softmax(-1)
     return (probs @ value).transpose(1, 2)

@@ -9,10 +9,7 @@ import torch
 
 def dense_sequences(q, k, v, sequences, scale):
     """Yield each sequence's queries, keys, values, slices of queries and keys, and scores [heads, queries, keys]."""
-    q, k, v = (
-        x if index is None else x[index]
-        for x, index in ((q, sequences.query_index), (k, sequences.key_index), (v, sequences.key_index))
-    )
+    q, k, v = q[sequences.queries], k[sequences.keys], v[sequences.keys]
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     bounds = (sequences.query_bounds.tolist(), sequences.key_bounds.tolist())
     for (start, stop), (first, last) in zip(*(pairwise(b) for b in bounds), strict=True):
@@ -34,9 +31,7 @@ def dense_attend(q, k, v, sequences, scale):
 
 def dense_attend_backward(gradient, q, k, v, output, lse, sequences, scale):
     """Flash attention's backward pass, from the given output and log-sum-exp."""
-    index = sequences.query_index
-    gradient, output = (x if index is None else x[index] for x in (gradient, output))
-    lse = lse if index is None else lse[:, index]
+    gradient, output, lse = gradient[sequences.queries], output[sequences.queries], lse[:, sequences.queries]
     repeats, factor = q.shape[1] // k.shape[1], scale or q.shape[-1] ** -0.5
     gradients = []
     for asked, keys, values, own, _, scores in dense_sequences(q, k, v, sequences, scale):

@@ -9,6 +9,7 @@ import torch
 
 from rpo_lightning.policy.prefix_sharing import attention, compatibility, gpu_check
 from rpo_lightning.policy.prefix_sharing import gpu as gpu_attention
+from rpo_lightning.policy.prefix_sharing.arrangement import Arrangement
 from rpo_lightning.policy.prefix_sharing.gpu import PackedRows
 from rpo_lightning.policy.prefix_sharing.rows import RowShape
 from rpo_lightning.update.objectives import DAPO
@@ -57,17 +58,26 @@ def test_packed_rows_keep_gradient_checkpointing(exact_policy, packed):
 
 def test_rows_are_packed_as_the_sequences_they_consist_of():
     """Indices by hand, for a row of 2 detached + 1 context + 2 + 3 tokens and one of 1 + 2 + 2 without branches."""
-    rows = PackedRows.of([RowShape(2, 1, (2, 3)), RowShape(1, 2, (2,))], torch.device("cpu"))
-    assert rows.own.query_index is None
-    assert rows.own.query_bounds.tolist() == [0, 1, 3, 6, 10]
+    arrangement = Arrangement.of([RowShape(2, 1, (2, 3)), RowShape(1, 2, (2,))])
+    # The first row's context, the second row, the first row's suffixes.
+    assert (arrangement.context_starts, arrangement.suffix_starts) == ((0, 1), (5, 3))
+    rows = PackedRows.of(arrangement, torch.device("cpu"))
+    assert rows.own.queries == slice(None)
+    assert rows.own.query_bounds.tolist() == [0, 1, 5, 7, 10]
     # Detached tokens are 0-2, computed ones 3-12. Each sequence's detached part comes before its own.
-    assert rows.own.key_index.tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 2, 9, 10, 11, 12]
-    assert rows.own.key_bounds.tolist() == [0, 3, 5, 8, 13]
+    assert rows.own.keys.tolist() == [0, 1, 3, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert rows.own.key_bounds.tolist() == [0, 3, 8, 10, 13]
     assert (rows.own.most_queries, rows.own.most_keys, rows.own.causal) == (4, 5, True)
-    assert rows.shared.query_index.tolist() == [1, 2, 3, 4, 5]
-    assert rows.shared.key_index.tolist() == [0, 1, 3]
+    assert rows.shared.queries == slice(5, None)
+    assert rows.shared.keys.tolist() == [0, 1, 3]
     assert not rows.shared.causal
-    assert PackedRows.of([RowShape(0, 5, ())], torch.device("cpu")).shared is None
+
+
+def test_nothing_is_picked_by_index_where_nothing_is_detached():
+    rows = PackedRows.of(Arrangement.of([RowShape(0, 5, ()), RowShape(0, 3, (2, 3))]), torch.device("cpu"))
+    assert (rows.own.queries, rows.own.keys) == (slice(None), slice(None))
+    assert (rows.shared.queries, rows.shared.keys) == (slice(8, None), slice(0, 3))
+    assert PackedRows.of(Arrangement.of([RowShape(0, 5, ())]), torch.device("cpu")).shared is None
 
 
 def agree():
@@ -193,11 +203,9 @@ def top_left(q, k, v, sequences, scale):
         return dense_attend(q, k, v, sequences, scale)
     pairs = torch.stack([sequences.query_bounds.diff(), sequences.key_bounds.diff()]).amin(0)
     seen = torch.cat([first + torch.arange(n) for first, n in zip(sequences.key_bounds, pairs, strict=False)])
-    keys = seen if sequences.key_index is None else sequences.key_index[seen]
+    keys = seen if isinstance(sequences.keys, slice) else sequences.keys[seen]
     bounds = torch.cat([torch.zeros(1, dtype=torch.int32), pairs.cumsum(0).int()])
-    return dense_attend(
-        q, k, v, replace(sequences, key_index=keys, key_bounds=bounds, most_keys=int(pairs.max())), scale
-    )
+    return dense_attend(q, k, v, replace(sequences, keys=keys, key_bounds=bounds, most_keys=int(pairs.max())), scale)
 
 
 def without_contexts(*arguments):
