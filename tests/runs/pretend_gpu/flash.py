@@ -8,27 +8,26 @@ from __future__ import annotations
 import torch
 
 
+def _require(holds, what):
+    if not holds:
+        raise RuntimeError(f"flash attention: {what}")
+
+
 def _check(q, k, v, query_bounds, key_bounds, most_queries, most_keys, causal):
     for bounds in (query_bounds, key_bounds):
-        assert bounds.dtype == torch.int32, "cu_seqlens must have dtype int32"
-        assert bounds.is_contiguous()
-        assert bounds.dim() == 1
-    assert q.dtype in (torch.float16, torch.bfloat16)
-    assert q.dtype == k.dtype == v.dtype, (q.dtype, k.dtype, v.dtype)
-    assert q.dim() == k.dim() == v.dim() == 3
-    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "Input tensor must have contiguous last dimension"
-    assert q.shape[-1] <= 256
-    assert q.shape[-1] % 8 == 0
-    assert q.shape[1] % k.shape[1] == 0
-    assert type(most_queries) is int
-    assert type(most_keys) is int
+        _require(bounds.dtype == torch.int32, "cu_seqlens must have dtype int32")
+        _require(bounds.is_contiguous() and bounds.dim() == 1, "cu_seqlens must be contiguous")
+    dtypes = {x.dtype for x in (q, k, v)}
+    _require(len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16}, f"only fp16 and bf16, got {dtypes}")
+    _require(q.dim() == k.dim() == v.dim() == 3, "tokens, heads, size")
+    _require(q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "input must have contiguous last dimension")
+    _require(q.shape[-1] <= 256 and q.shape[-1] % 8 == 0 and q.shape[1] % k.shape[1] == 0, "heads")
+    _require(type(most_queries) is int and type(most_keys) is int, "lengths must be numbers of the host")
     queries, keys = query_bounds.diff().tolist(), key_bounds.diff().tolist()
-    assert (max(queries), max(keys)) == (most_queries, most_keys)
-    assert min(queries) >= 0
-    assert query_bounds[0] == key_bounds[0] == 0
-    assert query_bounds[-1] == q.shape[0]
-    assert key_bounds[-1] == k.shape[0]
-    assert not causal or all(a <= b for a, b in zip(queries, keys, strict=True)), "empty rows"
+    _require((max(queries), max(keys)) == (most_queries, most_keys) and min(queries) >= 0, "longest sequences")
+    _require(query_bounds[0] == key_bounds[0] == 0, "bounds begin at 0")
+    _require(query_bounds[-1] == q.shape[0] and key_bounds[-1] == k.shape[0], "bounds end with the tokens")
+    _require(not causal or all(a <= b for a, b in zip(queries, keys, strict=True)), "no empty rows")
 
 
 def _sequences(q, k, v, query_bounds, key_bounds, causal, scale):
@@ -64,11 +63,9 @@ def backward(
     scale=None, **_,
 ):  # fmt: skip
     _check(q, k, v, query_bounds, key_bounds, most_queries, most_keys, causal)
-    assert gradient.dtype == q.dtype == output.dtype
-    assert lse.dtype == torch.float32
-    assert lse.shape == (q.shape[1], q.shape[0])
-    assert lse.is_contiguous()
-    assert gradient.stride(-1) == output.stride(-1) == 1
+    _require(gradient.dtype == q.dtype == output.dtype and lse.dtype == torch.float32, "dtypes of the backward pass")
+    _require(lse.shape == (q.shape[1], q.shape[0]) and lse.is_contiguous(), "log-sum-exps")
+    _require(gradient.stride(-1) == output.stride(-1) == 1, "gradient and output must have contiguous last dimension")
     of_q, of_k, of_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     factor, repeats = scale or q.shape[-1] ** -0.5, q.shape[1] // k.shape[1]
     dot = (gradient.float() * output.float()).sum(-1).T
