@@ -29,6 +29,7 @@ from rpo_lightning.core.seeds import SeedPurpose, derive_seed, set_generator_sta
 from rpo_lightning.core.types import Batch, Group, RolloutRequest
 from rpo_lightning.evaluation.module import PolicyModule, require_requests
 from rpo_lightning.evaluation.settings import EvaluationSettings
+from rpo_lightning.policy.elementwise.choice import ElementwiseKernels
 from rpo_lightning.policy.lora import LoRA
 from rpo_lightning.policy.parallel.base import GradientAccumulation
 from rpo_lightning.policy.parallel.strategies import accumulation_for
@@ -75,6 +76,8 @@ class RPOModule(PolicyModule):
         optimizer: Makes the optimizer from the parameters; AdamW at 1e-6 if not given.
         lr_schedule: Learning-rate schedule over the updates.
         adapter: Train a low-rank adapter instead of the policy's weights.
+        elementwise_kernels: Which kernels compute norms, gated MLPs and rotary embeddings on a GPU: those of ``liger``,
+            none but torch's own (``none``), or ``auto``: Liger's if they are installed and agree with the plain layers.
         dynamic_sampling: Drop groups without variance and refill; off if not given.
         update: How scored groups become a gradient.
         evaluation: How evaluation answers are drawn.
@@ -95,6 +98,7 @@ class RPOModule(PolicyModule):
         optimizer: OptimizerCallable | None = None,
         lr_schedule: LearningRateSchedule = LearningRateSchedule(),
         adapter: LoRA | None = None,
+        elementwise_kernels: ElementwiseKernels = "auto",
         dynamic_sampling: DynamicSampling | None = None,
         update: UpdateSettings = UpdateSettings(),
         evaluation: EvaluationSettings = EvaluationSettings(),
@@ -119,6 +123,7 @@ class RPOModule(PolicyModule):
             sampling=sampling,
             evaluation=evaluation,
             adapter=adapter,
+            elementwise_kernels=elementwise_kernels,
         )
         self.automatic_optimization = False
         self.objective = objective or DAPO()

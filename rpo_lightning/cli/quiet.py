@@ -81,6 +81,8 @@ def silence_libraries() -> None:
     logging.getLogger("vllm.triton_utils.importing").addFilter(_is_not_about_triton)
     # It tells that 8-bit products are computed in 16 bits, at every product.
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(Once())
+    # It lists its backends for other hardware, which are not installed.
+    logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the last failure is an error
     # What a command prints, such as a config, may be piped into a file.
     logging.getLogger("DeepSpeed").addFilter(_to_stderr)

@@ -24,6 +24,7 @@ from rpo_lightning.core.timing import PhaseTimer
 from rpo_lightning.core.types import Batch, Group, RolloutRequest
 from rpo_lightning.evaluation.evaluation import Evaluation
 from rpo_lightning.evaluation.settings import EvaluationSettings
+from rpo_lightning.policy.elementwise.choice import ElementwiseKernels, require_choice, use_elementwise_kernels
 from rpo_lightning.policy.export import export_policy
 from rpo_lightning.policy.limits import require_known_tokens, require_positions
 from rpo_lightning.policy.load import load_policy
@@ -50,6 +51,7 @@ class PolicyModule(LightningModule):
         sampling: How training rollouts are sampled.
         evaluation: How evaluation answers are sampled.
         adapter: A low-rank adapter that is trained instead of the policy's weights.
+        elementwise_kernels: Which kernels compute norms, gated MLPs and rotary embeddings.
 
     Attributes:
         evaluations: The current or last evaluation, one for each set of questions.
@@ -67,8 +69,10 @@ class PolicyModule(LightningModule):
         sampling: Sampling,
         evaluation: EvaluationSettings,
         adapter: LoRA | None = None,
+        elementwise_kernels: ElementwiseKernels = "auto",
     ) -> None:
         super().__init__()
+        require_choice(elementwise_kernels)
         if isinstance(policy, str):
             tokenizer = load_tokenizer(policy)
         elif tokenizer is None:
@@ -81,6 +85,7 @@ class PolicyModule(LightningModule):
         self.sampling = sampling
         self.evaluation = evaluation
         self.adapter = adapter
+        self.elementwise_kernels = elementwise_kernels
         # With an adapter, a checkpoint holds the adapter only.
         self.strict_loading = adapter is None
         self.ranks = Ranks()
@@ -116,6 +121,8 @@ class PolicyModule(LightningModule):
         source, adapter = self._policy_source, self.adapter
         options = adapter.loading_options() if adapter else {}
         policy = load_policy(source, **options) if isinstance(source, str) else source
+        device = policy.device if self._trainer is None else self._trainer.strategy.root_device
+        use_elementwise_kernels(policy, self.elementwise_kernels, device)
         return (adapter.apply(policy) if adapter else policy).train()
 
     @property
