@@ -2,15 +2,16 @@
 
 ``python benchmarks/cost_model.py`` predicts iterations with the paper's settings (DeepSeek-R1-Distill-Qwen
 1.5B and 7B, G = 6, 576 samples, the lengths of its Table 2) on H20 and H100 GPUs and sets the ratio of full
-path to RPO beside its Table 3. Then it checks itself against ``iteration.json``: from the rates that the full path
-reached there, RPO's iterations are predicted, with shared rows and with a row per response.
+path to RPO beside its Table 3. It divides an update into matrix products, attention and elementwise work, and says
+what changes of the package are expected to bring on an H100. Then it checks itself against ``iteration.json``: from the
+rates that the full path reached there, RPO's iterations are predicted, with shared rows and with a row per response.
 
 The model: a matrix product costs two operations a weight and token, three times that to train, four times
-with gradient checkpointing; decoding reads the weights and the key–value cache once a step; prompts and
-prefixes are prefilled once a group. Efficiencies are assumed, and said so in the output. The paper's
-baseline has one of eight GPUs sample while seven train, one after the other; its hours contain more than
-these phases. The last line is JSON; its ``hardware`` is the machine that the script ran on, of which the predictions
-know nothing.
+with gradient checkpointing; elementwise work moves the bytes that ``common/traffic.py`` counts; decoding reads the
+weights and the key–value cache once a step; prompts and prefixes are prefilled once a group. Efficiencies are assumed,
+and said so in the output. The paper's baseline has one of eight GPUs sample while seven train, one after the other; its
+hours contain more than these phases. The last line is JSON; its ``hardware`` is the machine that the script ran on, of
+which the predictions know nothing.
 """
 
 from __future__ import annotations
@@ -21,98 +22,110 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from common.expected import CONTEXT, GROUP, MICRO_BATCH, SUFFIX, changes, iteration
 from common.machine import hardware
-from common.random_policy import make
+from common.predicted import (
+    ATTENTION_EFFICIENCY,
+    BANDWIDTH_EFFICIENCY,
+    H20,
+    H100,
+    H200,
+    PREFILL_EFFICIENCY,
+    PRODUCT_EFFICIENCY,
+    Gpu,
+    Model,
+    Rows,
+)
+from common.tables import table
 from common.work import ModelWork
 
 ROOT = Path(__file__).parents[1]
-GROUP, SAMPLES, PROMPT = 6, 576, 150
-# Shares of the peak that are assumed, not measured.
-TRAIN_EFFICIENCY, PREFILL_EFFICIENCY, BANDWIDTH_EFFICIENCY = 0.4, 0.5, 0.6
-CONCURRENT = 256
+SAMPLES, PROMPT, CONCURRENT = 576, 150, 256
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """Dense bf16 peak in FLOP/s, memory bandwidth in bytes/s (vendor's figures)."""
+class Published:
+    """A model of the paper: average lengths (Table 2), and how many times as fast RPO was (Table 3, L = 800)."""
 
     name: str
-    flops: float
-    bandwidth: float
-
-
-@dataclass(frozen=True)
-class Model:
-    """Weights in matrix products, and bytes of keys and values a token, in bf16."""
-
-    name: str
-    weights: float
-    cache_bytes: float
+    size: str
     full_length: float
-    suffixes: tuple[tuple[int, float], ...]  # (L, generated tokens) of Table 2
-    published_ratio: float  # Table 3, L = 800
+    suffixes: tuple[tuple[int, float], ...]  # (L, generated tokens)
+    ratio: float
 
 
-GPUS = (Gpu("H20", 148e12, 4.0e12), Gpu("H100", 989e12, 3.35e12))
-H200 = Gpu("H200", 989e12, 4.8e12)
-MODELS = (
-    Model("1.5B", 1.54e9, 2 * 28 * 2 * 128 * 2, 2689.5, ((300, 145.9), (500, 158.4), (800, 382.2)), 9.2),
-    Model("7B", 7.07e9, 2 * 28 * 4 * 128 * 2, 2457.9, ((300, 147.1), (500, 168.2), (800, 397.9)), 3.6),
+PUBLISHED = (
+    Published("1.5B", "qwen2-1.5b", 2689.5, ((300, 145.9), (500, 158.4), (800, 382.2)), 9.2),
+    Published("7B", "qwen2-7b", 2457.9, ((300, 147.1), (500, 168.2), (800, 397.9)), 3.6),
 )
 
 
-@dataclass(frozen=True)
-class Iteration:
-    """Predicted seconds of one update's iteration."""
-
-    prefill: float
-    decode: float
-    update: float
-
-    @property
-    def total(self) -> float:
-        """All phases, one after the other."""
-        return self.prefill + self.decode + self.update
-
-
-def predict(
-    gpu: Gpu, model: Model, prefix: float, suffix: float, shared: bool, samplers: int, trainers: int
-) -> Iteration:
-    """An iteration of ``SAMPLES`` responses of ``prefix`` kept and ``suffix`` sampled tokens."""
+def predict(gpu: Gpu, model: Model, prefix: float, suffix: float, shared: bool, samplers: int, trainers: int) -> float:
+    """Seconds of an iteration of ``SAMPLES`` responses of ``prefix`` kept and ``suffix`` sampled tokens."""
     groups = SAMPLES / GROUP
     context = PROMPT + prefix
-    prefill = 2 * model.weights * groups * context / (gpu.flops * PREFILL_EFFICIENCY * samplers)
+    prefill = 2 * model.work.matrices * groups * context / (gpu.flops * PREFILL_EFFICIENCY * samplers)
     concurrent = min(CONCURRENT, SAMPLES / samplers)
-    step_bytes = 2 * model.weights + concurrent * (context + suffix / 2) * model.cache_bytes
-    step = max(
-        step_bytes / (gpu.bandwidth * BANDWIDTH_EFFICIENCY),
-        2 * model.weights * concurrent / (gpu.flops * PREFILL_EFFICIENCY),
-    )
+    read = 2 * (model.weights + concurrent * (context + suffix / 2) * model.work.cache)
+    step = max(gpu.moving(read), 2 * model.weights * concurrent / (gpu.flops * PREFILL_EFFICIENCY))
     decode = step * SAMPLES * suffix / (concurrent * samplers)
-    tokens = groups * (context + GROUP * suffix) if shared else SAMPLES * (context + suffix)
-    update = 8 * model.weights * tokens / (gpu.flops * TRAIN_EFFICIENCY * trainers)
-    return Iteration(prefill, decode, update)
+    rows = Rows(context, suffix, GROUP, 1 if shared else GROUP)
+    passes = rows.tokens * groups / MICRO_BATCH / trainers
+    return prefill + decode + model.update(gpu, rows, groups / trainers, passes).total
 
 
-def paper_settings() -> list[dict[str, object]]:
+def paper_settings(models: dict[str, Model]) -> list[dict[str, object]]:
     """Full path over RPO for every model, GPU, L and arrangement of eight GPUs."""
     rows: list[dict[str, object]] = []
-    for model in MODELS:
-        for gpu in GPUS:
+    for paper in PUBLISHED:
+        model, length = models[paper.size], paper.full_length
+        for gpu in (H20, H100):
             for arrangement, samplers, trainers in (("1 samples, 7 train", 1, 7), ("8 do both", 8, 8)):
-                full = predict(gpu, model, 0, model.full_length, False, samplers, trainers)
-                shared_full = predict(gpu, model, 0, model.full_length, True, samplers, trainers)
-                for limit, suffix in model.suffixes:
-                    prefix = model.full_length - suffix
+                full, shared_full = (
+                    predict(gpu, model, 0, length, share, samplers, trainers) for share in (False, True)
+                )
+                for limit, suffix in paper.suffixes:
                     plain, shared = (
-                        predict(gpu, model, prefix, suffix, share, samplers, trainers) for share in (False, True)
+                        predict(gpu, model, length - suffix, suffix, share, samplers, trainers)
+                        for share in (False, True)
                     )
                     rows.append({
-                        "model": model.name, "gpu": gpu.name, "gpus": arrangement, "L": limit,
-                        "full_seconds": full.total, "rpo_plain_seconds": plain.total, "rpo_seconds": shared.total,
-                        "ratio_plain": full.total / plain.total, "ratio_shared": shared_full.total / shared.total,
-                        "published_ratio": model.published_ratio if limit == 800 else None,
+                        "model": paper.name, "gpu": gpu.name, "gpus": arrangement, "L": limit, "full_seconds": full,
+                        "rpo_plain_seconds": plain, "rpo_seconds": shared, "ratio_plain": full / plain,
+                        "ratio_shared": shared_full / shared, "published_ratio": paper.ratio if limit == 800 else None,
                     })  # fmt: skip
+    return rows
+
+
+def update_shares(models: dict[str, Model]) -> list[dict[str, object]]:
+    """A pass of four groups at the paper's lengths (L = 300) on an H100, in its parts."""
+    rows: list[dict[str, object]] = []
+    for size, model in models.items():
+        for kernels in ("plain", "fused"):
+            for checkpointing in (True, False):
+                shape = Rows(CONTEXT, SUFFIX, GROUP, 1)
+                update = model.update(H100, shape, 4, 1, kernels == "fused", checkpointing)
+                rows.append({
+                    "model": size, "kernels": kernels, "checkpointing": checkpointing, **asdict(update),
+                    "seconds": update.total, "elementwise_share": update.elementwise / update.total,
+                })  # fmt: skip
+    return rows
+
+
+def iterations(models: dict[str, Model]) -> list[dict[str, object]]:
+    """Phases of the iteration of ``common/expected.py``; elementwise work is a part of the update."""
+    return [{"model": size, **iteration(H100, model)} for size, model in models.items()]
+
+
+def expected_gains(models: dict[str, Model]) -> list[dict[str, object]]:
+    """What each change is expected to bring in the iteration of ``common/expected.py`` on an H100."""
+    rows: list[dict[str, object]] = []
+    for size, model in models.items():
+        for change in changes(H100, model):
+            rows.append({
+                "change": change.name, "model": size, "before": change.before, "after": change.after,
+                "saved": change.saved(), "applies": change.applies, "assumption": change.assumption,
+            })  # fmt: skip
     return rows
 
 
@@ -144,16 +157,19 @@ def on_one_gpu(gpu: Gpu, work: ModelWork, setting: Setting) -> dict[str, float]:
     return {"full_over_rpo": full / rpo, "full_over_rpo_plain_rows": full / plain, "plain_over_shared": plain / rpo}
 
 
-def one_gpu_settings() -> list[dict[str, object]]:
+def one_gpu_settings(models: dict[str, Model]) -> list[dict[str, object]]:
     """What one GPU allows with the paper's lengths at L = 300: 150 + 2543 + 146 tokens, 16 questions at a time."""
-    rows: list[dict[str, object]] = []
-    for size in ("qwen2-1.5b", "qwen2-7b"):
-        work = ModelWork.of(make(size, "meta"))
-        for gpu in (GPUS[1], H200):
-            for group in (6, 16):
-                ratios = on_one_gpu(gpu, work, Setting(PROMPT, 2689, 146, group, 16))
-                rows.append({"model": size, "gpu": gpu.name, "G": group, **ratios})
-    return rows
+    return [
+        {
+            "model": size,
+            "gpu": gpu.name,
+            "G": group,
+            **on_one_gpu(gpu, model.work, Setting(PROMPT, 2689, 146, group, 16)),
+        }
+        for size, model in models.items()
+        for gpu in (H100, H200)
+        for group in (6, 16)
+    ]
 
 
 def check(record: dict[str, Any]) -> dict[str, Any]:
@@ -191,16 +207,6 @@ def check(record: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def table(rows: list[dict[str, object]]) -> str:
-    """A Markdown table."""
-    head = list(rows[0])
-    lines = ["| " + " | ".join(h.replace("_", " ") for h in head) + " |", "|" + " --- |" * len(head)]
-    for row in rows:
-        cells = [f"{v:.1f}" if isinstance(v, float) else "" if v is None else str(v) for v in row.values()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def check_table(checked: dict[str, Any]) -> str:
     """A Markdown table of seconds, predicted and measured."""
     lines = ["| arm | prefill | decode | update | full path over it | of what is allowed |", "|" + " --- |" * 6]
@@ -219,15 +225,24 @@ def main() -> None:
     parser.add_argument("--iteration", type=Path, default=ROOT / "benchmarks" / "results" / "iteration.json")
     parser.add_argument("--quick", action="store_true", help="the same: nothing is run")
     arguments = parser.parse_args()
-    rows = paper_settings()
-    assumed = f"training at {TRAIN_EFFICIENCY:.0%} and prefill at {PREFILL_EFFICIENCY:.0%} of the peak, decoding at "
-    assumed += f"{BANDWIDTH_EFFICIENCY:.0%} of the bandwidth, {CONCURRENT} sequences at once"
-    print(f"predicted, not measured; assumed: {assumed}\n\n{table(rows)}\n")
-    one_gpu = one_gpu_settings()
-    print(f"one GPU, training and prefill at half the peak, decoding at the memory's speed\n\n{table(one_gpu)}\n")
-    record: dict[str, Any] = {
-        "hardware": hardware(), "gpus": [asdict(g) for g in GPUS], "predictions": rows, "one_gpu": one_gpu,
-    }  # fmt: skip
+    models = {paper.size: Model.of(paper.size) for paper in PUBLISHED}
+    assumed = f"products at {PRODUCT_EFFICIENCY:.0%}, attention at {ATTENTION_EFFICIENCY:.0%} and prefill at "
+    assumed += f"{PREFILL_EFFICIENCY:.0%} of the peak, memory at {BANDWIDTH_EFFICIENCY:.0%} of the bandwidth"
+    record: dict[str, Any] = {"hardware": hardware(), "gpus": [asdict(gpu) for gpu in (H20, H100)]}
+    print(f"predicted, not measured; assumed: {assumed}")
+    for name, title, rows in (
+        ("predictions", f"the paper's settings, {CONCURRENT} sequences at once", paper_settings(models)),
+        ("update_shares", "seconds of a pass of four groups (150 + 2,543 + 6 × 146) on an H100", update_shares(models)),
+        (
+            "expected",
+            "seconds of an iteration of 576 such samples on one H100, before and after",
+            expected_gains(models),
+        ),
+        ("one_gpu", "one GPU, products and prefill at half the peak, memory at its speed", one_gpu_settings(models)),
+    ):
+        record[name] = rows
+        print(f"\n{title}\n\n{table(rows)}")
+    print()
     if arguments.iteration.exists():
         record["check"] = check(json.loads(arguments.iteration.read_text()))
         print(f"against {arguments.iteration.name}, from its full path alone\n\n{check_table(record['check'])}\n")

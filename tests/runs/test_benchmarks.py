@@ -63,3 +63,11 @@ def test_the_cost_model_predicts_the_papers_settings(tmp_path):
     # Sharing rows can only help, and a shorter suffix too.
     assert all(row["rpo_seconds"] < row["rpo_plain_seconds"] < row["full_seconds"] for row in record["predictions"])
     assert all(row["full_over_rpo"] > row["full_over_rpo_plain_rows"] > 1 for row in record["one_gpu"])
+    # Elementwise work moves bytes, so fused kernels leave products and attention as they are.
+    for plain, fused in zip(record["update_shares"][::4], record["update_shares"][2::4], strict=True):
+        assert fused["elementwise"] < plain["elementwise"]
+        assert (fused["products"], fused["attention"]) == (plain["products"], plain["attention"])
+    for change in record["expected"]:
+        low, high = change["saved"]
+        assert 0 <= low <= high
+        assert high == pytest.approx(change["before"][1] - change["after"][1])
