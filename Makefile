@@ -27,8 +27,9 @@ test: $(VENV)/.installed-dev  ## the tests
 test-slow: $(VENV)/.installed-dev  ## tests that take minutes (the whole quickstart)
 	$(RUN)/python -m pytest -m slow
 
+# The cheapest first, and no further than the first failure.
 test-gpu: $(VENV)/.installed-dev  ## what only a GPU can show
-	$(RUN)/python -m pytest tests/runs/test_gpu.py
+	$(RUN)/python -m pytest -x --durations=15 $(addprefix tests/gpu/,test_kernels.py test_update.py test_runs.py)
 
 lint: $(VENV)/.installed-dev  ## what CI checks besides the tests
 	$(RUN)/ruff check .

@@ -66,6 +66,7 @@ def run(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
     module = RPOModule(
         policy, [UniformRandomReward()], tokenizer, ExactMatchVerifier(), engine=VLLMEngine(**arguments.engine),
         group_size=arguments.group, max_response_tokens=arguments.length,
+        elementwise_kernels=arguments.elementwise_kernels,
         update=UpdateSettings(
             share_prefixes=arm != "rpo_plain_rows", micro_batch_tokens=budget,
             gradient_checkpointing=arguments.gradient_checkpointing,
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=2)
     parser.add_argument("--micro-batch-tokens", type=int, default=16384 if on_gpu else 8192)
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--elementwise-kernels", choices=["auto", "liger", "none"], default="auto")
     parser.add_argument("--engine", type=json.loads, default={}, help="VLLMEngine's settings as JSON")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--quick", action="store_true", help="responses of 256 tokens, one iteration")

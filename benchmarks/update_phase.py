@@ -28,6 +28,7 @@ from common.machine import PeakMemory, ceilings, hardware
 from common.random_policy import load
 from common.work import ModelWork
 from rpo_lightning.core.types import Completion, Group, Prompt, RolloutRequest
+from rpo_lightning.policy.elementwise.choice import use_elementwise_kernels
 from rpo_lightning.policy.prefix_sharing.attention import IMPLEMENTATION
 from rpo_lightning.policy.prefix_sharing.logprobs import token_logprobs
 from rpo_lightning.policy.prefix_sharing.rows import RowCost, rows_of, shared_rows
@@ -175,6 +176,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if on_gpu else "float32")
     parser.add_argument("--micro-batch-tokens", type=int, default=16384 if on_gpu else 8192)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--elementwise-kernels", choices=["auto", "liger", "none"], default="none")
     parser.add_argument(
         "--cells", type=cell, nargs="+", metavar="P,S,G", help="prefix, suffix and group size; the table's if not given"
     )
@@ -187,6 +189,7 @@ def main() -> None:
     for name, cells in ((REASONER, REASONER_CELLS), (arguments.model, large)):
         policy: Any = load(name)[0]
         policy.to(device="cuda" if on_gpu else "cpu", dtype=getattr(torch, arguments.dtype))
+        use_elementwise_kernels(policy, arguments.elementwise_kernels, policy.device)
         run(policy, make_group(64, 32, 2, policy.config.vocab_size), True, arguments.micro_batch_tokens)  # first touch
         measured[name] = []
         for prefix, suffix, size in cells:
@@ -198,7 +201,8 @@ def main() -> None:
             print(measured[name][-1], flush=True)
     passes = f"passes of at most {arguments.micro_batch_tokens} tokens"
     passes += "" if on_gpu else f" (plain rows of SmolLM2: one row or {SMALL_PASS})"
-    setting = f"{arguments.dtype}, {passes}, medians of {repetitions} plain and {2 * repetitions} shared"
+    kernels = f"elementwise kernels {arguments.elementwise_kernels}"
+    setting = f"{arguments.dtype}, {kernels}, {passes}, medians of {repetitions} plain and {2 * repetitions} shared"
     print(f"\n{hardware()}; {setting}\n")
     for name, of_model in measured.items():
         print(f"{Path(name).name}\n\n{table(of_model)}\n")

@@ -1,4 +1,4 @@
-"""A vLLM engine on a GPU that follows a policy through changes of weights and sleep; run by ``test_gpu.py``.
+"""A vLLM engine on a GPU that follows a policy through changes of weights and sleep; run by ``tests/gpu/test_runs.py``.
 
 Arguments: ``tied`` or ``untied`` output head; sleep level.
 """
