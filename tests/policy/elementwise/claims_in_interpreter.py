@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import triton
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tests.policy.elementwise.triton_interpreter  # noqa: F401
@@ -17,6 +18,7 @@ from rpo_lightning.policy.elementwise.choice import use_elementwise_kernels
 from rpo_lightning.policy.elementwise.liger import LigerKernels
 from rpo_lightning.policy.elementwise.trial import failure_of_kernels
 from rpo_lightning.policy.lora import LoRA
+from rpo_lightning.policy.parallel.fsdp2 import shard
 from rpo_lightning.policy.weights import checkpoint_weights, require_plain_names
 from rpo_lightning.update.reference import reference_of
 from tests.conftest import make_data, make_module, make_trainer, passes_with_gradient
@@ -46,9 +48,10 @@ def computed(model):
     ids = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(1))
     logprobs = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
     weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(2))
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    gradients = torch.autograd.grad((logprobs * weights).sum(), list(parameters.values()))
-    return {"log-probs": logprobs.detach(), **dict(zip(parameters, gradients, strict=True))}
+    model.zero_grad()
+    (logprobs * weights).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {"log-probs": logprobs.detach(), **gradients}
 
 
 def assert_same(found, expected, tolerance=2e-5):
@@ -164,6 +167,20 @@ def test_an_adapter_and_checkpointing_work_on_top():
     assert_same(results[1][0], results[0][0])
     assert results[1][1].keys() == results[0][1].keys()
     assert all(torch.equal(weight, results[0][1][name]) for name, weight in results[1][1].items())
+
+
+def test_sharded_policies_keep_their_kernels(tmp_path):
+    plain, fused = tiny(), tiny()
+    expected = computed(plain)
+    use_elementwise_kernels(fused, "liger", CPU)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    try:
+        shard(fused, init_device_mesh("cpu", (1,)), "32-true")
+        found = computed(fused)
+        assert_same({name: getattr(x, "full_tensor", lambda x=x: x)() for name, x in found.items()}, expected)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert fused.model.layers[0].input_layernorm.forward.__self__ is fused.model.layers[0].input_layernorm
 
 
 def test_a_reference_is_a_copy_with_weights_of_its_own():
