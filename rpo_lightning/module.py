@@ -32,7 +32,7 @@ from rpo_lightning.evaluation.settings import EvaluationSettings
 from rpo_lightning.policy.elementwise.choice import ElementwiseKernels
 from rpo_lightning.policy.lora import LoRA
 from rpo_lightning.policy.parallel.base import GradientAccumulation
-from rpo_lightning.policy.parallel.strategies import accumulation_for
+from rpo_lightning.policy.parallel.strategies import accumulation_for, placement_for
 from rpo_lightning.rewards import Grader, GradingPool, MathVerifier, Reward, Verifier
 from rpo_lightning.rollout.engine import RolloutEngine, Sampling
 from rpo_lightning.rollout.transformers.engine import TransformersEngine
@@ -164,6 +164,7 @@ class RPOModule(PolicyModule):
             importance_correction=self._importance_correction,
             timer=self.timer,
             ranks=self.ranks,
+            holds_contexts=placement_for(self._trainer).is_whole,
         )
         return reference.own_models if reference else []
 

@@ -25,7 +25,6 @@ from rpo_lightning.policy.prefix_sharing.rows import (
     Row,
     RowCost,
     SharedRow,
-    micro_batches,
     rows_of,
     shared_rows,
 )
@@ -34,6 +33,7 @@ from rpo_lightning.update.inputs import GivenInputs, GivenLogprobs
 from rpo_lightning.update.metrics import UpdateMetrics
 from rpo_lightning.update.mismatch import Mismatch
 from rpo_lightning.update.objectives.base import LossInputs, Objective
+from rpo_lightning.update.passes import Pass, passes_of
 from rpo_lightning.update.reference import ReferencePolicy
 from rpo_lightning.update.settings import UpdateSettings
 
@@ -57,6 +57,7 @@ class PolicyLoss:
             engine's log-probs are not comparable with the trainer's.
         timer: Gets the seconds of the reference's log-probs.
         ranks: The ranks that share the update.
+        holds_contexts: Whether several backward passes may share a graph: not where parameters are sharded.
 
     Attributes:
         processed_tokens: Tokens computed so far by phase, without padding: ``old_logprobs`` and ``reference_logprobs``
@@ -74,6 +75,7 @@ class PolicyLoss:
         importance_correction: ImportanceCorrection | None = None,
         timer: PhaseTimer | None = None,
         ranks: Ranks | None = None,
+        holds_contexts: bool = True,
     ) -> None:
         self.policy = policy
         self.reference = reference
@@ -87,10 +89,13 @@ class PolicyLoss:
         self.ranks = ranks or Ranks()
         self.processed_tokens = {"old_logprobs": 0, "reference_logprobs": 0, "update": 0}
         self._row_cost = row_cost(policy, settings.share_prefixes, self._full_logits)
+        # With the response in the loss scope the context has log-probs of its own.
+        holds = holds_contexts and settings.loss_scope == "suffix"
+        self._row_cost = replace(self._row_cost, holds=holds)
         if not settings.prefix_gradient:
             self._row_cost = _without_context_gradient(self._row_cost)
         idle = Row(0, 0, (pad_id, pad_id), (pad_id,), 1)
-        self._idle_batch = [SharedRow((idle,))]
+        self._idle = Pass([SharedRow((idle,))])
 
     def store_old_logprobs(self, groups: Sequence[Group]) -> None:
         """Store the current policy's log-probs in groups that lack old ones; a collective.
@@ -100,11 +105,11 @@ class PolicyLoss:
         pending = [g for g in groups if g.old_logprobs is None]
         stores: list[list[list[float]]] = [[[] for _ in group.completions] for group in pending]
         passes: list[TokenLogprobs] = []
-        for batch, _ in self._passes(self._micro_batches(rows_of(pending, self.settings.loss_scope))):
+        for step, _ in self._in_step(self._passes(rows_of(pending, self.settings.loss_scope), gradient=False)):
             with torch.no_grad():
-                computed = self._logprobs(self.policy, batch or self._idle_batch)
-            if batch is not None:
-                self.processed_tokens["old_logprobs"] += sum(len(row) for row in batch)
+                computed = self._logprobs(self.policy, step or self._idle)
+            if step is not None:
+                self.processed_tokens["old_logprobs"] += step.tokens
                 passes.append(computed)
         for computed, logprobs_BS in zip(passes, _on_host([p.logprobs_BS for p in passes]), strict=True):
             for row, length, logprobs_S in zip(computed.rows, computed.lengths, logprobs_BS, strict=True):
@@ -136,50 +141,61 @@ class PolicyLoss:
         totals = self.ranks.sum(torch.tensor(counts, dtype=torch.float64))
         metrics = UpdateMetrics()
 
-        def loss_of(batch: Sequence[SharedRow] | None) -> Tensor:
-            if batch is None:
+        def loss_of(step: Pass | None) -> Tensor:
+            if step is None:
                 return self._idle_loss()
-            inputs, computed = self._inputs(groups, batch, advantages, lengths, totals, metrics.mismatch)
+            if step.closes:
+                assert step.context is not None
+                return step.context.loss()
+            inputs, computed = self._inputs(groups, step, advantages, lengths, totals, metrics.mismatch)
             output = self.objective(inputs)
-            tokens = sum(len(row) for row in batch)
-            self.processed_tokens["update"] += tokens
-            self.processed_tokens["reference_logprobs"] += tokens if self.reference is not None else 0
+            self.processed_tokens["update"] += step.tokens
+            self.processed_tokens["reference_logprobs"] += step.tokens if self.reference is not None else 0
             metrics.add(output, computed, inputs.mask_BS)
             return output.loss * self.ranks.size
 
-        for batch, is_last in self._passes(self._micro_batches(rows)):
-            backward(forward(partial(loss_of, batch)), is_last)
+        for step, is_last in self._in_step(self._passes(rows, self.settings.prefix_gradient)):
+            backward(forward(partial(loss_of, step)), is_last)
         return metrics.take(self.ranks)
 
-    def _passes(self, batches: Sequence[list[SharedRow]]) -> Iterator[tuple[list[SharedRow] | None, bool]]:
-        """This rank's micro-batches, then ``None`` for each pass it lacks; each with whether it is the last pass."""
-        count = self.ranks.most(len(batches))
+    def _passes(self, rows: Sequence[Row], gradient: bool) -> list[Pass]:
+        limit, cost = self.settings.micro_batch_tokens, self._row_cost
+        arranged = shared_rows(rows, limit, cost)
+        return passes_of(arranged, limit, cost.longest_shared, gradient, has_reference=self.reference is not None)
+
+    def _in_step(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass | None, bool]]:
+        """This rank's passes, then ``None`` for each pass it lacks; each with whether it is the last pass.
+
+        Ranks reduce gradients in the last pass, which must reach all parameters. The pass of a held context does not.
+        """
+        needs_another = bool(passes) and passes[-1].closes and self.ranks.size > 1
+        count = self.ranks.most(len(passes) + needs_another)
         for index in range(count):
-            yield (batches[index] if index < len(batches) else None), index == count - 1
+            yield (passes[index] if index < len(passes) else None), index == count - 1
 
     def _idle_loss(self) -> Tensor:
         """A loss of zero, with the same passes through the same models as a micro-batch."""
-        self._reference_logprobs(self._idle_batch)
-        return self._logprobs(self.policy, self._idle_batch, self.settings.prefix_gradient).logprobs_BS.sum() * 0.0
+        self._reference_logprobs(self._idle)
+        return self._logprobs(self.policy, self._idle, self.settings.prefix_gradient).logprobs_BS.sum() * 0.0
 
-    def _reference_logprobs(self, batch: Sequence[SharedRow]) -> Tensor | None:
+    def _reference_logprobs(self, step: Pass) -> Tensor | None:
         if self.reference is None:
             return None
         self.reference.prepare(self.policy.config._attn_implementation, self.policy.device)
         with torch.no_grad(), self.timer("reference_logprobs"), self.reference() as model:
-            return self._logprobs(model, batch).logprobs_BS
+            return self._logprobs(model, replace(step, context=step.of_reference)).logprobs_BS
 
     def _inputs(
         self,
         groups: Sequence[Group],
-        batch: Sequence[SharedRow],
+        step: Pass,
         advantages: Sequence[Tensor],
         lengths: dict[tuple[int, int], int],
         totals: Tensor,
         mismatch: Mismatch,
     ) -> tuple[LossInputs, TokenLogprobs]:
-        reference_BS = self._reference_logprobs(batch)
-        computed = self._logprobs(self.policy, batch, self.settings.prefix_gradient)
+        reference_BS = self._reference_logprobs(step)
+        computed = self._logprobs(self.policy, step, self.settings.prefix_gradient)
         rows = computed.rows
         lengths_B = torch.tensor([lengths[r.group, r.member] for r in rows])
         weights_B = self.objective.sequence_weights(lengths_B, float(totals[0]), float(totals[1]))
@@ -206,16 +222,11 @@ class PolicyLoss:
         mismatch.add(difference_BS, sampled_BS)
         return self.importance_correction.weights(difference_BS, sampled_BS)
 
-    def _micro_batches(self, rows: Sequence[Row]) -> list[list[SharedRow]]:
-        limit, cost = self.settings.micro_batch_tokens, self._row_cost
-        return micro_batches(shared_rows(rows, limit, cost), limit, cost.longest_shared) if rows else []
-
-    def _logprobs(
-        self, model: PreTrainedModel, batch: Sequence[SharedRow], prefix_gradient: bool = True
-    ) -> TokenLogprobs:
+    def _logprobs(self, model: PreTrainedModel, step: Pass, prefix_gradient: bool = True) -> TokenLogprobs:
         return token_logprobs(
-            model, batch, self.temperature, self.pad_id, self.policy.device, self._full_logits, prefix_gradient
-        )
+            model, step.rows, self.temperature, self.pad_id, self.policy.device, self._full_logits, prefix_gradient,
+            step.context,
+        )  # fmt: skip
 
     def _loss_length(self, groups: Sequence[Group], row: Row) -> int:
         finished = groups[row.group].completions[row.member].finished

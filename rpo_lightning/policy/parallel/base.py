@@ -28,7 +28,13 @@ from rpo_lightning.core.errors import UpdateError
 
 
 class Placement:
-    """One device and DDP: the policy is whole on every rank's device."""
+    """One device and DDP: the policy is whole on every rank's device.
+
+    Attributes:
+        is_whole: Whether every rank has all parameters at all times.
+    """
+
+    is_whole = True
 
     def loading(self) -> AbstractContextManager[Any]:
         """A context in which to load and prepare the policy."""

@@ -203,6 +203,8 @@ class DeepSpeedPlacement(Placement):
         trainer: Lightning's trainer, with a ``DeepSpeedStrategy``.
     """
 
+    is_whole = False
+
     def __init__(self, trainer: Any) -> None:
         self.strategy = trainer.strategy
         update = getattr(trainer.lightning_module, "update", None)

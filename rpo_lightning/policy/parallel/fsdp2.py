@@ -98,6 +98,8 @@ class ShardedPlacement(Placement):
         trainer: Lightning's trainer, with a ``ModelParallelStrategy``.
     """
 
+    is_whole = False
+
     def __init__(self, trainer: Any) -> None:
         self.mesh = require_data_parallel(trainer.strategy)
         self.precision = str(trainer.precision)

@@ -7,8 +7,8 @@ and values get the sum of the suffixes' gradients.
 Three kernels do the work. On a GPU in 16 bits ``gpu.py`` computes all rows at once. Elsewhere rows are computed one by
 one: on a CPU by ``cpu.py``, on a GPU in fp32 by masked SDPA with a copy of the context for each suffix.
 
-A row may also continue a *detached* context: its keys and values come from an earlier pass without gradient. That is
-less work, and the gradient is biased.
+A row may also continue a *detached* context: its keys and values come from an earlier pass. Either that pass had no
+gradient, which is less work and biased, or it gets its gradient afterwards (``held_context.py``).
 
 A model uses this through its ``attn_implementation``. Without a layout it is plain SDPA; decoding and other uses of the
 model do not change.
@@ -127,7 +127,7 @@ def shared_prefix_attention(
     dropout: float = 0.0,
     shared_layout: SharedLayout | None = None,
     detached_contexts: DetachedContexts | None = None,
-    detach_into: DetachedContexts | None = None,
+    store_into: DetachedContexts | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of concatenated rows; plain SDPA without a layout.
@@ -142,7 +142,7 @@ def shared_prefix_attention(
         dropout: For plain SDPA only.
         shared_layout: Positions of the rows.
         detached_contexts: Keys and values of the detached tokens.
-        detach_into: Filled with the keys and values of this pass, detached.
+        store_into: Filled with the keys and values of this pass.
         **kwargs: Other arguments of transformers' attention functions.
 
     Returns:
@@ -155,8 +155,8 @@ def shared_prefix_attention(
         return output, None
     query, key, value = same_dtype(query, key, value)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    if detach_into is not None:
-        detach_into[layer] = (key.detach(), value.detach())
+    if store_into is not None:
+        store_into.setdefault(layer, (key, value))  # a checkpointed layer is computed again in the backward pass
     detached = None if detached_contexts is None else detached_contexts[layer]
     if takes(query, key, value):
         return packed_attention(query, key, value, shared_layout.packed, scaling, detached), None

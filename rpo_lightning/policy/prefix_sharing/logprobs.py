@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from rpo_lightning.policy.output_head import scoring, token_scores
 from rpo_lightning.policy.prefix_sharing.attention import DetachedContexts
+from rpo_lightning.policy.prefix_sharing.held_context import HeldContext, contexts_of
 from rpo_lightning.policy.prefix_sharing.layout import BatchLayout
 from rpo_lightning.policy.prefix_sharing.rows import Row, SharedRow
 
@@ -49,6 +50,7 @@ def token_logprobs(
     device: torch.device,
     full_logits: bool = False,
     prefix_gradient: bool = True,
+    context: HeldContext | None = None,
 ) -> TokenLogprobs:
     """Log-probs and entropies of the tokens in the loss scope of every response.
 
@@ -60,16 +62,22 @@ def token_logprobs(
         device: Where the model is.
         full_logits: Compute the logits of all positions. Models that change logits after their output head need it.
         prefix_gradient: Whether the gradient goes through the context. Without it the loss scope must be the suffix.
+        context: The context of the only row, if it is computed once for several passes; the loss scope must be the
+            suffix.
 
     Raises:
         UpdateError: Rows are concatenated, and the model has another attention than ``attention.py``'s.
     """
-    if prefix_gradient:
+    if prefix_gradient and context is None:
         layout, detached = BatchLayout(batch, pad_id), None
     else:
         lengths = [len(shared.context_ids) - 1 for shared in batch]
         layout = BatchLayout(batch, pad_id, lengths, concatenated=True)
-        detached = _detached_contexts(model, batch, lengths, pad_id, device)
+        detached = (
+            _detached(model, batch, lengths, pad_id, device)
+            if context is None
+            else context.leaves(model, pad_id, device)
+        )
     inputs, targets, index_BS = layout.inputs(device, model.config._attn_implementation, temperature)
     if detached is not None:
         inputs["detached_contexts"] = detached
@@ -84,16 +92,10 @@ def token_logprobs(
     return TokenLogprobs(layout.rows, scores[0][index_BS], scores[1][index_BS].detach(), mask_BS, layout.lengths)
 
 
-def _detached_contexts(
+def _detached(
     model: PreTrainedModel, batch: Sequence[SharedRow], lengths: Sequence[int], pad_id: int, device: torch.device
 ) -> DetachedContexts | None:
-    """Keys and values of the first ``lengths`` tokens of every context; ``None`` if all lengths are 0."""
-    detached_ids = [shared.context_ids[:length] for shared, length in zip(batch, lengths, strict=True) if length]
-    if not detached_ids:
-        return None
-    rows = [SharedRow((Row(0, 0, ids, (), 0),)) for ids in detached_ids]
-    layout, detached = BatchLayout(rows, pad_id, concatenated=True), DetachedContexts()
-    inputs, nothing, _ = layout.inputs(device, model.config._attn_implementation, 1.0)
-    with torch.no_grad(), scoring(model, nothing):  # without targets the head computes nothing
-        model(**inputs, detach_into=detached)
-    return detached
+    """Keys and values of the first ``lengths`` tokens of every context, without gradient; ``None`` without tokens."""
+    contexts = [shared.context_ids[:length] for shared, length in zip(batch, lengths, strict=True) if length]
+    with torch.no_grad():
+        return contexts_of(model, contexts, pad_id, device) if contexts else None

@@ -5,9 +5,9 @@ member it is a plain row. Every suffix sees the context and itself only. Each me
 therefore those of a plain row, to rounding. The context stays on the autograd graph and gets the sum of the members'
 gradients.
 
-A group that is longer than a micro-batch is spread over several rows. Each repeats the context; gradients add up, and
-the result is the same. Where sharing costs more than it saves (a short context, long suffixes), every member gets a
-plain row.
+A group that is longer than a micro-batch is spread over several rows. They continue a context that is computed once
+(``held_context.py``), or each repeats it. Gradients add up, and the result is the same. Where sharing costs more than
+it saves (a short context, long suffixes), every member gets a plain row.
 """
 
 from __future__ import annotations
@@ -45,9 +45,15 @@ class Row:
 
 @dataclass(frozen=True)
 class SharedRow:
-    """Responses of one group that are computed in one row."""
+    """Responses of one group that are computed in one row.
+
+    Attributes:
+        members: The responses.
+        continues: Whether the context is computed once for this and other rows of the group, in passes of their own.
+    """
 
     members: tuple[Row, ...]
+    continues: bool = False
 
     @property
     def context_ids(self) -> tuple[int, ...]:
@@ -102,6 +108,7 @@ class RowCost:
         longest_shared: Longest sequence (context and one suffix) that may be in a shared row; ``None`` for any. Shared
             rows do not support windows and chunks, and some rotary embeddings change for longer sequences.
         context: Cost of a context token: 1, or a third without gradient through the context.
+        holds: Whether the rows of a group may continue a context that is computed once.
     """
 
     attention: float = 0.0
@@ -109,13 +116,21 @@ class RowCost:
     shares: bool = True
     longest_shared: int | None = None
     context: float = 1.0
+    holds: bool = False
 
-    def of(self, row: SharedRow) -> float:
-        """Cost of a row. Attention pads the suffixes of a row to the longest of them."""
+    def of(self, rows: Sequence[SharedRow]) -> float:
+        """Cost of the rows of a group."""
+        contexts = 1 if rows[0].continues else len(rows)
+        return contexts * self._of_context(len(rows[0].context_ids)) + sum(self._of_suffixes(row) for row in rows)
+
+    def _of_context(self, length: int) -> float:
+        return self.context * (length + self.attention * length**2 / 2)
+
+    def _of_suffixes(self, row: SharedRow) -> float:
+        """Attention pads the suffixes of a row to the longest of them."""
         context, longest = len(row.context_ids), max(len(member.suffix_ids) for member in row.members)
-        pairs = self.context * context**2 / 2 + len(row.members) * (longest * context + longest**2 / 2)
-        suffixes = (len(row) - context) * (1.0 + (self.branch if row.branches else 0.0))
-        return self.context * context + suffixes + self.attention * pairs
+        pairs = len(row.members) * (longest * context + longest**2 / 2)
+        return (len(row) - context) * (1.0 + (self.branch if row.branches else 0.0)) + self.attention * pairs
 
 
 def rows_of(groups: Sequence[Group], scope: LossScope) -> list[Row]:
@@ -151,7 +166,7 @@ def micro_batches(
     A row that is longer gets a micro-batch of its own. Long rows come first: memory then peaks early in a run.
 
     Args:
-        rows: The rows to compute.
+        rows: The rows to compute, none of which continues a context.
         max_tokens: Most tokens of a micro-batch, padding included.
         longest_shared: See :class:`RowCost`. Longer rows and shorter ones are never in the same micro-batch: all its
             rows would be computed without a window, or with the rotary embedding of the longest row.
@@ -189,7 +204,9 @@ def _cheapest(members: Sequence[Row], max_tokens: int, cost: RowCost) -> list[Sh
             together[-1] = SharedRow((*together[-1].members, *row.members))
         else:
             together.append(row)
-    return min(together, alone, key=lambda rows: sum(cost.of(row) for row in rows))
+    if cost.holds and len(together) > 1 and len(members[0].context_ids) > 1:
+        together = [SharedRow(row.members, continues=True) for row in together]
+    return min(together, alone, key=cost.of)
 
 
 def _fill(ordered: Sequence[SharedRow], max_tokens: int) -> list[list[SharedRow]]:

@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sequence-mean with KL": {"objective": GRPO(beta=0.1)},
     "batch advantages, two passes": {"advantage_scale": "batch", "passes_per_rollout": 2},
     "sharded accumulation": {"objective": DAPO(), "accumulate_sharded": True},
+    "groups in several passes": {"objective": GRPO(beta=0.1), "micro_batch_tokens": 100},
     "adapter with KL": {"objective": GRPO(beta=0.1), "adapter": LoRA(rank=2)},
 }
 

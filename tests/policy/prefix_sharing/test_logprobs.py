@@ -181,7 +181,7 @@ def test_old_log_probs_make_the_ratio_and_equal_the_policy_that_sampled(policy):
 def test_log_probs_that_were_interrupted_are_not_half_stored(policy, monkeypatch):
     batch = groups()
     loss = PolicyLoss(policy, None, DAPO(), settings(micro_batch_tokens=20), pad_id=0)
-    assert len(loss._micro_batches(rows_of(batch, "suffix"))) > 1
+    assert len(loss._passes(rows_of(batch, "suffix"), gradient=False)) > 1
     whole, calls = loss._logprobs, []
 
     def interrupted(*args):

@@ -141,12 +141,13 @@ def test_the_host_waits_for_the_gpu_a_few_times_an_update_however_many_micro_bat
         for tokens in (8192, 160):
             loss = loss_of(llama, micro_batch_tokens=tokens, prefix_gradient=prefix_gradient)
             gradient_of(llama, loss)
-            made = loss._micro_batches(rows_of(groups(), "suffix"))
+            made = loss._passes(rows_of(groups(), "suffix"), gradient=prefix_gradient)
             batches.append(len(made))
             pretend_gpu.clear()
             gradient_of(llama, loss)
             # Where no row branches, transformers looks once whether the positions are those of packed rows.
-            stacked = sum(not any(row.branches for row in batch) for batch in made) if prefix_gradient else 0
+            whole = [step.rows for step in made if step.context is None]
+            stacked = sum(not any(row.branches for row in batch) for batch in whole) if prefix_gradient else 0
             waits.append(pretend_gpu.to_host.total() - stacked)
             copies.append(pretend_gpu.to_device.total())
     assert batches[0] == 1 < batches[1]
