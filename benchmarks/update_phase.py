@@ -90,7 +90,7 @@ def run(
     settings = UpdateSettings(micro_batch_tokens=max_tokens, share_prefixes=share)
     loss = PolicyLoss(policy, None, DAPO(), settings, pad_id=0)
     if share:
-        loss._row_cost = RowCost()  # share whatever it costs: cells where that loses are to be seen
+        loss._row_cost = RowCost(holds=True)  # share whatever it costs: cells where that loses are to be seen
     with PeakMemory() as memory:
         start = time.perf_counter()
         loss.backward([group], group_advantages([group.rewards]), lambda x, _: x.backward())
