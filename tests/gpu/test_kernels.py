@@ -40,7 +40,7 @@ def test_the_gpu_multiplies_in_bf16():
 def test_torchs_kernels_pass_the_trial(dtype, heads, key_heads, size):
     kernels_agree.cache_clear()
     with torch.device("cuda"):
-        assert kernels_agree(torch.device("cuda", 0), dtype, heads, key_heads, size)
+        assert kernels_agree(torch.device("cuda", 0), dtype, heads, key_heads, size, "FA2")
 
 
 def test_scores_are_not_rounded_to_16_bits_before_their_softmax():

@@ -1,7 +1,8 @@
 """Checks whether flash attention's kernels for sequences of any length are usable here and compute correctly.
 
-``gpu.py`` calls them by names that are not public in torch. Before their first use they are tried on a few tokens and
-compared with masked attention, gradients included.
+``gpu.py`` calls them by names that are not public in torch. Other implementations can take over the same names
+(``torch.nn.attention.activate_flash_attention_impl``). Each is tried on a few tokens before
+its first use and compared with masked attention, gradients included.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn.attention import current_flash_attention_impl
 
 from rpo_lightning.policy.prefix_sharing.arrangement import Arrangement
 from rpo_lightning.policy.prefix_sharing.gpu import PackedRows, packed_attention
@@ -24,7 +26,10 @@ _DTYPES = (torch.float16, torch.bfloat16)
 _LARGEST_HEAD = 256
 _OLDEST_CAPABILITY = (8, 0)
 # The trial's rows, and the largest relative error of 16 bits against fp32. Correct kernels are off by about 0.01.
-_TRIAL = Arrangement.of((RowShape(3, 2, (4, 7)), RowShape(0, 5, (6,)), RowShape(2, 1, (1, 3, 2))))
+# Kernels work on tiles of up to 256 tokens: the last row has more than one.
+_TRIAL = Arrangement.of(
+    (RowShape(3, 2, (4, 7)), RowShape(0, 5, (6,)), RowShape(2, 1, (1, 3, 2)), RowShape(0, 300, (260, 4)))
+)
 _TRIAL_ERROR = 0.05
 
 
@@ -37,12 +42,40 @@ def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
         return False
     if torch.cuda.get_device_capability(query.device) < _OLDEST_CAPABILITY:
         return False
-    return kernels_agree(query.device, query.dtype, query.shape[1], key.shape[1], size)
+    return kernels_agree(query.device, query.dtype, query.shape[1], key.shape[1], size, active_implementation())
+
+
+def active_implementation() -> str:
+    """Which implementation of flash attention torch calls in this process; ``FA2`` is torch's own."""
+    return current_flash_attention_impl() or "FA2"
 
 
 @lru_cache
-def kernels_agree(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> bool:
-    """Whether the kernels agree with masked attention on a few tokens. Logs a warning if not."""
+def kernels_agree(
+    device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int, implementation: str
+) -> bool:
+    """Whether the kernels agree with masked attention on a few tokens. Logs a warning if not.
+
+    Args:
+        device: A GPU.
+        dtype: A dtype of 16 bits.
+        heads: Query heads.
+        key_heads: Heads of keys and values.
+        size: Size of a head.
+        implementation: The active implementation. A verdict is kept for each, so a change is tried anew.
+    """
+    problem = failure_of_kernels(device, dtype, heads, key_heads, size)
+    if problem is not None:
+        log.warning(
+            f"flash attention ({implementation}) for sequences of any length does not work in torch "
+            f"{torch.__version__} on {device}: {problem}; attention is computed row by row with a mask, which is "
+            "slower and takes more memory"
+        )
+    return problem is None
+
+
+def failure_of_kernels(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> str | None:
+    """How the active kernels differ from masked attention on a few tokens; ``None`` if they agree."""
 
     def unchanged(tensor: Tensor) -> Tensor:
         return tensor
@@ -58,17 +91,11 @@ def kernels_agree(device: torch.device, dtype: torch.dtype, heads: int, key_head
             torch.device("cpu"),
         ):
             error = _trial_error(device, dtype, heads, key_heads, size)
-        problem = None if error < _TRIAL_ERROR else f"a trial is off by {error:.2g}"
     except torch.OutOfMemoryError:
         raise  # says nothing about the kernels
-    except (RuntimeError, TypeError, AttributeError) as failure:
-        problem = f"a trial failed ({' '.join(str(failure).split())[:200]})"
-    if problem is not None:
-        log.warning(
-            f"flash attention for sequences of any length does not work in torch {torch.__version__} on {device}: "
-            f"{problem}; attention is computed row by row with a mask, which is slower and takes more memory"
-        )
-    return problem is None
+    except Exception as failure:  # implementations raise assertions and the errors of their compilers too
+        return f"a trial failed ({' '.join(str(failure).split())[:200] or type(failure).__name__})"
+    return None if error < _TRIAL_ERROR else f"a trial is off by {error:.2g}"
 
 
 def _trial_error(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> float:
@@ -88,7 +115,8 @@ def _trial_error(device: torch.device, dtype: torch.dtype, heads: int, key_heads
 
     expected = outcome(_masked_attention(q, k, v, before))
     found = outcome(packed_attention(q, k, v, PackedRows.of(_TRIAL, device), None, before))
-    return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
+    errors = [(a - b).norm() / b.norm() for a, b in zip(found, expected, strict=True)]
+    return torch.stack(errors).max().item()  # NaN if one of them is
 
 
 def _masked_attention(query: Tensor, key: Tensor, value: Tensor, before: tuple[Tensor, Tensor]) -> Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
+from torch.nn.attention import (
+    activate_flash_attention_impl,
+    register_flash_attention_impl,
+    restore_flash_attention_impl,
+)
+from torch.nn.attention._registry import _FLASH_ATTENTION_IMPLS
 
 from rpo_lightning.policy.prefix_sharing import attention, compatibility, gpu_check
 from rpo_lightning.policy.prefix_sharing import gpu as gpu_attention
@@ -14,7 +18,7 @@ from rpo_lightning.policy.prefix_sharing.gpu import PackedRows
 from rpo_lightning.policy.prefix_sharing.rows import RowShape
 from rpo_lightning.update.objectives import DAPO
 from tests.conftest import passes_with_gradient
-from tests.policy.prefix_sharing.dense_kernels import dense_attend, dense_attend_backward
+from tests.policy.prefix_sharing.test_gpu_check import agree, without_contexts
 from tests.policy.prefix_sharing.test_logprobs import assert_same, groups
 from tests.policy.prefix_sharing.test_shared_rows import GOAL, gradient
 
@@ -80,10 +84,6 @@ def test_nothing_is_picked_by_index_where_nothing_is_detached():
     assert PackedRows.of(Arrangement.of([RowShape(0, 5, ())]), torch.device("cpu")).shared is None
 
 
-def agree():
-    return gpu_check.kernels_agree.__wrapped__(torch.device("cpu"), torch.bfloat16, 6, 2, 16)
-
-
 class OnGPU(torch.Tensor):
     """A tensor on the CPU that claims to be on a GPU."""
 
@@ -147,6 +147,35 @@ def test_kernels_whose_trial_fails_are_never_used(gpu, exact_policy, monkeypatch
     assert "off by" in caplog.text
 
 
+def test_each_implementation_is_tried_before_its_first_use(gpu, monkeypatch, caplog):
+    """The verdict on one is not used for another, and is kept while another is active."""
+    calls, takes = gpu
+    tensors = [torch.zeros(1, heads, 4, 16, dtype=torch.bfloat16) for heads in (6, 2, 2)]
+    right = gpu_attention._attend_backward
+    register_flash_attention_impl("MyImpl", register_fn=Replacement)
+    try:
+        for _ in range(2):
+            restore_flash_attention_impl(False)
+            monkeypatch.setattr(gpu_attention, "_attend_backward", right)
+            assert takes(*tensors)
+            activate_flash_attention_impl("MyImpl")
+            monkeypatch.setattr(gpu_attention, "_attend_backward", without_contexts)
+            assert not takes(*tensors)
+    finally:
+        restore_flash_attention_impl(False)
+        _FLASH_ATTENTION_IMPLS.pop("MyImpl")
+    assert of_trial(calls) == [True] * 4
+    assert len(caplog.records) == 1
+    assert "flash attention (MyImpl)" in caplog.text
+
+
+class Replacement:
+    """An implementation of flash attention; its handle replaces nothing."""
+
+    def remove(self):
+        pass
+
+
 def test_the_trial_is_the_same_in_whatever_surrounds_it(gpu, caplog):
     calls, takes = gpu
     query, key, value = (torch.zeros(1, heads, 4, 16, dtype=torch.bfloat16) for heads in (6, 2, 2))
@@ -195,41 +224,3 @@ def test_the_trial_within_a_checkpointed_layer_leaves_the_layer_alone(exact_poli
     monkeypatch.setattr(compatibility, "failure_of_shared_rows", lambda *_: None)
     assert_same(plain, gradient(exact_policy, DAPO(), batch=batch)[0], GOAL)
     assert tried == [True]
-
-
-def top_left(q, k, v, sequences, scale):
-    """A kernel whose first query sees the first key only, as in torch's SDPA."""
-    if not sequences.causal:
-        return dense_attend(q, k, v, sequences, scale)
-    pairs = torch.stack([sequences.query_bounds.diff(), sequences.key_bounds.diff()]).amin(0)
-    seen = torch.cat([first + torch.arange(n) for first, n in zip(sequences.key_bounds, pairs, strict=False)])
-    keys = seen if isinstance(sequences.keys, slice) else sequences.keys[seen]
-    bounds = torch.cat([torch.zeros(1, dtype=torch.int32), pairs.cumsum(0).int()])
-    return dense_attend(q, k, v, replace(sequences, keys=keys, key_bounds=bounds, most_keys=int(pairs.max())), scale)
-
-
-def without_contexts(*arguments):
-    """A backward pass without the key gradients of shared contexts."""
-    of_queries, of_keys, of_values = dense_attend_backward(*arguments)
-    return of_queries, of_keys * float(arguments[6].causal), of_values
-
-
-def missing(*arguments):
-    raise RuntimeError("no such operator")
-
-
-@pytest.mark.parametrize(
-    ("name", "kernel", "reason"),
-    [
-        ("_attend", top_left, "off by"),
-        ("_attend_backward", without_contexts, "off by"),
-        ("_attend", missing, "no such operator"),
-    ],
-)
-def test_kernels_that_compute_something_else_are_not_used_and_a_warning_says_why(
-    packed, monkeypatch, caplog, name, kernel, reason
-):
-    monkeypatch.setattr(gpu_attention, name, kernel)
-    assert not agree()
-    assert len(caplog.records) == 1
-    assert reason in caplog.text

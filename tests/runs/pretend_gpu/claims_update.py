@@ -121,7 +121,7 @@ def test_shared_rows_round_no_more_than_plain_rows_under_autocast(exact, pretend
     with torch.autocast("cuda", dtype=torch.bfloat16):
         plain = relative(gradient_of(there, loss_of(there, share_prefixes=False)), expected)
         loss = loss_of(there)
-        gpu_check.kernels_agree(CUDA, torch.bfloat16, *heads_of(there))
+        gpu_check.kernels_agree(CUDA, torch.bfloat16, *heads_of(there), "FA2")
         pretend_gpu.clear()
         shared = relative(gradient_of(there, loss), expected)
     assert shared <= 1.5 * plain < 0.05
