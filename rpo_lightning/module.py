@@ -33,6 +33,7 @@ from rpo_lightning.policy.elementwise.choice import ElementwiseKernels
 from rpo_lightning.policy.lora import LoRA
 from rpo_lightning.policy.parallel.base import GradientAccumulation
 from rpo_lightning.policy.parallel.strategies import accumulation_for, placement_for
+from rpo_lightning.policy.prefix_sharing.flash_choice import FlashAttention
 from rpo_lightning.rewards import Grader, GradingPool, MathVerifier, Reward, Verifier
 from rpo_lightning.rollout.engine import RolloutEngine, Sampling
 from rpo_lightning.rollout.transformers.engine import TransformersEngine
@@ -78,6 +79,9 @@ class RPOModule(PolicyModule):
         adapter: Train a low-rank adapter instead of the policy's weights.
         elementwise_kernels: Which kernels compute norms, gated MLPs and rotary embeddings on a GPU: those of ``liger``,
             none but torch's own (``none``), or ``auto``: Liger's if they are installed and agree with the plain layers.
+        flash_attention: Which implementation of flash attention computes on a GPU, in this whole process: torch's own
+            (``FA2``), or ``FA3`` or ``FA4`` where their packages are installed and pass a trial. If not given, the one
+            that is active, which is ``FA2`` unless something else was activated.
         dynamic_sampling: Drop groups without variance and refill; off if not given.
         update: How scored groups become a gradient.
         evaluation: How evaluation answers are drawn.
@@ -99,6 +103,7 @@ class RPOModule(PolicyModule):
         lr_schedule: LearningRateSchedule = LearningRateSchedule(),
         adapter: LoRA | None = None,
         elementwise_kernels: ElementwiseKernels = "auto",
+        flash_attention: FlashAttention | None = None,
         dynamic_sampling: DynamicSampling | None = None,
         update: UpdateSettings = UpdateSettings(),
         evaluation: EvaluationSettings = EvaluationSettings(),
@@ -124,6 +129,7 @@ class RPOModule(PolicyModule):
             evaluation=evaluation,
             adapter=adapter,
             elementwise_kernels=elementwise_kernels,
+            flash_attention=flash_attention,
         )
         self.automatic_optimization = False
         self.objective = objective or DAPO()

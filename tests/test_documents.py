@@ -9,7 +9,7 @@ import re
 import tomllib
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -21,6 +21,7 @@ from rpo_lightning.cli.commands import COMMANDS
 from rpo_lightning.cli.main import main
 from rpo_lightning.cli.report.report import write_report
 from rpo_lightning.cli.segments.results import SegmentResultsCallback
+from rpo_lightning.policy.prefix_sharing.flash_choice import FlashAttention
 from tests.documents import PACKAGE, PAGES, ROOT, blocks, prose, quoted, shell_lines, text_of
 from tests.known_settings import SECTIONS, is_setting, settings_of
 
@@ -43,7 +44,7 @@ FILE_ENDINGS = (".py", ".md", ".yaml", ".toml", ".jsonl", ".json", ".parquet", "
 # Words that stand for the reader's own, and what other libraries have.
 PLACEHOLDERS = {"CONFIG", "CHECKPOINT", "FOLDER", "LARGER", "NAME", "HOST", "COMMAND", "PATH"}
 OTHER_MODULES = ("lightning.pytorch", "lightning.pytorch.strategies", "lightning.pytorch.callbacks")
-OTHER_CLASSES = {"EngineArgs"}
+OTHER_CLASSES = {"EngineArgs", *get_args(FlashAttention)}
 
 
 @every_page

@@ -30,6 +30,11 @@ from rpo_lightning.policy.limits import require_known_tokens, require_positions
 from rpo_lightning.policy.load import load_policy
 from rpo_lightning.policy.lora import LoRA
 from rpo_lightning.policy.parallel.strategies import placement_for, prepare_strategy
+from rpo_lightning.policy.prefix_sharing.flash_choice import (
+    FlashAttention,
+    require_flash_attention,
+    use_flash_attention,
+)
 from rpo_lightning.policy.tokenizer import load_tokenizer
 from rpo_lightning.policy.weights import require_plain_names
 from rpo_lightning.rewards import Grader
@@ -52,6 +57,7 @@ class PolicyModule(LightningModule):
         evaluation: How evaluation answers are sampled.
         adapter: A low-rank adapter that is trained instead of the policy's weights.
         elementwise_kernels: Which kernels compute norms, gated MLPs and rotary embeddings.
+        flash_attention: Which implementation of flash attention computes on a GPU.
 
     Attributes:
         evaluations: The current or last evaluation, one for each set of questions.
@@ -70,9 +76,11 @@ class PolicyModule(LightningModule):
         evaluation: EvaluationSettings,
         adapter: LoRA | None = None,
         elementwise_kernels: ElementwiseKernels = "auto",
+        flash_attention: FlashAttention | None = None,
     ) -> None:
         super().__init__()
         require_choice(elementwise_kernels)
+        require_flash_attention(flash_attention)
         if isinstance(policy, str):
             tokenizer = load_tokenizer(policy)
         elif tokenizer is None:
@@ -86,6 +94,7 @@ class PolicyModule(LightningModule):
         self.evaluation = evaluation
         self.adapter = adapter
         self.elementwise_kernels = elementwise_kernels
+        self.flash_attention = flash_attention
         # With an adapter, a checkpoint holds the adapter only.
         self.strict_loading = adapter is None
         self.ranks = Ranks()
@@ -122,6 +131,7 @@ class PolicyModule(LightningModule):
         options = adapter.loading_options() if adapter else {}
         policy = load_policy(source, **options) if isinstance(source, str) else source
         device = policy.device if self._trainer is None else self._trainer.strategy.root_device
+        use_flash_attention(policy, self.flash_attention, device)
         use_elementwise_kernels(policy, self.elementwise_kernels, device)
         return (adapter.apply(policy) if adapter else policy).train()
 

@@ -1,7 +1,7 @@
 """Checks whether flash attention's kernels for sequences of any length are usable here and compute correctly.
 
 ``gpu.py`` calls them by names that are not public in torch. Other implementations can take over the same names
-(``torch.nn.attention.activate_flash_attention_impl``). Each is tried on a few tokens before
+(``torch.nn.attention.activate_flash_attention_impl``, ``model.flash_attention``). Each is tried on a few tokens before
 its first use and compared with masked attention, gradients included.
 """
 

@@ -1,14 +1,17 @@
 """A pretend GPU: tensors that say they are on "cuda" and compute on the CPU.
 
 They refuse to meet tensors of the CPU, as a GPU's do. Kernels and synchronisations are counted, each with the line that
-caused it. Flash attention's operators for sequences of any length are written out in ``flash.py``.
+caused it. Flash attention's operators for sequences of any length are written out in ``flash.py``. What registers
+kernels of its own for a GPU can replace operators.
 """
 
 from __future__ import annotations
 
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -51,6 +54,21 @@ class Counts:
 
 
 COUNTS = Counts()
+# Kernels that were registered in place of an operator's own.
+REPLACED: dict[str, Callable[..., Any]] = {}
+
+
+class PretendLibrary:
+    """Stands in for ``torch.library.Library``, which a build for the CPU cannot call: holds kernels for the GPU."""
+
+    def __init__(self, *_):
+        pass
+
+    def impl(self, name, kernel, _):
+        REPLACED[name if "." in name else f"{name}.default"] = kernel
+
+    def __del__(self):
+        REPLACED.clear()
 
 
 def _lines() -> str:
@@ -137,6 +155,9 @@ def _run(func, args, kwargs):
     leaves_gpu = to_cpu or (func is aten.copy_.default and not isinstance(args[0], PretendTensor))
     _refuse_meeting(func, name, args, [x for x in tensors if not isinstance(x, PretendTensor)])
     _count(func, name, args, pretended, leaves_gpu)
+    if name in REPLACED:
+        with PretendGPU():
+            return REPLACED[name](*args, **kwargs)
     result = _computed(func, args, kwargs, to_cpu or not pretended)
     if to_cpu:
         return result

@@ -1,6 +1,7 @@
 """The GPU path on a CPU build of torch: each file of claims runs in a process of its own, because it changes torch.
 
 ``claims_update.py``: six architectures, kernels, waits, planted faults, memory. ``claims_run.py``: ``Trainer.fit``.
+``claims_flash.py``: other implementations of flash attention.
 To see one claim: ``RPO_PRETEND_GPU=1 python -m pytest tests/runs/pretend_gpu/claims_update.py -k NAME``.
 """
 
