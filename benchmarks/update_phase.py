@@ -30,6 +30,8 @@ from common.work import ModelWork
 from rpo_lightning.core.types import Completion, Group, Prompt, RolloutRequest
 from rpo_lightning.policy.elementwise.choice import use_elementwise_kernels
 from rpo_lightning.policy.prefix_sharing.attention import IMPLEMENTATION
+from rpo_lightning.policy.prefix_sharing.flash_choice import use_flash_attention
+from rpo_lightning.policy.prefix_sharing.gpu_check import active_implementation
 from rpo_lightning.policy.prefix_sharing.logprobs import token_logprobs
 from rpo_lightning.policy.prefix_sharing.rows import RowCost, rows_of, shared_rows
 from rpo_lightning.update.advantages import group_advantages
@@ -177,6 +179,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-tokens", type=int, default=16384 if on_gpu else 8192)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--elementwise-kernels", choices=["auto", "liger", "none"], default="none")
+    parser.add_argument("--flash-attention", choices=["FA2", "FA3", "FA4"], help="on a GPU; torch's own if not given")
     parser.add_argument(
         "--cells", type=cell, nargs="+", metavar="P,S,G", help="prefix, suffix and group size; the table's if not given"
     )
@@ -189,6 +192,7 @@ def main() -> None:
     for name, cells in ((REASONER, REASONER_CELLS), (arguments.model, large)):
         policy: Any = load(name)[0]
         policy.to(device="cuda" if on_gpu else "cpu", dtype=getattr(torch, arguments.dtype))
+        use_flash_attention(policy, arguments.flash_attention, policy.device)
         use_elementwise_kernels(policy, arguments.elementwise_kernels, policy.device)
         run(policy, make_group(64, 32, 2, policy.config.vocab_size), True, arguments.micro_batch_tokens)  # first touch
         measured[name] = []
@@ -202,6 +206,7 @@ def main() -> None:
     passes = f"passes of at most {arguments.micro_batch_tokens} tokens"
     passes += "" if on_gpu else f" (plain rows of SmolLM2: one row or {SMALL_PASS})"
     kernels = f"elementwise kernels {arguments.elementwise_kernels}"
+    kernels += f", flash attention {active_implementation()}" if on_gpu else ""  # the one that passed its trial
     setting = f"{arguments.dtype}, {kernels}, {passes}, medians of {repetitions} plain and {2 * repetitions} shared"
     print(f"\n{hardware()}; {setting}\n")
     for name, of_model in measured.items():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import restore_flash_attention_impl
 
+from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.policy.prefix_sharing import gpu as packed_attention
+from rpo_lightning.policy.prefix_sharing.flash_choice import activate
 from rpo_lightning.policy.prefix_sharing.gpu_check import kernels_agree
 
 
@@ -29,3 +32,14 @@ def kernel_calls(monkeypatch):
     monkeypatch.setattr(packed_attention, "_attend", note)
     kernels_agree.cache_clear()
     return calls
+
+
+@pytest.fixture
+def implementation(request):
+    """Activates the implementation of flash attention that a test names; skips what is not installed or not for it."""
+    try:
+        activate(request.param, torch.device("cuda", 0))
+    except ConfigurationError as error:
+        pytest.skip(str(error))
+    yield request.param
+    restore_flash_attention_impl(_raise_warn=False)

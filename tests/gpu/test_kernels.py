@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rpo_lightning.policy.elementwise.choice import use_elementwise_kernels
 from rpo_lightning.policy.load import load_policy
-from rpo_lightning.policy.prefix_sharing.gpu_check import kernels_agree
+from rpo_lightning.policy.prefix_sharing.gpu_check import failure_of_kernels
 from rpo_lightning.rollout.transformers.attention import attended_by_products
 from tests.conftest import REASONER
 
@@ -37,10 +37,10 @@ def test_the_gpu_multiplies_in_bf16():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(9, 3, 64), (12, 2, 128), (3, 3, 32)])
-def test_torchs_kernels_pass_the_trial(dtype, heads, key_heads, size):
-    kernels_agree.cache_clear()
+@pytest.mark.parametrize("implementation", ["FA2", "FA3", "FA4"], indirect=True)
+def test_torchs_kernels_pass_the_trial(implementation, dtype, heads, key_heads, size):
     with torch.device("cuda"):
-        assert kernels_agree(torch.device("cuda", 0), dtype, heads, key_heads, size, "FA2")
+        assert failure_of_kernels(torch.device("cuda", 0), dtype, heads, key_heads, size) is None
 
 
 def test_scores_are_not_rounded_to_16_bits_before_their_softmax():

@@ -82,6 +82,17 @@ def test_packed_rows_continue_frozen_contexts_in_bf16(kernel_calls):
     assert (flat(exact) - flat(whole)).norm() > 10 * rounding * flat(whole).norm()  # it is another gradient
 
 
+@pytest.mark.parametrize("implementation", ["FA3", "FA4"], indirect=True)
+def test_other_implementations_of_flash_attention_are_as_exact_in_bf16(implementation, kernel_calls):
+    policy, batch = grouped_heads().cuda(), long_groups()
+    exact, _ = gradient(policy, DAPO(), batch=batch, share_prefixes=False)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        plain, _ = gradient(policy, DAPO(), batch=batch, share_prefixes=False)
+        packed, _ = gradient(policy, DAPO(), batch=batch)
+    assert kernel_calls
+    assert (flat(packed) - flat(exact)).norm() < 1.5 * (flat(plain) - flat(exact)).norm()
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_ligers_kernels_keep_the_gradient_of_packed_rows_in_bf16(checkpointing, kernel_calls):
     pytest.importorskip("liger_kernel", reason="needs liger-kernel (extra: liger)")
