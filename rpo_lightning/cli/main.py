@@ -28,7 +28,16 @@ _FUNCTIONS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; errors that users can mend end it with one line and exit code 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        _main(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone, as in `rpo-lightning --help | head`. Python would complain again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def _main(arguments: list[str]) -> None:
     if arguments[:1] in (["-h"], ["--help"]):
         print(overview())
         return

@@ -252,3 +252,11 @@ def test_only_the_warnings_that_are_listed_are_silenced():
         "The 'train_dataloader' does not have many workers",
         *["Something else"] * 2,
     ]
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """As in ``rpo-lightning --help | head``."""
+    command = f"{sys.executable} -m rpo_lightning --help | true"
+    for _ in range(3):  # the reader may be gone before or after the text is written
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+        assert done.stderr == ""
