@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
+from tokenizers.decoders import ByteLevel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.core.errors import ConfigurationError, EngineError
@@ -70,6 +71,43 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
     text_ids = [token for token in token_ids if special.get(token, True)]
     return str(tokenizer.decode(text_ids, skip_special_tokens=False))
+
+
+class Continuations:
+    """Texts of responses that begin with the same tokens. The beginning is decoded once, where that is exact.
+
+    Tokenizers of bytes decode tokens one by one, so texts add up, unless the beginning ends within a character. Others
+    may treat a token by its neighbours; with these every response is decoded as a whole.
+
+    Args:
+        tokenizer: The tokenizer.
+        prefix_ids: The beginning.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prefix_ids: tuple[int, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._prefix_ids = prefix_ids
+
+    def text(self, suffix_ids: tuple[int, ...]) -> str:
+        """Text of the beginning and a suffix, as :func:`decode` gives it."""
+        if self._prefix_text is None:
+            return decode(self._tokenizer, self._prefix_ids + suffix_ids)
+        return self._prefix_text + decode(self._tokenizer, suffix_ids)
+
+    @cached_property
+    def _prefix_text(self) -> str | None:
+        """Text of the beginning; ``None`` if it may depend on what follows."""
+        if not self._prefix_ids or not _decodes_bytes(self._tokenizer):
+            return None
+        text = decode(self._tokenizer, self._prefix_ids)
+        return None if text.endswith("\N{REPLACEMENT CHARACTER}") else text
+
+
+def _decodes_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer decodes tokens to bytes and does nothing to the text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    cleans = getattr(tokenizer, "clean_up_tokenization_spaces", False)
+    return backend is not None and isinstance(backend.decoder, ByteLevel) and not cleans
 
 
 @lru_cache(maxsize=8)
