@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
@@ -64,21 +65,31 @@ class CompletionsCallback(RunFolderCallback):
     def _rows(self, group: Group, tokenizer: Any) -> list[dict[str, Any]]:
         order = sorted(range(len(group.rewards)), key=lambda i: group.rewards[i])
         alternating = [order[-1 - i // 2] if i % 2 == 0 else order[i // 2] for i in range(len(order))]
-        prefix = decode(tokenizer, group.request.prefix_ids)
+        decoded = decode(tokenizer, group.request.prefix_ids)
+        responses = [sample.response for sample in group.samples]
+        # A character may begin in the prefix and end in the suffix: it belongs to the suffix.
+        prefixes = [_common(decoded, response) for response in responses]
         return [
             {
                 "step": group.step,
                 "uid": group.request.prompt.uid,
                 "prompt": group.request.prompt.text,
                 "answer": group.request.prompt.answer,
-                "prefix": prefix,
-                "suffix": decode(tokenizer, group.completions[i].token_ids),
+                "prefix": prefixes[i],
+                "suffix": responses[i].removeprefix(prefixes[i]),
                 "reward": group.rewards[i],
                 "correct": group.samples[i].is_correct,
                 "finished": group.completions[i].finished,
             }
             for i in alternating[: self.members]
         ]
+
+
+def _common(first: str, second: str) -> str:
+    """What two texts begin with."""
+    if second.startswith(first):
+        return first
+    return first[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))]
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
