@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from rpo_lightning.core.types import Completion
 from rpo_lightning.policy.load import load_policy
 from rpo_lightning.policy.tokenizer import load_tokenizer
 from rpo_lightning.rewards import ExactMatchVerifier, FunctionReward
-from rpo_lightning.rollout.engine import EngineSetup, GenerationRequest, RolloutEngine, Sampling
+from rpo_lightning.rollout.engine import EngineSetup, GenerationRequest, OnFinished, RolloutEngine, Sampling
 from rpo_lightning.rollout.transformers.engine import TransformersEngine
 from rpo_lightning.rollout.vllm.engine import VLLMEngine
 from rpo_lightning.update.settings import UpdateSettings
@@ -74,7 +74,7 @@ class ReplayEngine(RolloutEngine):
         requests: Sequence[GenerationRequest],
         sampling: Sampling,
         seed: int,
-        on_progress: Callable[[int], None] | None = None,
+        on_finished: OnFinished | None = None,
     ) -> list[list[Completion]]:
         """The responses of each prompt."""
         return [

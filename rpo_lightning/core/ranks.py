@@ -6,7 +6,10 @@ logged values. Gradients and parameters belong to the strategy. With one rank, e
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -55,6 +58,12 @@ class Ranks:
     def gather(self, mine: T) -> list[T]:
         """Every rank's object, in rank order, on every rank."""
         return gather_objects(mine) if self.size > 1 else [mine]
+
+    def cores(self) -> int:
+        """Processor cores of this rank; those that ranks of a node have in common are divided. A collective."""
+        host, mine = socket.gethostname(), os.sched_getaffinity(0)
+        everyone = [cores for name, cores in self.gather((host, mine)) if name == host]
+        return int(sum(Fraction(1, sum(core in cores for cores in everyone)) for core in mine))
 
     def _reduce(self, values: Tensor, how: str) -> Tensor:
         if self.size == 1:

@@ -39,7 +39,7 @@ from rpo_lightning.policy.tokenizer import load_tokenizer
 from rpo_lightning.policy.weights import require_plain_names
 from rpo_lightning.rewards import Grader
 from rpo_lightning.rollout.engine import EngineSetup, RolloutEngine, Sampling
-from rpo_lightning.rollout.groups import generate, score
+from rpo_lightning.rollout.groups import Scoring, generate
 
 _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
 
@@ -125,6 +125,7 @@ class PolicyModule(LightningModule):
             require_positions(self.policy, data.longest_prompt, self.max_response_tokens)
             require_known_tokens(self.policy, data.highest_token_id)
         self.engine.attach(self.policy, self.tokenizer, self._engine_setup())
+        self.grader.pool.use_idle_cores(self._idle_cores())
 
     def _load(self) -> PreTrainedModel:
         source, adapter = self._policy_source, self.adapter
@@ -166,6 +167,11 @@ class PolicyModule(LightningModule):
                 parameter.data = value.to(parameter.device)
         return module
 
+    def _idle_cores(self) -> int:
+        """Cores that this rank leaves to others: on a GPU one thread works, on a CPU all of torch's; a collective."""
+        device = self.loaded_policy.device if self._trainer is None else self._trainer.strategy.root_device
+        return self.ranks.cores() - (torch.get_num_threads() if device.type == "cpu" else 1)
+
     def _engine_setup(self) -> EngineSetup:
         trainer: Any = self._trainer
         if trainer is None:
@@ -190,15 +196,16 @@ class PolicyModule(LightningModule):
         self.engine.shutdown()
 
     def roll_out(self, requests: Iterable[RolloutRequest], n: int, sampling: Sampling, seed: int) -> list[Group]:
-        """Generate and score ``n`` responses to each request."""
+        """Generate and score ``n`` responses to each request. Only grading after decoding counts as ``reward``."""
         requests = list(requests)
         self.engine.require_version(self.policy_version)
-        with self.timer("decode"):
-            completions = generate(self.engine, requests, n, sampling, seed)
-        self.timer.move("decode", "prefill", self.engine.prefill_share())
-        self.decoded_tokens += sum(len(c.token_ids) for group in completions for c in group)
-        with self.timer("reward"):
-            return score(self.grader, self.tokenizer, requests, completions, step=self.global_step)
+        with Scoring(self.grader, self.tokenizer, requests, step=self.global_step) as scoring:
+            with self.timer("decode"):
+                completions = generate(self.engine, requests, n, sampling, seed, scoring.add)
+            self.timer.move("decode", "prefill", self.engine.prefill_share())
+            self.decoded_tokens += sum(len(c.token_ids) for group in completions for c in group)
+            with self.timer("reward"):
+                return scoring.groups(completions)
 
     @property
     def evaluation_sampling(self) -> Sampling:

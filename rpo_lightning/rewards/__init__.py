@@ -2,7 +2,8 @@
 
 from rpo_lightning.rewards.base import AnswerVerifier, Reward, Verifier
 from rpo_lightning.rewards.functions import FunctionReward
-from rpo_lightning.rewards.grader import GradedGroup, Grader
+from rpo_lightning.rewards.grader import Grader
+from rpo_lightning.rewards.grading import GradedGroup, Grading
 from rpo_lightning.rewards.length import (
     CosineLengthReward,
     KimiLengthReward,
@@ -23,6 +24,7 @@ __all__ = [
     "FunctionVerifier",
     "GradedGroup",
     "Grader",
+    "Grading",
     "GradingPool",
     "KimiLengthReward",
     "LengthAwareAccuracyReward",

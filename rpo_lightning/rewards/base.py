@@ -9,7 +9,7 @@ included (section 3 of the paper).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rpo_lightning.core.types import Sample
@@ -71,7 +71,13 @@ class Reward(ABC):
 
     Args:
         weight: Factor of the term in the sum.
+
+    Attributes:
+        response_function: Gives the value of a response from its prompt, its text and the gold answer, in a worker
+            process, as soon as the response has ended. ``None`` where a term is computed from whole groups.
     """
+
+    response_function: Callable[[str, str, str], float] | None = None
 
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight
@@ -87,5 +93,5 @@ class Reward(ABC):
         """Unweighted values of the members of one group."""
 
     def score_groups(self, groups: Sequence[Sequence[Sample]], pool: GradingPool) -> list[list[float]]:
-        """Unweighted values of several groups; terms that need worker processes override this."""
+        """Unweighted values of several groups; terms that compare responses in worker processes override this."""
         return [self.score(group) for group in groups]

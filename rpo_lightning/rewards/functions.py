@@ -11,7 +11,6 @@ from typing import Any
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards.base import Reward
-from rpo_lightning.rewards.pool import GradingPool
 
 
 def import_function(path: str) -> Callable[..., Any]:
@@ -45,7 +44,7 @@ class FunctionReward(Reward):
     def __init__(self, function: str, weight: float = 1.0) -> None:
         super().__init__(weight)
         self.function = function
-        self._call = import_function(function)
+        self.response_function = import_function(function)
 
     @property
     def name(self) -> str:
@@ -54,9 +53,5 @@ class FunctionReward(Reward):
 
     def score(self, group: Sequence[Sample]) -> list[float]:
         """The function's values, computed in this process."""
-        return [float(self._call(s.prompt, s.response, s.answer)) for s in group]
-
-    def score_groups(self, groups: Sequence[Sequence[Sample]], pool: GradingPool) -> list[list[float]]:
-        """The function's values, computed in killable workers."""
-        values = iter(pool.numbers(self._call, [(s.prompt, s.response, s.answer) for group in groups for s in group]))
-        return [[next(values) for _ in group] for group in groups]
+        assert self.response_function is not None
+        return [float(self.response_function(s.prompt, s.response, s.answer)) for s in group]

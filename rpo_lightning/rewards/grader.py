@@ -1,38 +1,21 @@
-"""The grader: verdict first, then every reward term, then their weighted sum."""
+"""The grader: a verifier, the terms of the reward, and the processes that they run in."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
-from rpo_lightning.core.errors import ConfigurationError, RewardError
+from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards.base import AnswerVerifier, Reward, Verifier
+from rpo_lightning.rewards.grading import GradedGroup, Grading
 from rpo_lightning.rewards.pool import GradingPool
 
 log = logging.getLogger(__name__)
 
 # What is logged as reward/… besides the terms.
 _OTHER_METRICS = ("mean", "std", "correct_share", "grading_killed")
-
-
-@dataclass(frozen=True)
-class GradedGroup:
-    """Verdicts and rewards of one group.
-
-    Attributes:
-        samples: The members with their verdicts.
-        rewards: Weighted sum of the terms, one a member.
-        terms: Unweighted values of each term.
-    """
-
-    samples: list[Sample]
-    rewards: list[float]
-    terms: dict[str, list[float]]
 
 
 class Grader:
@@ -59,20 +42,17 @@ class Grader:
         self.rewards = list(rewards)
         self.pool = pool
 
-    def verify(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The samples with the verifier's verdicts.
+    def begin(self) -> Grading:
+        """Begin to grade a rollout, whose responses are submitted one by one."""
+        return Grading(self.verifier, self.rewards, self.pool)
 
-        Raises:
-            RewardError: A verdict is no finite number.
-        """
-        calls = [(s.prompt, s.response, s.answer) for s in samples]
-        if self.verifier.isolated:
-            verdicts = self.pool.numbers(self.verifier.verify, calls)
-        else:
-            with _no_exit(type(self.verifier).__name__):
-                verdicts = [self.verifier.verify(*call) for call in calls]
-        numbers = _finite(verdicts, samples, type(self.verifier).__name__)
-        return [replace(s, correct=verdict) for s, verdict in zip(samples, numbers, strict=True)]
+    def grade(self, groups: Sequence[Sequence[Sample]]) -> list[GradedGroup]:
+        """Verdicts and rewards of several groups; see :meth:`Grading.finish`."""
+        grading = self.begin()
+        for number, group in enumerate(groups):
+            for member, sample in enumerate(group):
+                grading.submit(number, member, sample)
+        return grading.finish()
 
     @property
     def finds_answers(self) -> bool:
@@ -86,62 +66,9 @@ class Grader:
         if not self.verifier.isolated:
             return [self.verifier.answer_classes(*call) for call in calls]
         # Answers are compared with one another, so the limit grows with their number.
-        found = self.pool.map(self.verifier.answer_classes, calls, killed=None, limits=len(calls[0]) if calls else 1)
+        submitted = [self.pool.submit(self.verifier.answer_classes, *call, limits=len(call)) for call in calls]
+        found = self.pool.collect(submitted, killed=None)
         undetermined = sum(classes is None for classes in found)
         if undetermined:
             log.warning(f"answers to {undetermined} questions took too long to compare: they have no vote")
         return [[-1] * len(call) if classes is None else classes for call, classes in zip(calls, found, strict=True)]
-
-    def grade(self, groups: Sequence[Sequence[Sample]]) -> list[GradedGroup]:
-        """Verdicts and rewards of several groups.
-
-        Raises:
-            RewardError: A verdict or a value of a term is no finite number, or a term's values are too many or too few.
-        """
-        verified = iter(self.verify([s for group in groups for s in group]))
-        samples = [[next(verified) for _ in group] for group in groups]
-        terms = {reward.name: self._values(reward, samples) for reward in self.rewards}
-        graded = []
-        for i, group in enumerate(samples):
-            of_group = {name: values[i] for name, values in terms.items()}
-            totals = [
-                sum(reward.weight * of_group[reward.name][member] for reward in self.rewards)
-                for member in range(len(group))
-            ]
-            graded.append(GradedGroup(group, totals, of_group))
-        return graded
-
-    def _values(self, reward: Reward, groups: Sequence[Sequence[Sample]]) -> list[list[float]]:
-        source = f"reward {reward.name!r}"
-        with _no_exit(source):
-            values = reward.score_groups(groups, self.pool)
-        if len(values) != len(groups):
-            raise RewardError(f"{source} returned values of {len(values)} groups for {len(groups)}")
-        return [_finite(of_group, group, source) for of_group, group in zip(values, groups, strict=True)]
-
-
-@contextmanager
-def _no_exit(source: str) -> Iterator[None]:
-    """Turn ``exit()`` in a verifier or a reward into an error: it would end the trainer without a word."""
-    try:
-        yield
-    except SystemExit as error:
-        raise RewardError(f"{source} raised SystemExit: {error.code}") from error
-
-
-def _finite(values: Sequence[float], samples: Sequence[Sample], source: str) -> list[float]:
-    """Plain numbers, whatever a verifier or a reward is made of: samples and rewards travel in checkpoints."""
-    try:
-        numbers = [float(value) for value in values]
-    except (TypeError, ValueError) as error:
-        raise RewardError(f"{source} returned what is no number: {error}") from error
-    if len(numbers) != len(samples):
-        raise RewardError(
-            f"{source} returned {len(numbers)} values for {len(samples)} responses: return one number for each"
-        )
-    for number, sample in zip(numbers, samples, strict=True):
-        if not math.isfinite(number):
-            raise RewardError(
-                f"{source} returned {number} for the response {sample.response[:60]!r}: return a finite number"
-            )
-    return numbers

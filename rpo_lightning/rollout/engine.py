@@ -21,6 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rpo_lightning.core.errors import ConfigurationError, EngineError
 from rpo_lightning.core.types import Completion
 
+# Called when a sequence ends: with the index of its request, its number among the request's ``n``, and what was
+# sampled. An engine calls it once for each sequence, in any order, before ``generate`` returns.
+OnFinished = Callable[[int, int, Completion], None]
+
 
 @dataclass(frozen=True)
 class GenerationRequest:
@@ -121,7 +125,7 @@ class RolloutEngine(ABC):
         requests: Sequence[GenerationRequest],
         sampling: Sampling,
         seed: int,
-        on_progress: Callable[[int], None] | None = None,
+        on_finished: OnFinished | None = None,
     ) -> list[list[Completion]]:
         """Sample suffixes.
 
@@ -129,7 +133,7 @@ class RolloutEngine(ABC):
             requests: The contexts, and how many suffixes of what length to sample.
             sampling: How tokens are drawn.
             seed: The same requests, weights and seed give the same completions.
-            on_progress: Called with the number of newly finished sequences.
+            on_finished: Called with every sequence as soon as it ends. What it raises is raised as it is.
 
         Returns:
             The ``n`` completions of each request, in the order of the requests.

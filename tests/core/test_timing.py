@@ -10,7 +10,7 @@ from rpo_lightning.cache.prefixes import CachedPrefixes
 from rpo_lightning.callbacks import ExperienceCacheCallback, RunSummaryCallback
 from rpo_lightning.core import timing
 from rpo_lightning.core.timing import PhaseTimer
-from rpo_lightning.rewards import Grader
+from rpo_lightning.rewards import Grading
 from rpo_lightning.rollout.transformers.engine import TransformersEngine, _DecodingBatch
 from rpo_lightning.update import loss as update
 from rpo_lightning.update.objectives import GRPO
@@ -77,7 +77,7 @@ def work(monkeypatch, clock):
 
     slow_down(_DecodingBatch, "_prefill", lambda *_: "prefill")
     slow_down(_DecodingBatch, "_decode", lambda *_: "decode")
-    slow_down(Grader, "grade", lambda *_: "reward")
+    slow_down(Grading, "finish", lambda *_: "reward")
     slow_down(update, "token_logprobs", kind_of_pass)
     slow_down(TransformersEngine, "_copy_weights", lambda *_: "sync")
     slow_down(CachedPrefixes, "update_from", lambda *_: "cache")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from rpo_lightning.core.types import Completion, Prompt, RolloutRequest
-from rpo_lightning.policy.tokenizer import decode
+from rpo_lightning.policy.tokenizer import Continuations, decode
 from rpo_lightning.rewards import ExactMatchVerifier, FormatReward, Grader, GradingPool
-from rpo_lightning.rollout.groups import score
+from rpo_lightning.rollout.groups import Scoring
 
 THOUGHTS = ["<think>", "</think>", "<answer>", "</answer>"]
 # Framing in the tokenizers of Qwen, Llama 3, Gemma, Mistral, DeepSeek, GLM, Command R, Granite and gpt-oss.
@@ -85,6 +87,35 @@ def test_the_format_reward_sees_tags_that_are_special_tokens(with_specials):
     ids = (*written, tokenizer.eos_token_id)
     request = RolloutRequest(Prompt("q", "1+1=", (5, 6), "2"), max_new_tokens=32)
     grader = Grader(ExactMatchVerifier(), [FormatReward()], GradingPool())
-    (group,) = score(grader, tokenizer, [request], [[Completion(ids, (0.0,) * len(ids), True)] * 2], step=0)
+    scoring = Scoring(grader, tokenizer, [request], step=0)
+    (group,) = scoring.groups([[Completion(ids, (0.0,) * len(ids), True)] * 2])
     assert group.samples[0].response == "<think>1+1</think><answer>2#2</answer>"
     assert group.reward_terms["format"] == [1.0, 1.0]
+
+
+@pytest.fixture
+def of_bytes():
+    """A tokenizer with a token for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_end|>", "<think>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+
+
+def test_continuations_of_a_prefix_read_as_whole_responses_do_wherever_it_was_cut(of_bytes, tokenizer):
+    for of, text in ((of_bytes, "<think> Länge: 3 € 😀 <|im_end|> \n x̂"), (tokenizer, "a49-1=48#48")):
+        ids = tuple(of(text)["input_ids"])
+        for cut in range(len(ids)):
+            texts = Continuations(of, ids[:cut])
+            for suffix in (ids[cut:], ids[cut : cut + 1], ()):
+                assert texts.text(suffix) == decode(of, ids[:cut] + suffix), cut
+
+
+def test_a_prefix_is_decoded_once_for_its_group(of_bytes, monkeypatch):
+    ids, decoded = tuple(of_bytes("a prefix and its end")["input_ids"]), []
+    monkeypatch.setattr(of_bytes, "decode", lambda ids, **_: decoded.append(len(ids)) or "")
+    texts = Continuations(of_bytes, ids[:8])
+    for _ in range(3):
+        texts.text(ids[8:])
+    assert decoded == [8, len(ids) - 8, len(ids) - 8, len(ids) - 8]

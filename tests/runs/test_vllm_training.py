@@ -15,6 +15,7 @@ from rpo_lightning.core.errors import ConfigurationError, EngineError, RewardErr
 from rpo_lightning.rewards import FunctionReward, UniformRandomReward
 from rpo_lightning.rollout import Sampling, VLLMEngine
 from tests.conftest import make_data, make_module, make_trainer
+from tests.rollout import test_grading_while_decoding as grading
 
 OPTIONS = {"max_num_seqs": 32, "block_size": 32}
 
@@ -83,6 +84,16 @@ def test_a_resumed_run_continues_as_the_uninterrupted_one(tmp_path):
         assert torch.equal(first, second), name
 
 
+def test_a_rollout_grades_while_vllm_decodes(tmp_path, monkeypatch):
+    notes = tmp_path / "notes"
+    monkeypatch.setattr(grading, "NOTES", notes)
+    verifier = grading.verifier_of(grading.notes_its_start)
+    module = vllm_module(engine=grading.waiting(VLLMEngine)(options=OPTIONS), verifier=verifier)
+    make_trainer(tmp_path, max_steps=1).fit(module, datamodule=make_data())
+    assert module.engine.ended_before == 1
+    assert len(notes.read_text().splitlines()) == 16  # each response once
+
+
 class CrashingEngine(VLLMEngine):
     """Has vLLM ask for something impossible at its third rollout."""
 
@@ -91,7 +102,7 @@ class CrashingEngine(VLLMEngine):
     def _sampling_params(self, request, sampling, seed):
         self.rollouts += 1
         parameters = super()._sampling_params(request, sampling, seed)
-        if self.rollouts > 8:
+        if self.rollouts > 2 * 16:  # once for each sequence
             parameters.stop_token_ids = ["not a token"]
         return parameters
 

@@ -23,7 +23,7 @@ from rpo_lightning.core.types import Completion
 from rpo_lightning.policy.parallel.strategies import whole_parameters
 from rpo_lightning.policy.tokenizer import stop_token_ids
 from rpo_lightning.policy.weights import underlying_model
-from rpo_lightning.rollout.engine import EngineSetup, GenerationRequest, RolloutEngine, Sampling
+from rpo_lightning.rollout.engine import EngineSetup, GenerationRequest, OnFinished, RolloutEngine, Sampling
 from rpo_lightning.rollout.transformers.attention import decoding_attention
 from rpo_lightning.rollout.transformers.growing_cache import growing_cache
 from rpo_lightning.rollout.transformers.sampling import draw
@@ -89,7 +89,7 @@ class TransformersEngine(RolloutEngine):
         requests: Sequence[GenerationRequest],
         sampling: Sampling,
         seed: int,
-        on_progress: Callable[[int], None] | None = None,
+        on_finished: OnFinished | None = None,
     ) -> list[list[Completion]]:
         if self._policy is None or self._weights_version is None:
             raise EngineError("the engine was used before it was attached and synced: call attach and load_weights")
@@ -100,10 +100,13 @@ class TransformersEngine(RolloutEngine):
             shares = self._shares_contexts if may_share else lambda: False
             for chunk in self._chunks(requests):
                 batch = _DecodingBatch(self._policy, self._stop_ids, self._pad_id, sampling, generator, shares)
-                for index, completions in zip(chunk, batch.run([requests[i] for i in chunk]), strict=True):
-                    results[index].extend(completions)
-                    if on_progress is not None:
-                        on_progress(len(completions))
+                ended: dict[tuple[int, int], Completion] = {}
+                for index, member, completion in batch.run([requests[i] for i in chunk]):
+                    ended[chunk[index], member] = completion
+                    if on_finished is not None:
+                        on_finished(chunk[index], member, completion)
+                for index, member in sorted(ended):
+                    results[index].append(ended[index, member])
                 self._prefill_seconds += batch.prefill_seconds
         self._generate_seconds = time.perf_counter() - start
         return results
@@ -155,7 +158,8 @@ class _DecodingBatch:
         self.shares_contexts = shares_contexts
         self.prefill_seconds = 0.0
 
-    def run(self, requests: Sequence[GenerationRequest]) -> list[list[Completion]]:
+    def run(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, int, Completion]]:
+        """Yield every sequence as soon as it ends: the index of its request, its number there, and what was sampled."""
         start = time.perf_counter()
         logits_RV, contexts, mask_RT = self._prefill(requests)
         if self.device.type == "cuda":
@@ -169,11 +173,9 @@ class _DecodingBatch:
             cache = OneContextEach(self.policy, contexts, mask_RT, owner_N)
         else:
             cache = CopiedContexts(contexts, mask_RT, owner_N, longest=int(budgets_N.max()))
-        tokens, logprobs, finished = self._decode(logits_RV[owner_N], cache, mask_RT.sum(-1)[owner_N], budgets_N)
-        completions: list[list[Completion]] = [[] for _ in requests]
-        for row, owner in enumerate(owner_N.tolist()):
-            completions[owner].append(Completion(tuple(tokens[row]), tuple(logprobs[row]), finished[row]))
-        return completions
+        owners, firsts = owner_N.tolist(), (counts.cumsum(0) - counts).tolist()
+        for row, completion in self._decode(logits_RV[owner_N], cache, mask_RT.sum(-1)[owner_N], budgets_N):
+            yield owners[row], row - firsts[owners[row]], completion
 
     def _prefill(self, requests: Sequence[GenerationRequest]) -> tuple[Tensor, DynamicCache, Tensor]:
         """Compute every context once: logits of its last position [R, V], its keys and values, and its mask [R, T]."""
@@ -197,27 +199,27 @@ class _DecodingBatch:
 
     def _decode(
         self, logits_NV: Tensor, cache: SequenceCache, positions_N: Tensor, budgets_N: Tensor
-    ) -> tuple[list[list[int]], list[list[float]], list[bool]]:
-        """Sample until every sequence has ended or spent its budget: tokens, log-probs, and whether it ended."""
+    ) -> Iterator[tuple[int, Completion]]:
+        """Sample until all sequences have ended or spent their budgets; yields each that has, with its row."""
         total = len(budgets_N)
         limit = int(budgets_N.max())
         tokens_NT = torch.zeros((total, limit), dtype=torch.long, device=self.device)
         logprobs_NT = torch.zeros((total, limit), dtype=torch.float32, device=self.device)
-        lengths_N = torch.zeros(total, dtype=torch.long, device=self.device)
-        finished_N = torch.zeros(total, dtype=torch.bool, device=self.device)
         rows = torch.arange(total, device=self.device)  # sequences that are in the batch
         live = torch.ones(total, dtype=torch.bool, device=self.device)  # which of these to continue
+        remaining = total
         for step in range(limit):
             token_N, logprob_N = draw(logits_NV, self.sampling, self.generator)
             tokens_NT[rows, step] = token_N
             logprobs_NT[rows, step] = logprob_N
-            lengths_N[rows] += live
-            ended = torch.isin(token_N, self.stop_ids) & live
-            finished_N[rows] |= ended
-            live = live & ~ended & (budgets_N[rows] > step + 1)
-            remaining = int(live.sum())
+            stopped = torch.isin(token_N, self.stop_ids)
+            was_live, live = live, live & ~stopped & (budgets_N[rows] > step + 1)
+            before, remaining = remaining, int(live.sum())
+            if remaining < before:
+                over, stop = was_live & ~live, step + 1
+                yield from _ended(rows[over], tokens_NT[:, :stop], logprobs_NT[:, :stop], stopped[over])
             if remaining == 0:
-                break
+                return
             if remaining <= (1 - _REBUILD_SHARE) * len(rows):
                 keep = live.nonzero().squeeze(1)
                 cache.keep(keep)
@@ -228,10 +230,13 @@ class _DecodingBatch:
                 use_cache=True,
                 **cache.inputs(),
             ).logits[:, -1]
-        lengths = lengths_N.tolist()
-        tokens = [row[:n] for row, n in zip(tokens_NT.tolist(), lengths, strict=True)]
-        logprobs = [row[:n] for row, n in zip(logprobs_NT.tolist(), lengths, strict=True)]
-        return tokens, logprobs, finished_N.tolist()
+
+
+def _ended(rows: Tensor, tokens_NT: Tensor, logprobs_NT: Tensor, stopped: Tensor) -> Iterator[tuple[int, Completion]]:
+    """The rows that have ended, with what was sampled in them."""
+    columns = rows.tolist(), tokens_NT[rows].tolist(), logprobs_NT[rows].tolist(), stopped.tolist()
+    for row, tokens, logprobs, finished in zip(*columns, strict=True):
+        yield row, Completion(tuple(tokens), tuple(logprobs), finished)
 
 
 @contextmanager

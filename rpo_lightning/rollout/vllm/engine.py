@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from rpo_lightning.core.errors import ConfigurationError, EngineError
 from rpo_lightning.core.types import Completion
 from rpo_lightning.policy.tokenizer import stop_token_ids
 from rpo_lightning.policy.weights import checkpoint_weights, save_architecture
-from rpo_lightning.rollout.engine import EngineSetup, GenerationRequest, RolloutEngine, Sampling
+from rpo_lightning.rollout.engine import EngineSetup, GenerationRequest, OnFinished, RolloutEngine, Sampling
 from rpo_lightning.rollout.vllm import platform as vllm_platform
 from rpo_lightning.rollout.vllm.tensor_parallel import TensorParallelGroup
 
@@ -233,39 +234,42 @@ class VLLMEngine(RolloutEngine):
         requests: Sequence[GenerationRequest],
         sampling: Sampling,
         seed: int,
-        on_progress: Callable[[int], None] | None = None,
+        on_finished: OnFinished | None = None,
     ) -> list[list[Completion]]:
         if self._llm is None or self._weights_version is None or self._asleep:
             raise EngineError("vLLM was used before it was synced with the policy: call load_weights")
         mine = [(r, s) for r, s in zip(requests, request_seeds(seed, len(requests)), strict=True)]
         shared, start = self._group.gather(mine)
+        found: dict[tuple[int, int], Completion] = {}
+        with closing(self._ended(shared, sampling)) as ended:
+            for index, member, completion in ended:
+                if 0 <= index - start < len(requests):
+                    found[index - start, member] = completion
+                    if on_finished is not None:
+                        on_finished(index - start, member, completion)
+        return [[found[index, member] for member in range(request.n)] for index, request in enumerate(requests)]
+
+    def _ended(
+        self, requests: Sequence[tuple[GenerationRequest, int]], sampling: Sampling
+    ) -> Generator[tuple[int, int, Completion], None, None]:
+        """Yield every sequence as soon as it ends: the index of its request, its number there, and what was sampled."""
+        # A request for each sequence: vLLM returns those of one request together, when the last of them ends.
+        draws = [(i, m) for i, (r, _) in enumerate(requests) for m in range(r.n if sampling.temperature > 0 else 1)]
         try:
-            outputs = self._generate(shared, sampling)
+            prompts = [{"prompt_token_ids": list(request.token_ids)} for request, _ in requests]
+            params = [self._sampling_params(requests[i][0], sampling, requests[i][1] + member) for i, member in draws]
+            for number, output in vllm_platform.outputs(self._llm, [prompts[i] for i, _ in draws], params):
+                index, member = draws[number]
+                completion = _completion(output.outputs[0])
+                # Greedy samples are equal: vLLM draws one, which is repeated.
+                for copy in [member] if sampling.temperature > 0 else range(requests[index][0].n):
+                    yield index, copy, completion
         except Exception as error:
             log.error("vLLM failed while it was generating", exc_info=True)
             raise EngineError(f"vLLM failed while it was generating: {_cause(error)}") from error
-        results = []
-        for request, output in zip(requests, outputs[start : start + len(requests)], strict=True):
-            completions = [_completion(c) for c in output.outputs]
-            # Greedy samples are equal: vLLM draws one, which is repeated.
-            results.append(completions * (request.n // len(completions)))
-            if on_progress is not None:
-                on_progress(request.n)
-        return results
-
-    def _generate(self, requests: Sequence[tuple[GenerationRequest, int]], sampling: Sampling) -> list[Any]:
-        if not requests:  # vLLM raises an error for no requests
-            return []
-        outputs: list[Any] = self._llm.generate(
-            [{"prompt_token_ids": list(request.token_ids)} for request, _ in requests],
-            [self._sampling_params(request, sampling, seed) for request, seed in requests],
-            use_tqdm=False,
-        )
-        return outputs
 
     def _sampling_params(self, request: GenerationRequest, sampling: Sampling, seed: int) -> Any:
         return vllm_platform.import_vllm().SamplingParams(
-            n=request.n if sampling.temperature > 0 else 1,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
@@ -279,7 +283,7 @@ class VLLMEngine(RolloutEngine):
 
 
 def request_seeds(seed: int | tuple[int, ...], count: int) -> list[int]:
-    """One seed a request. vLLM counts up from it for the samples of the request."""
+    """One seed a request. Its sequences count up from it."""
     return [int(s) for s in np.random.SeedSequence(seed).generate_state(count, np.uint32)]
 
 

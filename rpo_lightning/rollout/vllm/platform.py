@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -106,6 +106,30 @@ def require_own_device(device: torch.device, setup: EngineSetup) -> None:
             f"the policy is on cuda:{device.index}, but vLLM in this process uses cuda:{taken}: choose GPUs with "
             "CUDA_VISIBLE_DEVICES, and set trainer.devices to their number"
         )
+
+
+def outputs(llm: Any, prompts: Sequence[Any], params: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    """Generate, and yield the number of every request and its output as soon as it ends.
+
+    Where nobody waits for the rest, its requests are taken back.
+    """
+    if not prompts:
+        return
+    ids = llm.enqueue(prompts, params, use_tqdm=False)
+    numbers = {_external(id_): number for number, id_ in enumerate(ids)}
+    try:
+        while llm.llm_engine.has_unfinished_requests():
+            for output in llm.llm_engine.step():
+                if output.finished:
+                    yield numbers[output.request_id], output
+    except (GeneratorExit, KeyboardInterrupt):
+        llm.llm_engine.abort_request(ids, internal=True)
+        raise
+
+
+def _external(request_id: str) -> str:
+    """A request's id as outputs have it: vLLM appends random characters to it inside."""
+    return request_id.partition("-")[0]
 
 
 @contextmanager
