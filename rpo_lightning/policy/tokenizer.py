@@ -66,11 +66,11 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     Special tokens that only frame the text are left out: begin, end, padding and turn markers. Special tokens that are
     content stay: ``<think>``, ``<answer>`` and channel markers, for example.
     """
-    special = _special_tokens(tokenizer, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
-    if not any(is_content for is_content in special.values()):
+    frames = _frame_tokens(tokenizer, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if frames is None:
         return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
-    text_ids = [token for token in token_ids if special.get(token, True)]
-    return str(tokenizer.decode(text_ids, skip_special_tokens=False))
+    text_ids = token_ids if frames.isdisjoint(token_ids) else [token for token in token_ids if token not in frames]
+    return str(tokenizer.decode(list(text_ids), skip_special_tokens=False))
 
 
 class Continuations:
@@ -111,13 +111,14 @@ def _decodes_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _special_tokens(tokenizer: PreTrainedTokenizerBase, *_changes: int | None) -> dict[int, bool]:
-    """For each special token id, whether it is content. The cache holds it until an argument changes."""
+def _frame_tokens(tokenizer: PreTrainedTokenizerBase, *_changes: int | None) -> frozenset[int] | None:
+    """Special tokens that are no content; ``None`` if none is content. The cache holds it until an argument changes."""
     ids = set(tokenizer.all_special_ids)
     ids |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     named = {getattr(tokenizer, f"{name}_token_id", None) for name in _FRAME_NAMES}
     texts = dict(zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True))
-    return {i: i not in named and _letters(str(text)) not in _FRAME_WORDS for i, text in texts.items()}
+    frames = frozenset(i for i, text in texts.items() if i in named or _letters(str(text)) in _FRAME_WORDS)
+    return None if len(frames) == len(ids) else frames
 
 
 def _letters(token: str) -> str:

@@ -10,8 +10,10 @@ from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards.base import Reward
 
 # The opening tag is optional: chat templates of reasoning models put it into the prompt.
+# Text without certain tags is matched from one "<" to the next, which is faster than character by character.
 _FORMAT = re.compile(
-    r"\s*(?:<think>)?(?:(?!</?think>|</?answer>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>\s*", re.DOTALL
+    r"\s*(?:<think>)?[^<]*+(?:<(?!/?think>|/?answer>)[^<]*+)*</think>"
+    r"\s*<answer>[^<]*+(?:<(?!/?answer>)[^<]*+)*</answer>\s*"
 )
 
 
