@@ -37,5 +37,9 @@ class FilledCache(ExperienceCacheCallback):
         """Fill it."""
         generator = np.random.default_rng(0)
         for prompt in trainer.datamodule.prompts["train"]:  # type: ignore[attr-defined]
-            ids = generator.integers(100, 40_000, self.length).astype(np.int32)
+            ids = self.response(generator)
             self.cache.remember(prompt.uid, CachedResponse(ids, 0.0, True, True, ((0, self.length),)))
+
+    def response(self, generator: np.random.Generator) -> np.ndarray:
+        """A response's tokens."""
+        return generator.integers(100, 40_000, self.length).astype(np.int32)

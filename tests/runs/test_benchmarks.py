@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import REASONER
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -71,3 +73,19 @@ def test_the_cost_model_predicts_the_papers_settings(tmp_path):
         low, high = change["saved"]
         assert 0 <= low <= high
         assert high == pytest.approx(change["before"][1] - change["after"][1])
+
+
+@pytest.mark.slow
+def test_the_hosts_overhead_is_told_by_part(tmp_path):
+    out = tmp_path / "host_overhead.json"
+    record = last_line(tmp_path, "host_overhead.py", "--quick", "--model", REASONER, "--out", str(out))
+    assert not out.exists()  # a quick run replaces no figures
+    for arm in ("closed", "unclosed"):
+        parts = record[arm]["parts"]
+        assert all(math.isfinite(seconds) for seconds in parts.values())
+        for part in ("cut and prefixes", "texts", "waiting for grading", "layout", "cache refresh", "logging"):
+            assert parts[part] > 0, part
+        # Decoding and the passes are told, and not counted.
+        assert parts["decoding (pretended)"] >= 0.5
+        hidden = ("decoding (pretended)", "forward and backward", "processor, trainer", "processor, workers")
+        assert record[arm]["seconds"] == pytest.approx(sum(parts.values()) - sum(parts[name] for name in hidden))
