@@ -125,7 +125,7 @@ class PolicyModule(LightningModule):
             require_positions(self.policy, data.longest_prompt, self.max_response_tokens)
             require_known_tokens(self.policy, data.highest_token_id)
         self.engine.attach(self.policy, self.tokenizer, self._engine_setup())
-        self.grader.pool.use_idle_cores(self._idle_cores())
+        self._let_grader_use_cores()
 
     def _load(self) -> PreTrainedModel:
         source, adapter = self._policy_source, self.adapter
@@ -167,10 +167,10 @@ class PolicyModule(LightningModule):
                 parameter.data = value.to(parameter.device)
         return module
 
-    def _idle_cores(self) -> int:
-        """Cores that this rank leaves to others: on a GPU one thread works, on a CPU all of torch's; a collective."""
+    def _let_grader_use_cores(self) -> None:
+        """Decoding on a GPU takes one thread, on a CPU all of torch's; a collective."""
         device = self.loaded_policy.device if self._trainer is None else self._trainer.strategy.root_device
-        return self.ranks.cores() - (torch.get_num_threads() if device.type == "cpu" else 1)
+        self.grader.pool.use_cores(self.ranks.cores(), torch.get_num_threads() if device.type == "cpu" else 1)
 
     def _engine_setup(self) -> EngineSetup:
         trainer: Any = self._trainer
@@ -201,7 +201,8 @@ class PolicyModule(LightningModule):
         self.engine.require_version(self.policy_version)
         with Scoring(self.grader, self.tokenizer, requests, step=self.global_step) as scoring:
             with self.timer("decode"):
-                completions = generate(self.engine, requests, n, sampling, seed, scoring.add)
+                on_finished = scoring.add if self.grader.pool.beside_decoding else None
+                completions = generate(self.engine, requests, n, sampling, seed, on_finished)
             self.timer.move("decode", "prefill", self.engine.prefill_share())
             self.decoded_tokens += sum(len(c.token_ids) for group in completions for c in group)
             with self.timer("reward"):

@@ -52,10 +52,12 @@ class GradingPool:
     """A lazily started pool of killable workers.
 
     Args:
-        workers: Number of processes of each rank; if not given, the cores that the trainer leaves idle, 1 to 8.
+        workers: Number of processes of each rank; if not given, as many as :meth:`use_cores` finds cores for, 1 to 8.
         timeout_seconds: Wall-clock limit of one call.
 
     Attributes:
+        beside_decoding: Whether to grade while others are decoded: only where a core would be idle. Elsewhere both
+            would slow each other down, and grading has all cores afterwards.
         killed: Calls that were over the limit or crashed their process, so far.
     """
 
@@ -68,17 +70,24 @@ class GradingPool:
         self.workers = workers
         self.timeout_seconds = timeout_seconds
         self.killed = 0
-        self._idle_cores = 1
+        self.beside_decoding = True
+        self._cores = 1
         self._pool: ProcessPool | None = None
 
-    def use_idle_cores(self, cores: int) -> None:
-        """Learn how many cores the trainer leaves idle. A pool that runs already stays as it is."""
-        self._idle_cores = cores
+    def use_cores(self, cores: int, decoding: int) -> None:
+        """Learn what there is to grade with. A pool that runs already keeps its workers.
+
+        Args:
+            cores: Processor cores of this rank.
+            decoding: How many of them are busy while it decodes.
+        """
+        self.beside_decoding = cores > decoding
+        self._cores = cores - decoding if self.beside_decoding else cores
 
     def start(self) -> None:
         """Start the workers, unless they run already."""
         if self._pool is None:
-            workers = self.workers or min(max(self._idle_cores, 1), _MOST_WORKERS)
+            workers = self.workers or min(max(self._cores, 1), _MOST_WORKERS)
             self._pool = ProcessPool(max_workers=workers, context=multiprocessing.get_context("fork"))
             self._pool.schedule(bool)  # Pebble forks its workers at the first call
 

@@ -98,6 +98,14 @@ class Backwards(TransformersEngine):
         return completions
 
 
+class Asked(TransformersEngine):
+    """Notes whether it is to tell of sequences that end."""
+
+    def generate(self, requests, sampling, seed, on_finished=None):
+        self.tells = on_finished is not None
+        return super().generate(requests, sampling, seed, on_finished)
+
+
 class Breaking(TransformersEngine):
     """Fails when its first sequences have ended."""
 
@@ -115,6 +123,13 @@ def graded(folder, engine, verifier, rewards, steps=2, **settings):
     module = make_module(engine=engine, verifier=verifier, rewards=rewards, grading=grading, **settings)
     make_trainer(folder, max_steps=steps).fit(module, datamodule=make_data())
     return module
+
+
+@pytest.fixture(autouse=True)
+def _idle_core(monkeypatch):
+    """One core decodes, and another one is idle."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
 
 
 @pytest.fixture
@@ -221,14 +236,22 @@ class Workers(Callback):
         self.count = len(multiprocessing.active_children())
 
 
-@pytest.mark.parametrize(("cores", "workers", "count"), [(6, None, 5), (1, None, 1), (99, None, 8), (6, 2, 2)])
-def test_as_many_workers_grade_as_the_trainer_leaves_cores_idle(tmp_path, monkeypatch, cores, workers, count):
+@pytest.mark.parametrize(
+    ("cores", "threads", "workers", "count", "beside"),
+    [(6, 1, None, 5, True), (99, 1, None, 8, True), (6, 1, 2, 2, True), (6, 6, None, 6, False), (1, 1, None, 1, False)],
+)
+def test_idle_cores_grade_while_others_decode_and_all_cores_afterwards_where_none_is_idle(
+    tmp_path, monkeypatch, cores, threads, workers, count, beside
+):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    found = Workers()
-    module = make_module(verifier=verifier_of(length), grading=GradingPool(workers), rewards=[UniformRandomReward()])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found, engine = Workers(), Asked()
+    module = make_module(
+        engine=engine, verifier=verifier_of(length), grading=GradingPool(workers), rewards=[UniformRandomReward()]
+    )
     make_trainer(tmp_path, callbacks=[found], max_steps=1).fit(module, datamodule=make_data())
     assert found.count == count
+    assert engine.tells == beside
 
 
 def test_cores_that_ranks_of_a_node_share_are_divided(monkeypatch):

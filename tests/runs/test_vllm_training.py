@@ -87,6 +87,7 @@ def test_a_resumed_run_continues_as_the_uninterrupted_one(tmp_path):
 def test_a_rollout_grades_while_vllm_decodes(tmp_path, monkeypatch):
     notes = tmp_path / "notes"
     monkeypatch.setattr(grading, "NOTES", notes)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # leaves a core idle
     verifier = grading.verifier_of(grading.notes_its_start)
     module = vllm_module(engine=grading.waiting(VLLMEngine)(options=OPTIONS), verifier=verifier)
     make_trainer(tmp_path, max_steps=1).fit(module, datamodule=make_data())
