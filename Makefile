@@ -22,7 +22,7 @@ quickstart: $(VENV)/.installed  ## train the embedded reasoner, about 3 minutes 
 
 # Two processes of one thread each: the tests are many small steps, which more threads hardly speed up.
 test: $(VENV)/.installed-dev  ## the tests
-	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed-dev  ## tests that take minutes (the whole quickstart)
 	$(RUN)/python -m pytest -m slow

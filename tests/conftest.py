@@ -44,6 +44,11 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}:{module}")
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with long files."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed(monkeypatch):
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)

@@ -82,7 +82,8 @@ def require_same_policy(checkpoint: Mapping[str, Any], policy: nn.Module, traine
             "the checkpoint is not one of an RPO run: give --ckpt_path a file that fit wrote, or start from exported "
             "weights with model.policy"
         )
-    shapes = {k.removeprefix("policy."): tuple(v.shape) for k, v in checkpoint.get("state_dict", {}).items()}
+    saved_state = checkpoint.get("state_dict", {})
+    shapes = {k.removeprefix("policy."): tuple(v.shape) for k, v in saved_state.items() if k.startswith("policy.")}
     if not shapes:
         return
     trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}

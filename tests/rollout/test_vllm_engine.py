@@ -16,6 +16,8 @@ from rpo_lightning.rollout.vllm import platform as vllm_platform
 from tests.policy.prefix_sharing.test_logprobs import reference_logprobs
 from tests.rollout.test_transformers_engine import QUESTIONS
 
+pytestmark = pytest.mark.long
+
 # The kernels of vLLM and transformers both compute in fp32 and round differently.
 FP32 = 1e-4
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize(("tensor_parallel_size", "policy"), [(1, "whole"), (1, "sharded"), (2, "whole")])
 def test_ranks_are_in_sync_and_sample_differently(tmp_path, tensor_parallel_size, policy):

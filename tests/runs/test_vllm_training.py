@@ -17,6 +17,8 @@ from rpo_lightning.rollout import Sampling, VLLMEngine
 from tests.conftest import make_data, make_module, make_trainer
 from tests.rollout import test_grading_while_decoding as grading
 
+pytestmark = pytest.mark.long
+
 OPTIONS = {"max_num_seqs": 32, "block_size": 32}
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 
 def test_ligers_kernels_compute_what_the_plain_layers_do():
     """In a process of its own: Triton decides when it is imported whether kernels are interpreted."""

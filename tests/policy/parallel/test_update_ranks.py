@@ -12,6 +12,8 @@ import torch
 
 from tests.policy.parallel.update_rank import CASES
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[3]
 
 

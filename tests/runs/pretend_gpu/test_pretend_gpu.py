@@ -16,6 +16,8 @@ import pytest
 
 from tests.runs.pretend_gpu import guard
 
+pytestmark = pytest.mark.long
+
 CLAIMS = sorted(Path(__file__).parent.glob("claims_*.py"))
 
 
