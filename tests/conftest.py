@@ -140,20 +140,13 @@ def passes_with_gradient(model: Any) -> list[int]:
 
 def cache_contents(cache: ExperienceCache) -> list[tuple[Any, ...]]:
     """All that a cache remembers, wherever its tokens lie."""
-    return [
+    return [("shared by all", cache.shared)] + [
         (
             e.uid,
             e.visits,
             e.restart,
             e.state,
-            e.response
-            and (
-                e.response.token_ids.tolist(),
-                e.response.reward,
-                e.response.correct,
-                e.response.finished,
-                e.response.spans,
-            ),
+            [a and (a.token_ids.tolist(), a.reward, a.correct, a.finished, a.spans) for a in e.slots],
         )
         for e in cache
     ]

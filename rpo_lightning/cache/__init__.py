@@ -4,10 +4,11 @@ from rpo_lightning.cache.budgets import CutPlusSlackBudget, FullBudget, SuffixBu
 from rpo_lightning.cache.cache import CachedResponse, CacheEntry, ExperienceCache
 from rpo_lightning.cache.cuts import AnchoredCut, CutStrategy, FractionOfShortestCut, GroupOutcome, UniformCut
 from rpo_lightning.cache.parquet import read_cache, write_cache
-from rpo_lightning.cache.refresh import CorrectMemberRefresh, EpsilonGreedyRefresh, RefreshRule
+from rpo_lightning.cache.refresh import AnchorsRefresh, CorrectMemberRefresh, EpsilonGreedyRefresh, RefreshRule
 
 __all__ = [
     "AnchoredCut",
+    "AnchorsRefresh",
     "CacheEntry",
     "CachedResponse",
     "CorrectMemberRefresh",

@@ -1,76 +1,40 @@
-"""The experience cache: one entry for each question, with at most one response.
+"""The experience cache: one entry for each question, with the responses from which its prefixes are cut.
 
 A response is held as token ids, with its reward and the update at which each token was generated. Deviation: the
-paper's code holds text, whose token ids change when it is encoded again. A cut strategy keeps its own notes on a
-question in ``state``, which is saved with the entry.
+paper's code holds text, whose token ids change when it is encoded again. The paper has one response for each question.
+With a refresh rule that keeps several, a question has *slots* 0, 1, 2, …, each with at most one response (an *anchor*).
+
+A cut strategy keeps its notes on a question in the entry's ``state``, and those on all questions in the cache's
+``shared``. Both are saved with the cache.
 
 Data is held in columns: a million questions take little more memory than their token ids
-(:mod:`rpo_lightning.cache.token_blocks`). :class:`CacheEntry` and :class:`CachedResponse` are views of one row.
+(:mod:`rpo_lightning.cache.token_blocks`). Every slot has columns of its own (:mod:`rpo_lightning.cache.responses`), so
+slots that nobody uses cost nothing. :class:`CacheEntry` and :class:`CachedResponse` are views of one row.
 
-On disk a cache is a Parquet file with a row for each question (:mod:`rpo_lightning.cache.parquet`). In a checkpoint it
-is a dictionary of tensors and primitives.
+On disk a cache is a Parquet file with a row for each question and further slot (:mod:`rpo_lightning.cache.parquet`). In
+a checkpoint it is a dictionary of tensors and primitives.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from rpo_lightning.cache.spans import flat_spans, initial_tokens, nested_spans, newest_step
-from rpo_lightning.cache.token_blocks import TokenBlocks
+from rpo_lightning.cache.responses import IMPORTED_STEP, CachedResponse, ResponseColumns
 from rpo_lightning.core.errors import CacheError
-from rpo_lightning.core.types import Spans
 
-FORMAT_VERSION = 2
-# Step of tokens that this run did not generate.
-IMPORTED_STEP = -1
+__all__ = ["FORMAT_VERSION", "IMPORTED_STEP", "CacheEntry", "CachedResponse", "ExperienceCache"]
 
-# Columns besides tokens, spans and state. "step" and "initial_tokens" are computed from the spans and not saved.
-_FACTS = np.dtype(
-    [
-        ("visits", np.int64),
-        ("restart", np.bool_),
-        ("reward", np.float64),
-        ("correct", np.bool_),
-        ("finished", np.bool_),
-        ("step", np.int64),
-        ("initial_tokens", np.int64),
-    ]
-)
-_SAVED_FACTS = ("visits", "restart", "reward", "correct", "finished")
+FORMAT_VERSION = 3
+# Format 2 has one response for each question, and nothing shared by all of them.
+READABLE_VERSIONS = (2, FORMAT_VERSION)
 
-
-@dataclass(frozen=True, slots=True)
-class CachedResponse:
-    """The response from which a question's prefixes are cut.
-
-    Attributes:
-        token_ids: The whole response, int32, with the end-of-sequence token if it was sampled.
-        reward: Its total reward.
-        correct: Whether the verifier accepted it.
-        finished: Whether it ended by itself, not by its budget.
-        spans: ``(step, count)`` runs, in order: ``count`` tokens were generated at update ``step``; -1 if this run
-            did not generate them.
-    """
-
-    token_ids: np.ndarray
-    reward: float
-    correct: bool
-    finished: bool
-    spans: Spans
-
-    @property
-    def step(self) -> int:
-        """The update at which its last tokens were generated."""
-        return newest_step(self.spans)
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
+# Columns of the questions.
+_VISITS = np.dtype([("visits", np.int64), ("restart", np.bool_)])
 
 
 class CacheEntry:
@@ -85,26 +49,46 @@ class CacheEntry:
 
     @property
     def response(self) -> CachedResponse | None:
-        """The cached response, or ``None``. :meth:`ExperienceCache.remember` replaces it."""
-        return self._cache._response(self._number)
+        """The response in slot 0, or ``None``. :meth:`ExperienceCache.remember` replaces it."""
+        columns = self._cache._slots[0]
+        return columns.get(self._number)
+
+    @property
+    def slots(self) -> list[CachedResponse | None]:
+        """What each slot of the cache holds."""
+        return [columns.get(self._number) for columns in self._cache._slots]
+
+    @property
+    def anchors(self) -> list[CachedResponse]:
+        """All cached responses of the question, in the order of their slots."""
+        return [response for response in self.slots if response is not None]
+
+    @property
+    def has_anchor(self) -> bool:
+        """Whether any slot holds a response."""
+        return any(self._number in columns for columns in self._cache._slots)
+
+    def remember(self, response: CachedResponse, slot: int = 0) -> None:
+        """Cache a response; see :meth:`ExperienceCache.remember`."""
+        self._cache.remember(self.uid, response, slot)
 
     @property
     def visits(self) -> int:
         """How many groups were sampled for the question."""
-        return int(self._cache._facts["visits"][self._number])
+        return int(self._cache._visits["visits"][self._number])
 
     @visits.setter
     def visits(self, value: int) -> None:
-        self._cache._facts["visits"][self._number] = value
+        self._cache._visits["visits"][self._number] = value
 
     @property
     def restart(self) -> bool:
         """Whether the next visit takes the full path."""
-        return bool(self._cache._facts["restart"][self._number])
+        return bool(self._cache._visits["restart"][self._number])
 
     @restart.setter
     def restart(self, value: bool) -> None:
-        self._cache._facts["restart"][self._number] = value
+        self._cache._visits["restart"][self._number] = value
 
     @property
     def state(self) -> dict[str, Any]:
@@ -115,20 +99,28 @@ class CacheEntry:
     def state(self, value: dict[str, Any]) -> None:
         self._cache._states[self._number] = value
 
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The cut strategy's notes on all questions: :attr:`ExperienceCache.shared`."""
+        return self._cache.shared
+
 
 class ExperienceCache:
     """Entries by question uid, in the order of their first visits.
 
     Args:
         tokenizer_fingerprint: Identifies the tokenizer of the token ids.
+
+    Attributes:
+        shared: The cut strategy's notes on all questions: JSON values, saved with the cache.
     """
 
     def __init__(self, tokenizer_fingerprint: str) -> None:
         self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.shared: dict[str, Any] = {}
         self._numbers: dict[str, int] = {}  # row numbers 0, 1, 2, …
-        self._facts = np.zeros(0, _FACTS)
-        self._tokens = TokenBlocks()
-        self._spans: list[Spans] = []
+        self._visits = np.zeros(0, _VISITS)
+        self._slots = [ResponseColumns()]
         self._states: dict[int, dict[str, Any]] = {}
 
     def __len__(self) -> int:
@@ -149,59 +141,46 @@ class ExperienceCache:
         """The entry of a question. Makes one if there is none."""
         return CacheEntry(self, uid, self._number(uid))
 
-    def remember(self, uid: str, response: CachedResponse) -> None:
-        """Cache a response in place of the question's earlier one. Copies the tokens."""
+    def remember(self, uid: str, response: CachedResponse, slot: int = 0) -> None:
+        """Cache a response in place of the one that the question had in the slot. Copies the tokens."""
         number = self._number(uid)
-        self._tokens[number] = response.token_ids
-        row = self._facts[number]
-        row["reward"], row["correct"], row["finished"] = response.reward, response.correct, response.finished
-        row["step"] = response.step
-        row["initial_tokens"] = initial_tokens(response.spans)
-        self._spans[number] = response.spans
+        while slot >= len(self._slots):
+            self._slots.append(ResponseColumns())
+        self._slots[slot][number] = response
 
     def statistics(self, step: int) -> dict[str, float]:
         """Health of the cache at update ``step``.
 
         Returns:
-            The counts ``entries`` and ``responses``; over the responses, ``correct_share``, mean ``length`` in tokens,
-            mean ``age`` (updates since the last tokens were generated), and ``initial_token_share`` (share of tokens
-            from before the first update, imported ones included).
+            The counts ``entries`` and ``responses``; over the responses of all slots, ``correct_share``, mean
+            ``length`` in tokens, mean ``age`` (updates since the last tokens were generated), and
+            ``initial_token_share`` (share of tokens from before the first update, imported ones included).
         """
-        # Rows without a response hold zeros, so whole columns can be summed.
-        facts, tokens = self._facts[: len(self)], self._tokens.live_tokens
-        responses = len(self._tokens)
+        responses = sum(len(columns) for columns in self._slots)
         result = {"entries": float(len(self)), "responses": float(responses)}
         if responses:
+            of_slots = [columns.sums() for columns in self._slots]
+            sums = {name: sum(of_slot[name] for of_slot in of_slots) for name in of_slots[0]}
             result |= {
-                "correct_share": float(facts["correct"].sum() / responses),
-                "length": tokens / responses,
-                "age": float(step - np.maximum(facts["step"], 0).sum() / responses),
-                "initial_token_share": float(facts["initial_tokens"].sum() / max(tokens, 1)),
+                "correct_share": sums["correct"] / responses,
+                "length": sums["tokens"] / responses,
+                "age": step - sums["steps"] / responses,
+                "initial_token_share": sums["initial_tokens"] / max(sums["tokens"], 1),
             }
         return result
 
     def forget_updates(self) -> None:
         """Mark all tokens as imported. Call it for a cache of another run, whose update numbers mean nothing here."""
-        for number, length in enumerate(self._tokens.lengths(len(self)).tolist()):
-            if length >= 0:
-                self._spans[number] = ((IMPORTED_STEP, length),)
-                self._facts["step"][number], self._facts["initial_tokens"][number] = IMPORTED_STEP, length
+        for columns in self._slots:
+            columns.forget_updates()
 
     def _number(self, uid: str) -> int:
         number = self._numbers.setdefault(uid, len(self._numbers))
-        if number == len(self._spans):
-            self._spans.append(())
-            if number == len(self._facts):
-                facts = np.zeros(max(2 * number, 1024), _FACTS)
-                facts[:number] = self._facts
-                self._facts = facts
+        if number >= len(self._visits):
+            visits = np.zeros(max(2 * number, 1024), _VISITS)
+            visits[: len(self._visits)] = self._visits
+            self._visits = visits
         return number
-
-    def _response(self, number: int) -> CachedResponse | None:
-        if number not in self._tokens:
-            return None
-        _, _, reward, correct, finished, _, _ = self._facts[number].item()
-        return CachedResponse(self._tokens[number], reward, correct, finished, self._spans[number])
 
     # -- saving and loading ---------------------------------------------------------------------
 
@@ -210,18 +189,16 @@ class ExperienceCache:
 
         Tokens are not copied. The state shares the cache's blocks, whose written part never changes.
         """
-        facts = self._facts[: len(self)]
-        span_counts, spans = flat_spans(self._spans)
+        visits = self._visits[: len(self)]
         return {
             "version": FORMAT_VERSION,
             "tokenizer": self.tokenizer_fingerprint,
             # One JSON text each: pickle would hold a million small strings in its memo while it writes.
             "uids": json.dumps(list(self._numbers)),
             "states": json.dumps({number: state for number, state in self._states.items() if state}),
-            "facts": {name: torch.from_numpy(facts[name].copy()) for name in _SAVED_FACTS},
-            "tokens": self._tokens.state_dict(),
-            "span_counts": torch.from_numpy(span_counts),
-            "spans": torch.from_numpy(spans),
+            "shared": json.dumps(self.shared),
+            "visits": {name: torch.from_numpy(visits[name].copy()) for name in _VISITS.names or ()},
+            "slots": [columns.state_dict() for columns in self._slots],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -231,21 +208,22 @@ class ExperienceCache:
             CacheError: The state has another format version or tokenizer.
         """
         self.require_same_origin(state["version"], state["tokenizer"], "the checkpoint's cache")
-        uids = json.loads(state["uids"])
+        if state["version"] == 2:  # it names the columns of its only slot without one
+            state = {**state, "shared": "{}", "visits": state["facts"], "slots": [state]}
         loaded = ExperienceCache(self.tokenizer_fingerprint)
-        loaded._numbers = {uid: number for number, uid in enumerate(uids)}
+        loaded._numbers = {uid: number for number, uid in enumerate(json.loads(state["uids"]))}
         loaded._states = {int(number): of_entry for number, of_entry in json.loads(state["states"]).items()}
-        loaded._spans = nested_spans(state["span_counts"].numpy(), state["spans"].numpy())
-        loaded._tokens.load_state_dict(state["tokens"])
-        loaded._facts = np.zeros(len(uids), _FACTS)
-        for name in _SAVED_FACTS:
-            loaded._facts[name] = state["facts"][name].numpy()
-        loaded._facts["step"] = [newest_step(spans) for spans in loaded._spans]
-        loaded._facts["initial_tokens"] = [initial_tokens(spans) for spans in loaded._spans]
+        loaded.shared = json.loads(state["shared"])
+        loaded._visits = np.zeros(len(loaded), _VISITS)
+        for name in _VISITS.names or ():
+            loaded._visits[name] = state["visits"][name].numpy()
+        loaded._slots = [ResponseColumns() for _ in state["slots"]]
+        for columns, of_slot in zip(loaded._slots, state["slots"], strict=True):
+            columns.load_state_dict(of_slot)
         vars(self).update(vars(loaded))
 
     def require_same_origin(self, version: int, tokenizer: str, where: str) -> None:
-        """Check that a saved cache has this release's format and this policy's tokenizer.
+        """Check that a saved cache has a format that this release reads, and this policy's tokenizer.
 
         Args:
             version: Format version of what was saved.
@@ -255,10 +233,9 @@ class ExperienceCache:
         Raises:
             CacheError: It has another format version or tokenizer.
         """
-        if version != FORMAT_VERSION:
-            raise CacheError(
-                f"{where}: cache format {version}, this release reads format {FORMAT_VERSION}: build a new cache"
-            )
+        if version not in READABLE_VERSIONS:
+            known = " and ".join(map(str, READABLE_VERSIONS))
+            raise CacheError(f"{where}: cache format {version}, this release reads formats {known}: build a new cache")
         if tokenizer != self.tokenizer_fingerprint:
             raise CacheError(
                 f"{where}: made with another tokenizer (fingerprint {tokenizer}, this policy's is "

@@ -1,8 +1,9 @@
-"""Cut strategies: how many tokens of a cached response become the prefix.
+"""Cut strategies: which cached response is cut, and how many of its tokens become the prefix.
 
 To write one, subclass :class:`CutStrategy` and return the prefix length for a question's entry. To learn from scored
-groups, override ``observe`` and keep notes in ``entry.state``, which is saved with the entry. The caller
-(:mod:`rpo_lightning.cache.prefixes`) clamps the length, sets the suffix budget and restarts questions.
+groups, override ``observe``. Keep notes on a question in ``entry.state`` and notes on all questions in
+``entry.shared``. Both are saved with the cache. The caller (:mod:`rpo_lightning.cache.prefixes`) clamps the length,
+moves it to the end of a step, sets the suffix budget and restarts questions.
 
 Paper (eqs. 3, 4): the last m ~ U{0, …, L} tokens are dropped. Deviation: at least one token is always sampled again,
 because nothing can follow an end-of-sequence token.
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rpo_lightning.cache.cache import CachedResponse, CacheEntry
+from rpo_lightning.cache.cache import CachedResponse, CacheEntry, ExperienceCache
 from rpo_lightning.core.errors import ConfigurationError
 
 
@@ -30,6 +31,7 @@ class GroupOutcome:
         rewards: Total reward of each member.
         correct: The verifier's verdict on each member.
         lengths: Length of each member's whole response in tokens.
+        cached_correct: Whether the cached response is correct; true if there was no response.
     """
 
     prefix_length: int
@@ -37,23 +39,65 @@ class GroupOutcome:
     rewards: Sequence[float]
     correct: Sequence[bool]
     lengths: Sequence[int]
+    cached_correct: bool = True
+
+    @property
+    def kept_share(self) -> float:
+        """Share of the cached response that was kept; 0 on the full path."""
+        return self.prefix_length / (self.prefix_length + self.cut) if self.prefix_length else 0.0
+
+    @property
+    def success(self) -> float:
+        """Share of the members that are correct."""
+        return sum(self.correct) / len(self.correct)
 
 
 class CutStrategy(ABC):
-    """Decides how many tokens of a cached response become the prefix."""
+    """Decides how many tokens of a cached response become the prefix.
+
+    Attributes:
+        plain_share: Share of the visits that start without a prefix, whatever the cache holds.
+        cuts_wrong: Whether it cuts failing prefixes from wrong responses, if the cache keeps some.
+    """
+
+    plain_share = 0.0
+    cuts_wrong = False
+
+    def anchor(self, entry: CacheEntry, rng: np.random.Generator) -> CachedResponse | None:
+        """The response to cut at a visit, the one in slot 0; ``None`` for no prefix.
+
+        Args:
+            entry: The question's entry.
+            rng: As in :meth:`prefix_length`, which draws after it.
+        """
+        return entry.response
 
     @abstractmethod
     def prefix_length(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
         """Length of the prefix: the number of tokens to keep from the start of ``response``.
 
         Args:
-            entry: The question's entry, with the strategy's notes in ``state``.
-            response: ``entry.response``, never ``None``.
+            entry: The question's entry, with the strategy's notes in ``state`` and ``shared``.
+            response: What :meth:`anchor` returned, never ``None``.
             rng: Seeded by run, question and visit: a visit draws the same on every rank and after a resume.
         """
 
     def observe(self, entry: CacheEntry, outcome: GroupOutcome) -> None:  # noqa: B027 (optional hook)
-        """Learn the outcome of a group. Called for full-path groups too."""
+        """Learn the outcome of a group. Called for full-path groups too, on all ranks in the same order."""
+
+    def end_iteration(self, cache: ExperienceCache) -> None:  # noqa: B027 (optional hook)
+        """Learn from an iteration as a whole, after its groups have been observed."""
+
+
+def require_plain_share(plain_share: float) -> float:
+    """Check a strategy's ``plain_share``.
+
+    Raises:
+        ConfigurationError: It does not lie in [0, 1).
+    """
+    if not 0 <= plain_share < 1:
+        raise ConfigurationError(f"cache.cut.plain_share must lie in [0, 1), got {plain_share}")
+    return plain_share
 
 
 class UniformCut(CutStrategy):
@@ -108,13 +152,20 @@ class AnchoredCut(CutStrategy):
     Args:
         low: Smallest share of the response that becomes the prefix.
         high: Largest share, below 1.
+        plain_share: Share of the visits that start without a prefix. Late cuts need some: otherwise the openings of
+            responses are never practised.
     """
 
-    def __init__(self, low: float = 0.1, high: float = 0.6) -> None:
+    def __init__(self, low: float = 0.1, high: float = 0.6, plain_share: float = 0.0) -> None:
         if not 0 <= low <= high < 1:
             raise ConfigurationError(f"cache.cut needs 0 <= low <= high < 1, got low={low}, high={high}")
         self.low = low
         self.high = high
+        self.plain_share = require_plain_share(plain_share)
+
+    def anchor(self, entry: CacheEntry, rng: np.random.Generator) -> CachedResponse | None:
+        """The first correct response."""
+        return next((anchor for anchor in entry.anchors if anchor.correct), None)
 
     def prefix_length(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
         """A random share of a correct response; 0 for a wrong one."""

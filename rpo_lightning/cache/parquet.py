@@ -1,7 +1,8 @@
 """Reading and writing experience caches as Parquet files.
 
-A file has a row for each question. The schema's metadata hold the format version and the tokenizer fingerprint. Files
-are read and written in batches of rows: besides the cache itself, only one batch is in memory.
+A file has a row for each question, with what slot 0 holds, and one for each response in a further slot. The schema's
+metadata hold the format version, the tokenizer fingerprint, and the cut strategy's notes on all questions. Files are
+read and written in batches of rows: besides the cache itself, only one batch is in memory.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ BATCH_TOKENS, BATCH_ROWS = 2**20, 512
 SCHEMA = pa.schema(
     {
         "uid": pa.string(),
+        "slot": pa.int32(),
         "token_ids": pa.list_(pa.int32()),
         "reward": pa.float64(),
         "correct": pa.bool_(),
@@ -37,12 +39,21 @@ SCHEMA = pa.schema(
     }
 )
 
-_Row = tuple[CacheEntry, CachedResponse | None]
+# Of format 2, whose responses are all in slot 0.
+_SCHEMAS = {2: pa.schema([field for field in SCHEMA if field.name != "slot"]), FORMAT_VERSION: SCHEMA}
+
+_Row = tuple[CacheEntry, int, CachedResponse | None]
 
 
 def write_cache(cache: ExperienceCache, path: str | Path) -> None:
     """Write a cache. If writing fails, an earlier file at ``path`` stays as it was."""
-    schema = SCHEMA.with_metadata({"version": str(FORMAT_VERSION), "tokenizer": cache.tokenizer_fingerprint})
+    schema = SCHEMA.with_metadata(
+        {
+            "version": str(FORMAT_VERSION),
+            "tokenizer": cache.tokenizer_fingerprint,
+            "shared": json.dumps(cache.shared),
+        }
+    )
     with replacing(path) as partial, pq.ParquetWriter(partial, schema) as writer:
         for rows in _batches(cache):
             writer.write_batch(_as_batch(rows, schema))
@@ -75,12 +86,14 @@ def _batches(cache: ExperienceCache) -> Iterator[list[_Row]]:
     rows: list[_Row] = []
     tokens = 0
     for entry in cache:
-        response = entry.response
-        rows.append((entry, response))
-        tokens += 0 if response is None else len(response)
-        if tokens >= BATCH_TOKENS or len(rows) >= BATCH_ROWS:
-            yield rows
-            rows, tokens = [], 0
+        for slot, response in enumerate(entry.slots):
+            if slot and response is None:
+                continue
+            rows.append((entry, slot, response))
+            tokens += 0 if response is None else len(response)
+            if tokens >= BATCH_TOKENS or len(rows) >= BATCH_ROWS:
+                yield rows
+                rows, tokens = [], 0
     if rows:
         yield rows
 
@@ -91,13 +104,14 @@ def _give_memory_back() -> None:
 
 
 def _as_batch(rows: list[_Row], schema: pa.Schema) -> pa.RecordBatch:
-    entries, responses = [e for e, _ in rows], [r for _, r in rows]
+    entries, slots, responses = zip(*rows, strict=True)
     missing = pa.array([r is None for r in responses])
     there = [r for r in responses if r is not None]
     span_counts, spans = flat_spans([() if r is None else r.spans for r in responses])
     return pa.record_batch(
         [
             pa.array([e.uid for e in entries]),
+            pa.array(slots, pa.int32()),
             pa.ListArray.from_arrays(
                 _offsets([0 if r is None else len(r) for r in responses]),
                 np.concatenate([r.token_ids for r in there]) if there else np.zeros(0, np.int32),
@@ -131,12 +145,14 @@ def _read_file(cache: ExperienceCache, path: Path) -> None:
                 f"{path}: not an experience cache (no tokenizer fingerprint in its metadata): name a file that this "
                 "package wrote"
             )
-        cache.require_same_origin(int(metadata[b"version"]), metadata[b"tokenizer"].decode(), str(path))
-        if not schema.equals(SCHEMA):
+        version = int(metadata[b"version"])
+        cache.require_same_origin(version, metadata[b"tokenizer"].decode(), str(path))
+        if not schema.equals(_SCHEMAS[version]):
             raise CacheError(
                 f"{path}: its columns are not an experience cache's, which are {', '.join(SCHEMA.names)}: build a new "
                 "cache"
             )
+        cache.shared = json.loads(metadata.get(b"shared", b"{}"))
         for batch in file.iter_batches(BATCH_ROWS):
             _read_batch(cache, batch, str(path))
 
@@ -156,11 +172,14 @@ def _read_batch(cache: ExperienceCache, batch: pa.RecordBatch, where: str) -> No
     uids, visits, restarts, rewards, verdicts, finished, states = (
         column[name].to_pylist() for name in ("uid", "visits", "restart", "reward", "correct", "finished", "state")
     )
+    slots = column["slot"].to_pylist() if "slot" in column else [0] * len(uids)
     for i, is_there in enumerate(tokens.is_valid().to_pylist()):
-        entry = cache.entry(uids[i])
-        entry.visits, entry.restart = visits[i], restarts[i]
-        if states[i]:
-            entry.state = json.loads(states[i])
+        if slots[i] == 0:
+            entry = cache.entry(uids[i])
+            entry.visits, entry.restart = visits[i], restarts[i]
+            if states[i]:
+                entry.state = json.loads(states[i])
         if is_there:
             ids = all_ids[slice(*ranges[i])]
-            cache.remember(uids[i], CachedResponse(ids, rewards[i], verdicts[i], finished[i], many_spans[i]))
+            response = CachedResponse(ids, rewards[i], verdicts[i], finished[i], many_spans[i])
+            cache.remember(uids[i], response, slots[i])

@@ -9,20 +9,21 @@ drawn.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from rpo_lightning.cache.budgets import SuffixBudget
-from rpo_lightning.cache.cache import CachedResponse, CacheEntry, ExperienceCache
+from rpo_lightning.cache.cache import CachedResponse, ExperienceCache
+from rpo_lightning.cache.candidates import cached_response, candidates, fill, initial_responses
 from rpo_lightning.cache.cuts import CutStrategy, GroupOutcome
+from rpo_lightning.cache.draws import drawn_prefix, question_generator
 from rpo_lightning.cache.refresh import RefreshRule
-from rpo_lightning.cache.spans import cut_spans, extend_spans
+from rpo_lightning.cache.spans import cut_spans
+from rpo_lightning.cache.steps import StepEnds
 from rpo_lightning.core.errors import CacheError, ConfigurationError
-from rpo_lightning.core.hashing import stable_hash
-from rpo_lightning.core.seeds import SeedPurpose, derive_generator
+from rpo_lightning.core.seeds import SeedPurpose
 from rpo_lightning.core.types import Group, Prompt, RolloutRequest, full_path_request
 
 log = logging.getLogger(__name__)
@@ -34,12 +35,12 @@ class CacheUpdate:
 
     Attributes:
         uid: The question.
-        response: The response to cache; ``None`` leaves the cached one as it is.
+        responses: The responses to cache; without any, the entry keeps what it has.
         outcome: The outcome for the cut strategy.
     """
 
     uid: str
-    response: CachedResponse | None
+    responses: tuple[CachedResponse, ...]
     outcome: GroupOutcome
 
 
@@ -55,6 +56,8 @@ class CachedPrefixes:
         on_failure: The question's next visit after a group without a correct member: ``keep`` cuts the cached response
             again (paper), ``restart`` takes the full path.
         keep_unfinished: Whether responses that ran out of budget may be cached.
+        prefer_own: Whether a response of this run may replace a correct one from elsewhere.
+        steps: Where cuts may lie; anywhere if not given.
     """
 
     def __init__(
@@ -66,6 +69,8 @@ class CachedPrefixes:
         response_limit: int,
         on_failure: Literal["keep", "restart"] = "keep",
         keep_unfinished: bool = False,
+        prefer_own: bool = True,
+        steps: StepEnds | None = None,
     ) -> None:
         self.cache = cache
         self.cut = cut
@@ -74,21 +79,22 @@ class CachedPrefixes:
         self.response_limit = response_limit
         self.on_failure = on_failure
         self.keep_unfinished = keep_unfinished
+        self.prefer_own = prefer_own
+        self.steps = steps
 
     def request(self, prompt: Prompt) -> RolloutRequest:
         """Give a prompt a prefix and a suffix budget.
 
-        A question takes the full path if it has no cached response or is to restart.
+        A question takes the full path if nothing is cached for it, if it is to restart, or if the cut strategy says so.
 
         Raises:
             ConfigurationError: The suffix budget is below 1 token.
         """
         entry = self.cache.get(prompt.uid)
-        if entry is None or entry.response is None or entry.restart:
+        if entry is None or entry.restart or not entry.has_anchor:
             return full_path_request(prompt, self.response_limit)
-        response = entry.response
-        prefix_length = min(drawn_prefix(self.cut, entry, response), self.response_limit - 1)
-        if prefix_length == 0:
+        response, prefix_length = drawn_prefix(self.cut, entry, self.steps, self.response_limit)
+        if response is None or prefix_length == 0:
             return full_path_request(prompt, self.response_limit)
         cut = len(response) - prefix_length
         tokens = min(self.budget.tokens(prefix_length, cut, self.response_limit), self.response_limit - prefix_length)
@@ -103,6 +109,7 @@ class CachedPrefixes:
             max_new_tokens=tokens,
             cached_length=len(response),
             prefix_spans=cut_spans(response.spans, prefix_length),
+            cached_correct=response.correct,
         )
 
     def record(self, group: Group) -> None:
@@ -115,17 +122,18 @@ class CachedPrefixes:
         entry = self.cache.get(uid)
         visits = 0 if entry is None else entry.visits
         chosen = self.refresh.choose(
-            group, self._candidates(group), question_generator(SeedPurpose.REFRESH, uid, visits)
+            group, candidates(group, self.keep_unfinished), question_generator(SeedPurpose.REFRESH, uid, visits)
         )
         return CacheUpdate(
             uid=uid,
-            response=None if chosen is None else cached_response(group, chosen),
+            responses=tuple(cached_response(group, member) for member in chosen),
             outcome=GroupOutcome(
                 prefix_length=len(request.prefix_ids),
                 cut=request.cut,
                 rewards=group.rewards,
                 correct=[sample.is_correct for sample in group.samples],
                 lengths=group.lengths,
+                cached_correct=request.cached_correct,
             ),
         )
 
@@ -136,31 +144,70 @@ class CachedPrefixes:
         last one's response stays.
         """
         entry = self.cache.entry(update.uid)
-        if update.response is not None:
-            self.cache.remember(update.uid, update.response)
+        has_choice = self.refresh.slots > 1 or not self.prefer_own
+        for response in update.responses:
+            slot = self.refresh.slot(entry.slots, response, self.prefer_own) if has_choice else 0
+            if slot is not None:
+                self.cache.remember(update.uid, response, slot)
         entry.visits += 1
         entry.restart = self.on_failure == "restart" and not any(update.outcome.correct)
         self.cut.observe(entry, update.outcome)
 
-    def initial_update(self, group: Group) -> tuple[str, CachedResponse | None]:
-        """The question and the best candidate of a group that the starting policy sampled (eq. 1)."""
-        return group.request.prompt.uid, initial_response(group, self.keep_unfinished)
+    def apply_iteration(self, updates: Iterable[CacheUpdate]) -> dict[str, float]:
+        """Apply the updates of an iteration, those of all ranks in rank order.
 
-    def initialise(self, uid: str, response: CachedResponse | None) -> None:
-        """Fill an entry before training; without a response, make an empty one."""
-        if response is None:
-            self.cache.entry(uid)
-        else:
-            self.cache.remember(uid, response)
+        Returns:
+            What the visits were like; see :func:`visit_statistics`.
+        """
+        outcomes = []
+        for update in updates:
+            self.apply(update)
+            outcomes.append(update.outcome)
+        self.cut.end_iteration(self.cache)
+        return visit_statistics(outcomes)
 
-    def _candidates(self, group: Group) -> list[int]:
-        return _candidates(group, self.keep_unfinished)
+    def caveats(self, has_traces: bool) -> Iterator[str]:
+        """Settings that have no effect on each other, a line for each.
+
+        Args:
+            has_traces: Whether the run starts from a cache file.
+        """
+        cut, refresh = type(self.cut).__name__, type(self.refresh).__name__
+        if self.cut.cuts_wrong and not self.refresh.keeps_wrong:
+            yield (
+                f"cache.refresh={refresh} keeps no wrong response beside a correct one, so cache.cut={cut} has hardly "
+                "any failing prefixes: use AnchorsRefresh with wrong=1"
+            )
+        if self.refresh.keeps_wrong and not self.cut.cuts_wrong:
+            yield (
+                f"cache.refresh={refresh} keeps wrong responses that cache.cut={cut} never cuts: use wrong=0, or "
+                "TargetSuccessCut with failing_prefixes=true"
+            )
+        if not self.prefer_own and not has_traces:
+            yield "cache.prefer_own=false has no effect without cache.path: nothing comes from elsewhere"
+
+    def initial_update(self, group: Group) -> tuple[str, list[CachedResponse]]:
+        """The question and the candidates of a group that the starting policy sampled (eq. 1), the best first."""
+        responses = initial_responses(group, self.keep_unfinished)
+        return group.request.prompt.uid, list(self.refresh.fill([], responses).values())
+
+    def initialise(self, uid: str, responses: Iterable[CachedResponse]) -> None:
+        """Fill an entry before training; without responses, make an empty one."""
+        fill(self.cache.entry(uid), self.refresh, responses)
 
 
-def drawn_prefix(cut: CutStrategy, entry: CacheEntry, response: CachedResponse) -> int:
-    """Length of the prefix at an entry's next visit. At least one token of the response is always sampled again."""
-    prefix_length = cut.prefix_length(entry, response, question_generator(SeedPurpose.CUT, entry.uid, entry.visits))
-    return max(min(prefix_length, len(response) - 1), 0)
+def visit_statistics(outcomes: Sequence[GroupOutcome]) -> dict[str, float]:
+    """What the visits of an iteration were like.
+
+    Returns:
+        ``kept_share``, the mean share of the cached response that prefixes kept, over the groups with a prefix, and
+        ``unprefixed_success``, the share of correct members of the groups without one. Each is missing if there was no
+        such group.
+    """
+    kept = [outcome.kept_share for outcome in outcomes if outcome.prefix_length]
+    plain = [outcome.success for outcome in outcomes if not outcome.prefix_length]
+    means = {"kept_share": kept, "unprefixed_success": plain}
+    return {name: sum(values) / len(values) for name, values in means.items() if values}
 
 
 def require_same_questions(cache: ExperienceCache, prompts: list[Prompt], where: str | Path) -> None:
@@ -182,34 +229,3 @@ def require_same_questions(cache: ExperienceCache, prompts: list[Prompt], where:
         )
     if known < len(prompts):
         log.info(f"{where}: has entries for {known} of {len(prompts)} training questions")
-
-
-def initial_response(group: Group, keep_unfinished: bool) -> CachedResponse | None:
-    """The best candidate of a group, with ties broken at random; ``None`` if there is no candidate."""
-    candidates = _candidates(group, keep_unfinished)
-    if not candidates:
-        return None
-    top = max(group.rewards[i] for i in candidates)
-    rng = question_generator(SeedPurpose.INITIAL_CHOICE, group.request.prompt.uid, 0)
-    return cached_response(group, int(rng.choice([i for i in candidates if group.rewards[i] == top])))
-
-
-def cached_response(group: Group, member: int) -> CachedResponse:
-    """A member's response in the form that the cache holds."""
-    completion = group.completions[member]
-    return CachedResponse(
-        token_ids=np.asarray(group.response_ids(member), dtype=np.int32),
-        reward=group.rewards[member],
-        correct=group.samples[member].is_correct,
-        finished=completion.finished,
-        spans=extend_spans(group.request.prefix_spans, len(completion.token_ids), group.step),
-    )
-
-
-def question_generator(purpose: SeedPurpose, uid: str, visit: int) -> np.random.Generator:
-    """The run's generator for a purpose at a visit of a question."""
-    return derive_generator(purpose, stable_hash(uid), visit)
-
-
-def _candidates(group: Group, keep_unfinished: bool) -> list[int]:
-    return [i for i, c in enumerate(group.completions) if c.finished or keep_unfinished]

@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -20,6 +21,7 @@ from rpo_lightning.cache.cuts import CutStrategy, FractionOfShortestCut
 from rpo_lightning.cache.parquet import read_cache, write_cache
 from rpo_lightning.cache.prefixes import CachedPrefixes, require_same_questions
 from rpo_lightning.cache.refresh import EpsilonGreedyRefresh, RefreshRule
+from rpo_lightning.cache.steps import StepEnds
 from rpo_lightning.callbacks.answer_progress import AnswerBar
 from rpo_lightning.callbacks.run_folder import FinalFilesCallback
 from rpo_lightning.callbacks.weight_sync import sync_engine
@@ -27,7 +29,7 @@ from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.run_files import CACHE_FILE
 from rpo_lightning.core.seeds import SeedPurpose, derive_seed
 from rpo_lightning.core.types import Group, Prompt, full_path_request
-from rpo_lightning.policy.tokenizer import tokenizer_fingerprint
+from rpo_lightning.policy.tokenizer import tokenizer_fingerprint, tokens_that_match
 from rpo_lightning.rollout.engine import Sampling
 
 if TYPE_CHECKING:
@@ -54,6 +56,9 @@ class ExperienceCacheCallback(FinalFilesCallback):
         keep_unfinished: Whether responses that ran out of budget may be cached.
         path: A cache file to start from, made by any model with this tokenizer. Eager initialisation samples only the
             questions that it lacks.
+        prefer_own: Whether a response of this run may replace a correct one from elsewhere, which ``path`` brought.
+        step_end: A regular expression for tokens that end a reasoning step; a newline for chat models. Cuts are moved
+            to the nearest end of a step. Anywhere in a response if not given.
 
     Attributes:
         initialisation_tokens: Tokens that eager initialisation decoded.
@@ -75,6 +80,8 @@ class ExperienceCacheCallback(FinalFilesCallback):
         on_failure: Literal["keep", "restart"] = "keep",
         keep_unfinished: bool = False,
         path: str | None = None,
+        prefer_own: bool = True,
+        step_end: str | None = None,
     ) -> None:
         if initial_samples < 1 or initial_batch_size < 1:
             raise ConfigurationError(
@@ -91,6 +98,8 @@ class ExperienceCacheCallback(FinalFilesCallback):
         self.on_failure = on_failure
         self.keep_unfinished = keep_unfinished
         self.path = path
+        self.prefer_own = prefer_own
+        self.step_end = step_end
         self.initialisation_tokens = 0
         self.initialisation_seconds = 0.0
         self._prefixes: CachedPrefixes | None = None
@@ -141,9 +150,18 @@ class ExperienceCacheCallback(FinalFilesCallback):
             response_limit=pl_module.max_response_tokens,
             on_failure=self.on_failure,
             keep_unfinished=self.keep_unfinished,
+            prefer_own=self.prefer_own,
+            steps=self._step_ends(pl_module),
         )
+        for caveat in self._prefixes.caveats(has_traces=self.path is not None) if trainer.is_global_zero else ():
+            log.warning(caveat)
         self._is_restored = False
         data.make_request = self._prefixes.request
+
+    def _step_ends(self, module: RPOModule) -> StepEnds | None:
+        if self.step_end is None:
+            return None
+        return StepEnds(np.asarray(tokens_that_match(module.tokenizer, self.step_end, "cache.step_end")))
 
     @property
     def _saves_over_its_source(self) -> bool:
@@ -172,7 +190,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
         if self._is_restored:
             require_same_questions(self.cache, data.prompts["train"], "the checkpoint's cache")
         elif self.initialisation == "eager":
-            known = {entry.uid for entry in self.cache if entry.response is not None}
+            known = {entry.uid for entry in self.cache if entry.has_anchor}
             missing = [p for p in data.prompts["train"] if p.uid not in known]
             if missing:
                 sync_engine(trainer)
@@ -188,10 +206,9 @@ class ExperienceCacheCallback(FinalFilesCallback):
         """Update the cache with all groups of this iteration, trained on or not; a collective."""
         with pl_module.timer("cache"):
             updates = [self._served.update_from(group) for group in pl_module.groups]
-            for of_rank in pl_module.ranks.gather(updates):
-                for update in of_rank:
-                    self._served.apply(update)
-        statistics = self.cache.statistics(trainer.global_step)
+            of_ranks = pl_module.ranks.gather(updates)
+            visits = self._served.apply_iteration(update for of_rank in of_ranks for update in of_rank)
+        statistics = self.cache.statistics(trainer.global_step) | visits
         pl_module.log_dict({f"cache/{k}": v for k, v in statistics.items()}, batch_size=len(batch))
 
     def write_final_files(self, trainer: Trainer, pl_module: RPOModule) -> None:
@@ -249,8 +266,8 @@ class ExperienceCacheCallback(FinalFilesCallback):
             for found, of_rank in ranks.gather(([self._served.initial_update(g) for g in groups], tokens)):
                 self.initialisation_tokens += of_rank
                 bar.update(len(found), self.initialisation_tokens)
-                for uid, response in found:
-                    self._served.initialise(uid, response)
+                for uid, responses in found:
+                    self._served.initialise(uid, responses)
         bar.close()
         self.initialisation_seconds = sum(module.timer.take().values())
 

@@ -7,6 +7,7 @@ One word a thing:
 
 ============== ========================================================================================
 prompt         the question as the policy sees it, chat template included
+anchor         a cached response, from which prefixes are cut
 prefix         the tokens of a cached response that a cut keeps; empty on the full path
 context        prompt + prefix: what all members of a group share
 suffix         what is sampled after the context
@@ -111,6 +112,7 @@ class RolloutRequest:
         max_new_tokens: The suffix budget in tokens, at least 1.
         cached_length: Length of the cached response that was cut, 0 where there was none.
         prefix_spans: At which update the prefix's tokens were generated.
+        cached_correct: Whether the cached response that was cut is correct; true where there was none.
     """
 
     prompt: Prompt
@@ -118,6 +120,7 @@ class RolloutRequest:
     max_new_tokens: int = 1
     cached_length: int = 0
     prefix_spans: Spans = ()
+    cached_correct: bool = True
 
     @property
     def cut(self) -> int:

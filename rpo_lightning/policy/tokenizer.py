@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 
@@ -119,6 +120,31 @@ def _frame_tokens(tokenizer: PreTrainedTokenizerBase, *_changes: int | None) -> 
     texts = dict(zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True))
     frames = frozenset(i for i, text in texts.items() if i in named or _letters(str(text)) in _FRAME_WORDS)
     return None if len(frames) == len(ids) else frames
+
+
+def tokens_that_match(tokenizer: PreTrainedTokenizerBase, pattern: str, setting: str) -> list[bool]:
+    """For each token id of the vocabulary, whether its text has a match of a regular expression.
+
+    Args:
+        tokenizer: The tokenizer.
+        pattern: The expression. It is searched in the text of one token at a time.
+        setting: Names the setting in messages.
+
+    Raises:
+        ConfigurationError: It is no regular expression, or no token has a match.
+    """
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ConfigurationError(f"{setting}={pattern!r} is no regular expression: {error}") from error
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=False)
+    matches = [expression.search(text) is not None for text in texts]
+    if not any(matches):
+        raise ConfigurationError(
+            f"{setting}={pattern!r} matches no token of the policy's tokenizer: it is searched in single tokens, so "
+            "name what one of them holds"
+        )
+    return matches
 
 
 def _letters(token: str) -> str:

@@ -212,10 +212,12 @@ def test_a_file_of_other_columns_or_with_empty_values_is_refused(tmp_path):
     write_cache(filled_cache(), path)
     table = pq.read_table(path)
     pq.write_table(table.drop_columns(["reward"]), path)
-    with pytest.raises(CacheError, match="columns are not an experience cache's, which are uid, token_ids, reward"):
+    with pytest.raises(
+        CacheError, match="columns are not an experience cache's, which are uid, slot, token_ids, reward"
+    ):
         read_cache(path, "abc")
     rewards = pa.array([0.5, None])
-    pq.write_table(table.set_column(2, "reward", rewards), path)
+    pq.write_table(table.set_column(3, "reward", rewards), path)
     with pytest.raises(CacheError, match="1 empty values in its column 'reward'"):
         read_cache(path, "abc")
     pq.write_table(table.replace_schema_metadata({}), path)
@@ -225,5 +227,5 @@ def test_a_file_of_other_columns_or_with_empty_values_is_refused(tmp_path):
 
 def test_another_releases_cache_is_refused():
     state = {**filled_cache().state_dict(), "version": 1}
-    with pytest.raises(CacheError, match="cache format 1, this release reads format 2"):
+    with pytest.raises(CacheError, match="cache format 1, this release reads formats 2 and 3"):
         ExperienceCache("abc").load_state_dict(state)

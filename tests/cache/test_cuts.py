@@ -83,7 +83,7 @@ def test_a_budget_that_may_be_zero_is_refused():
 
 def test_epsilon_greedy_takes_the_best_with_probability_epsilon_and_any_other_otherwise():
     group, rng = make_group([0.0, 1.0, 0.5, 0.2]), np.random.default_rng(0)
-    counts = Counter(EpsilonGreedyRefresh(0.5).choose(group, [0, 1, 2, 3], rng) for _ in range(6000))
+    counts = Counter(EpsilonGreedyRefresh(0.5).choose(group, [0, 1, 2, 3], rng)[0] for _ in range(6000))
     assert abs(counts[1] / 6000 - 0.5) < 0.03
     for other in (0, 2, 3):  # including the last member
         assert abs(counts[other] / 6000 - 1 / 6) < 0.03
@@ -91,12 +91,12 @@ def test_epsilon_greedy_takes_the_best_with_probability_epsilon_and_any_other_ot
 
 def test_epsilon_one_is_always_the_best_and_ties_are_broken_at_random():
     group, rng = make_group([0.0, 1.0, 1.0]), np.random.default_rng(0)
-    assert {EpsilonGreedyRefresh(1.0).choose(group, [0, 1, 2], rng) for _ in range(50)} == {1, 2}
-    assert EpsilonGreedyRefresh(0.0).choose(group, [1], rng) == 1
-    assert EpsilonGreedyRefresh(0.5).choose(group, [], rng) is None
+    assert {EpsilonGreedyRefresh(1.0).choose(group, [0, 1, 2], rng)[0] for _ in range(50)} == {1, 2}
+    assert EpsilonGreedyRefresh(0.0).choose(group, [1], rng) == [1]
+    assert EpsilonGreedyRefresh(0.5).choose(group, [], rng) == []
 
 
 def test_correct_member_refresh_never_takes_a_wrong_one():
     rng = np.random.default_rng(0)
-    assert {CorrectMemberRefresh().choose(make_group([1.0, 0.0, 1.0]), [0, 1, 2], rng) for _ in range(50)} == {0, 2}
-    assert CorrectMemberRefresh().choose(make_group([0.0, 0.0]), [0, 1], rng) is None
+    assert {CorrectMemberRefresh().choose(make_group([1.0, 0.0, 1.0]), [0, 1, 2], rng)[0] for _ in range(50)} == {0, 2}
+    assert CorrectMemberRefresh().choose(make_group([0.0, 0.0]), [0, 1], rng) == []

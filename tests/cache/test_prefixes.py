@@ -7,10 +7,13 @@ import pytest
 
 from rpo_lightning.cache.budgets import CutPlusSlackBudget, FullBudget
 from rpo_lightning.cache.cache import ExperienceCache
-from rpo_lightning.cache.cuts import CutStrategy, UniformCut
+from rpo_lightning.cache.cuts import AnchoredCut, CutStrategy, UniformCut
 from rpo_lightning.cache.prefixes import CachedPrefixes
 from rpo_lightning.cache.refresh import CorrectMemberRefresh, EpsilonGreedyRefresh
+from rpo_lightning.cache.steps import StepEnds
+from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.types import Prompt
+from rpo_lightning.policy.tokenizer import tokens_that_match
 from tests.conftest import make_group
 
 PROMPT = Prompt("q", "question", (1, 5, 6), "0")
@@ -136,3 +139,53 @@ def test_ids_pass_through_the_cache_unchanged():
     served = prefixes(KeepTokens(8), response_limit=100)
     served.record(make_group([1.0, 0.0], [ids, (1, 2)]))
     assert served.request(PROMPT).prefix_ids == ids[:8]
+
+
+def test_a_cut_moves_to_the_nearest_end_of_a_step():
+    steps = StepEnds(np.isin(np.arange(20), [9]))  # a step ends after token 9
+    ids = np.array([3, 4, 9, 5, 6, 7, 9, 8, 99], np.int32)  # after 3 and 7 tokens; 99 is not in the vocabulary
+    assert [steps.nearest(ids, length) for length in (1, 3, 5, 6, 8)] == [3, 3, 3, 7, 7]
+    assert steps.nearest(np.array([3, 4, 5], np.int32), 2) == 2
+    assert steps.nearest(ids[:6], 6) == 3  # what lies beyond the limit is no place to cut
+    served = prefixes(KeepTokens(5), steps=steps, response_limit=20)
+    served.record(make_group([1.0, 1.0], [tuple(ids.tolist())] * 2))
+    assert served.request(PROMPT).prefix_ids == (3, 4, 9)
+    assert prefixes(KeepTokens(0), steps=steps, cache=served.cache).request(PROMPT).prefix_ids == ()
+
+
+def test_tokens_that_end_a_step_are_looked_up_by_their_text(tokenizer):
+    ends = tokens_that_match(tokenizer, "[=*]", "cache.step_end")
+    texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    assert [text for text, is_end in zip(texts, ends, strict=True) if is_end] == sorted("=*", key=texts.index)
+    with pytest.raises(ConfigurationError, match=r"cache\.step_end='\(' is no regular expression"):
+        tokens_that_match(tokenizer, "(", "cache.step_end")
+    with pytest.raises(ConfigurationError, match="matches no token of the policy's tokenizer"):
+        tokens_that_match(tokenizer, "\n\n", "cache.step_end")
+
+
+def test_a_share_of_the_visits_is_plain_whatever_is_cached():
+    served = prefixes(KeepTokens(2))
+    served.cut.plain_share = 0.25
+    served.record(make_group([1.0, 1.0], [(7, 8, 9, 2)] * 2))
+    plain = []
+    for visit in range(400):
+        served.cache.entry("q").visits = visit
+        request = served.request(PROMPT)
+        assert request == served.request(PROMPT)  # drawn from the visit, not from what was drawn before
+        plain.append(not request.prefix_ids)
+    assert abs(sum(plain) / 400 - 0.25) < 0.05
+    with pytest.raises(ConfigurationError, match=r"cache\.cut\.plain_share must lie in \[0, 1\), got 1\.0"):
+        AnchoredCut(plain_share=1.0)
+
+
+def test_an_iteration_tells_what_its_visits_were_like():
+    served = prefixes(KeepTokens(2))
+    groups = [
+        make_group([1.0, 0.0, 0.0, 0.0], uid="plain"),
+        make_group([1.0, 1.0, 1.0, 1.0], uid="easy"),
+        make_group([1.0, 0.0, 1.0, 1.0], prefix_ids=(3, 4, 5), cached_length=4, uid="late"),
+        make_group([1.0, 0.0, 1.0, 1.0], prefix_ids=(3,), cached_length=4, uid="early"),
+    ]
+    visits = served.apply_iteration(served.update_from(group) for group in groups)
+    assert visits == {"kept_share": 0.5, "unprefixed_success": 0.625}
+    assert served.apply_iteration([served.update_from(groups[0])]) == {"unprefixed_success": 0.25}

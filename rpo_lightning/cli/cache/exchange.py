@@ -16,6 +16,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rpo_lightning.cache.cache import IMPORTED_STEP, CachedResponse, ExperienceCache
+from rpo_lightning.cache.candidates import fill
+from rpo_lightning.cache.refresh import RefreshRule
 from rpo_lightning.core.errors import CacheError
 from rpo_lightning.core.files import write_json_lines, write_parquet
 from rpo_lightning.core.types import Prompt, Sample
@@ -33,10 +35,9 @@ def exported_rows(
         tokenizer: Decodes token ids.
         questions: Prompts by uid. Question and answer of other uids are ``None``.
     """
-    for entry in cache:
-        if entry.response is None:
-            continue
-        prompt, response = questions.get(entry.uid), entry.response
+    responses = [(entry, response) for entry in cache for response in entry.anchors]
+    for entry, response in responses:
+        prompt = questions.get(entry.uid)
         ids = response.token_ids.tolist()
         yield {
             "uid": entry.uid,
@@ -83,12 +84,14 @@ class ImportReport:
         matched: Rows whose question is one training question.
         unmatched: Rows whose question is no training question, or several.
         overlong: Rows whose response is longer than the limit.
+        right: Matched rows whose response the verifier accepted.
         responses: Questions that have a response after the import.
     """
 
     matched: int
     unmatched: int
     overlong: int
+    right: int
     responses: int
 
 
@@ -101,8 +104,10 @@ def import_responses(
     grader: Grader,
     response_limit: int,
     where: str,
+    refresh: RefreshRule,
+    only_correct: bool = False,
 ) -> ImportReport:
-    """Cache the best response to each question from a table.
+    """Cache the best responses to each question from a table, as many as the refresh rule keeps.
 
     Args:
         cache: The cache to fill.
@@ -113,6 +118,8 @@ def import_responses(
         grader: Grades the responses.
         response_limit: Longer responses are left out, because a run could not continue them. In tokens.
         where: Names the source in messages.
+        refresh: Says how many responses to a question are cached, and of which verdict.
+        only_correct: Whether to leave out responses that the verifier does not accept.
 
     Raises:
         CacheError: A row has no response, or its token ids are not this tokenizer's.
@@ -135,11 +142,14 @@ def import_responses(
             continue
         # Text without ids counts as finished; nothing says whether it is.
         found.append((prompt, ids, bool(row.get("finished", ids[-1] == tokenizer.eos_token_id))))
+    of_questions: dict[str, list[CachedResponse]] = {}
     for prompt, response in _graded(found, tokenizer, grader):
-        known_response = cache.entry(prompt.uid).response
-        if known_response is None or known_response.reward < response.reward:
-            cache.remember(prompt.uid, response)
-    return ImportReport(len(found), unmatched, overlong, sum(e.response is not None for e in cache))
+        of_questions.setdefault(prompt.uid, []).append(response)
+    right = sum(response.correct for responses in of_questions.values() for response in responses)
+    for uid, responses in of_questions.items():
+        best_first = sorted(responses, key=lambda response: -response.reward)
+        fill(cache.entry(uid), refresh, [r for r in best_first if r.correct or not only_correct])
+    return ImportReport(len(found), unmatched, overlong, right, sum(entry.has_anchor for entry in cache))
 
 
 # A question, a response's token ids, and whether the response is finished.

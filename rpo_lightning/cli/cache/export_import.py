@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from rpo_lightning.cache.cache import ExperienceCache
 from rpo_lightning.cache.parquet import read_cache, write_cache
+from rpo_lightning.cache.refresh import EpsilonGreedyRefresh, RefreshRule
 from rpo_lightning.cli.cache.exchange import exported_rows, import_responses, write_rows
 from rpo_lightning.cli.cache.show import summary
 from rpo_lightning.cli.commands import CACHE_COMMANDS
@@ -57,12 +58,14 @@ class ImportSettings:
         out: The cache file.
         response_column: Column of the response's text.
         question_column: Column of the question's text; ``problem``, ``question`` or ``prompt`` if not given.
+        only_correct: Whether to leave out responses that the verifier does not accept.
     """
 
     path: str
     out: str = "cache.parquet"
     response_column: str = "response"
     question_column: str | None = None
+    only_correct: bool = False
 
 
 def run_export(arguments: list[str]) -> None:
@@ -74,7 +77,9 @@ def run_export(arguments: list[str]) -> None:
 def run_import(arguments: list[str]) -> None:
     """Make a cache of a table."""
     cli = ToolCLI("cache import", CACHE_COMMANDS["import"], RPOModule, ImportSettings, arguments)
-    import_(cli.added, cli.model, cli.datamodule)
+    of_run = cli.config_init.get("cache")
+    refresh = EpsilonGreedyRefresh() if of_run is None else of_run.refresh
+    import_(cli.added, cli.model, cli.datamodule, refresh)
 
 
 def export(settings: ExportSettings, module: PolicyModule, data: RPODataModule) -> None:
@@ -93,11 +98,17 @@ def export(settings: ExportSettings, module: PolicyModule, data: RPODataModule) 
     print(f"{len(rows)} responses written to {settings.out}")
 
 
-def import_(settings: ImportSettings, module: PolicyModule, data: RPODataModule) -> None:
+def import_(settings: ImportSettings, module: PolicyModule, data: RPODataModule, refresh: RefreshRule) -> None:
     """Make a cache of the responses in a table.
 
+    Args:
+        settings: The command's arguments.
+        module: Has the tokenizer, and the verifier and rewards that grade the responses.
+        data: Has the training questions.
+        refresh: Says how many responses to a question are cached.
+
     Raises:
-        CacheError: No row is about a training question.
+        CacheError: No row is about a training question, or no response may be cached.
     """
     cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer))
     prompts = data.read("train", "", module.tokenizer, module.grader.verifier)
@@ -107,15 +118,20 @@ def import_(settings: ImportSettings, module: PolicyModule, data: RPODataModule)
         report = import_responses(
             cache, prompts, tqdm(source.rows(), desc="reading", unit="row", disable=None),
             (columns, settings.response_column), module.tokenizer, module.grader,
-            module.max_response_tokens, repr(source),
+            module.max_response_tokens, repr(source), refresh, settings.only_correct,
         )  # fmt: skip
     finally:
         module.grader.pool.close()
-    if not report.responses:
+    if not report.matched:
         raise CacheError(f"{source!r}: none of its rows is about one of the {len(prompts)} training questions")
+    if not report.responses:
+        raise CacheError(
+            f"{source!r}: none of its {report.matched} responses is right: check that model.verifier reads their "
+            "answers, or drop --only_correct"
+        )
     write_cache(cache, settings.out)
     print(
-        f"{report.matched} rows used; left out: {report.unmatched} about no training question, {report.overlong} over "
-        f"model.max_response_tokens={module.max_response_tokens}"
+        f"{report.matched} rows used, {report.right} of them right; left out: {report.unmatched} about no training "
+        f"question, {report.overlong} over model.max_response_tokens={module.max_response_tokens}"
     )
     print(summary(cache, settings.out))

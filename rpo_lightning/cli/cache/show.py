@@ -13,8 +13,8 @@ from jsonargparse import auto_cli
 
 from rpo_lightning.cache.cache import CachedResponse, CacheEntry, ExperienceCache
 from rpo_lightning.cache.cuts import CutStrategy, FractionOfShortestCut
+from rpo_lightning.cache.draws import drawn_prefix
 from rpo_lightning.cache.parquet import read_cache
-from rpo_lightning.cache.prefixes import drawn_prefix
 from rpo_lightning.cli.parser import PlainArgumentParser
 from rpo_lightning.core.errors import CacheError
 from rpo_lightning.policy.tokenizer import decode, load_tokenizer, tokenizer_fingerprint
@@ -64,7 +64,7 @@ def show(
         CacheError: There is no such entry.
     """
     cache, loaded = _load(path, tokenizer)
-    filled = [e for e in cache if e.response is not None]
+    filled = [e for e in cache if e.has_anchor]
     chosen = [e for e in filled if e.uid == uid] if uid else filled[:entries]
     if not chosen:
         raise CacheError(
@@ -82,21 +82,26 @@ def _load(path: str, tokenizer: str) -> tuple[ExperienceCache, Any]:
 
 
 def _shown(entry: CacheEntry, tokenizer: Any, cut: CutStrategy) -> str:
-    response = entry.response
-    assert response is not None
-    kept = drawn_prefix(cut, entry, response)
+    """All responses of an entry; the one that the cut chooses is cut, the others are kept out of the next visit."""
+    chosen, prefix_length = drawn_prefix(cut, entry)
+    lines = []
+    for response in entry.anchors:
+        # Views of one row share its memory.
+        is_cut = chosen is not None and np.shares_memory(response.token_ids, chosen.token_ids)
+        lines += _shown_response(entry, response, prefix_length if is_cut else 0, tokenizer)
+    return "\n".join([*lines, ""])
+
+
+def _shown_response(entry: CacheEntry, response: CachedResponse, kept: int, tokenizer: Any) -> list[str]:
     ids = response.token_ids.tolist()
     verdict = f"{'right' if response.correct else 'wrong'}, reward {response.reward:g}"
     ended = "finished" if response.finished else "cut off by its budget"
     origins = ", ".join(f"{count} at {_made_at(step)}" for step, count in response.spans)
-    return "\n".join(
-        [
-            f"question {entry.uid}: {verdict}, {ended}, {entry.visits} visits; {len(ids)} tokens: {origins}",
-            f"  prefix ({kept}):   {decode(tokenizer, ids[:kept])}",
-            f"  dropped ({len(ids) - kept}):  {decode(tokenizer, ids[kept:])}",
-            "",
-        ]
-    )
+    return [
+        f"question {entry.uid}: {verdict}, {ended}, {entry.visits} visits; {len(ids)} tokens: {origins}",
+        f"  prefix ({kept}):   {decode(tokenizer, ids[:kept])}",
+        f"  dropped ({len(ids) - kept}):  {decode(tokenizer, ids[kept:])}",
+    ]
 
 
 def _made_at(step: int) -> str:
@@ -110,8 +115,8 @@ def summary(cache: ExperienceCache, where: str) -> str:
         cache: The cache.
         where: Names it in the first line.
     """
-    responses = [e.response for e in cache if e.response is not None]
-    lines = [f"{where}: {len(cache)} questions, {len(responses)} with a response"]
+    responses = [response for entry in cache for response in entry.anchors]
+    lines = [f"{where}: {len(cache)} questions, {sum(entry.has_anchor for entry in cache)} with a response"]
     if responses:
         lines += _statistics(responses, [e.visits for e in cache])
     return "\n".join(lines)
@@ -137,6 +142,7 @@ def _statistics(responses: list[CachedResponse], visits: list[int]) -> list[str]
     quantiles = ", ".join(f"{q:.0f}" for q in np.percentile(lengths, [0, 25, 50, 75, 100]))
     age = np.array([newest - r.step for r in responses])
     return [
+        f"responses             {len(responses)}",
         f"right                 {sum(r.correct for r in responses) / len(responses):.1%}",
         f"finished              {sum(r.finished for r in responses) / len(responses):.1%}",
         f"tokens                {lengths.mean():.1f} on average; quartiles {quantiles}",
