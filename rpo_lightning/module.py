@@ -211,7 +211,8 @@ class RPOModule(PolicyModule):
         tokens = rollout_tokens(self.groups) | {p: n for p, n in processed.items() if n or p == "update"}
         responses = sum(len(g.completions) for g in self.groups)
         killed = self.grader.pool.killed - killed
-        record = IterationRecord(metrics, self.timer.take(), tokens, responses, killed, usable)
+        idle = tokens["decode"] - rollout_tokens(usable)["decode"]
+        record = IterationRecord(metrics, self.timer.take(), tokens, responses, killed, len(usable), idle)
         self.record = record.over(self.ranks)
         self._log(of_update, len(requests))
         self.watch.check(self.record, updated=bool(of_update))
@@ -232,10 +233,10 @@ class RPOModule(PolicyModule):
             log.warning("all responses of an iteration are unfinished, and model.update.mask_truncated leaves them out")
         return bool(self.trainer.strategy.reduce_boolean_decision(here, all=False))
 
-    def _collect(self, groups: list[Group], size: int) -> tuple[list[Group], list[Group], int]:
-        """Groups to train on now (none: draw more first), those that wait, and how many new ones are usable."""
+    def _collect(self, groups: list[Group], size: int) -> tuple[list[Group], list[Group], list[Group]]:
+        """Groups to train on now (none: draw more first), those that wait, and the new ones that are usable."""
         if self.buffer is None:
-            return groups, [], sum(g.has_variance for g in groups)
+            return groups, [], [g for g in groups if g.has_variance]
         usable = self.buffer.add(groups)
         self.log("rollout/buffered_groups", float(len(self.buffer.groups)), batch_size=size)
         ready = self.trainer.strategy.reduce_boolean_decision(self.buffer.is_ready(size), all=True)

@@ -9,6 +9,7 @@ drawn.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,13 +202,13 @@ def visit_statistics(outcomes: Sequence[GroupOutcome]) -> dict[str, float]:
 
     Returns:
         ``kept_share``, the mean share of the cached response that prefixes kept, over the groups with a prefix, and
-        ``unprefixed_success``, the share of correct members of the groups without one. Each is missing if there was no
-        such group.
+        ``unprefixed_success``, the share of correct members of the groups without one. Each is NaN if there was no such
+        group: a logger would repeat the value of an earlier iteration if it got none.
     """
     kept = [outcome.kept_share for outcome in outcomes if outcome.prefix_length]
     plain = [outcome.success for outcome in outcomes if not outcome.prefix_length]
     means = {"kept_share": kept, "unprefixed_success": plain}
-    return {name: sum(values) / len(values) for name, values in means.items() if values}
+    return {name: sum(values) / len(values) if values else math.nan for name, values in means.items()}
 
 
 def require_same_questions(cache: ExperienceCache, prompts: list[Prompt], where: str | Path) -> None:

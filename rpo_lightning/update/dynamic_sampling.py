@@ -53,11 +53,11 @@ class GroupBuffer:
         self.groups: list[Group] = []
         self.refills = 0
 
-    def add(self, groups: Sequence[Group]) -> int:
-        """Take the groups that carry a signal; returns how many they are."""
+    def add(self, groups: Sequence[Group]) -> list[Group]:
+        """Take the groups that carry a signal, and return them."""
         taken = [group for group in groups if self._carries_signal(group)]
         self.groups += taken
-        return len(taken)
+        return taken
 
     def _carries_signal(self, group: Group) -> bool:
         mixed = self.settings.filter == "reward" or 0 < group.correct_count < len(group.samples)

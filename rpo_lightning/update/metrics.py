@@ -68,6 +68,7 @@ class IterationRecord:
         responses: Number of sampled responses.
         killed: Number of gradings whose process was killed or died.
         usable_groups: Number of sampled groups that this or a later update can learn from.
+        idle_tokens: Decoded tokens of the other groups, which taught nothing.
     """
 
     metrics: dict[str, float]
@@ -76,6 +77,7 @@ class IterationRecord:
     responses: int
     killed: int
     usable_groups: int = 0
+    idle_tokens: int = 0
 
     def over(self, ranks: Ranks) -> IterationRecord:
         """The record over all ranks; a collective. Counts and tokens are summed, metrics and seconds averaged."""
@@ -96,6 +98,7 @@ class IterationRecord:
             responses=sum(r.responses for r in records),
             killed=sum(r.killed for r in records),
             usable_groups=sum(r.usable_groups for r in records),
+            idle_tokens=sum(r.idle_tokens for r in records),
         )
 
     def logged(self) -> dict[str, float]:
@@ -119,6 +122,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
     ``rollout/decoded_tokens_per_sample`` counts suffixes only; ``rollout/response_tokens`` counts prefixes too.
     ``rollout/all_right_share`` and ``rollout/all_wrong_share`` are parts of ``rollout/zero_variance_share``.
+    ``rollout/informative_share`` is the share of the groups with right and wrong members.
     """
     count = len(groups)
     members = [(g, c) for g in groups for c in g.completions]
@@ -134,6 +138,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "rollout/kept_prefix_tokens": sum(len(g.request.prefix_ids) for g in groups) / count,
         "rollout/full_path_share": sum(not g.request.prefix_ids for g in groups) / count,
         "rollout/truncated_share": sum(not c.finished for _, c in members) / len(members),
+        "rollout/informative_share": sum(0 < g.correct_count < len(g.samples) for g in groups) / count,
         "rollout/zero_variance_share": len(equal) / count,
         "rollout/all_right_share": sum(g.correct_count == len(g.samples) for g in equal) / count,
         "rollout/all_wrong_share": sum(g.correct_count == 0 for g in equal) / count,

@@ -1,0 +1,57 @@
+"""A run tells which groups could teach, what its prefixes kept, and what it decoded for nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+from lightning.pytorch import Callback
+
+from rpo_lightning import ExperienceCacheCallback
+from rpo_lightning.cache import AnchoredCut, CorrectMemberRefresh
+from rpo_lightning.callbacks import RunSummaryCallback
+from rpo_lightning.rewards import LengthAwareAccuracyReward
+from rpo_lightning.update.dynamic_sampling import DynamicSampling
+from tests.conftest import make_data, make_module, make_trainer
+
+
+class GroupsOfEveryIteration(Callback):
+    """Keeps what every iteration sampled."""
+
+    def __init__(self):
+        self.iterations = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.iterations.append(list(pl_module.groups))
+
+
+@pytest.mark.parametrize("sampling", [None, DynamicSampling(max_refills=1)], ids=["plain", "dynamic"])
+def test_metrics_and_summary_are_those_of_the_groups(tmp_path, sampling):
+    cache = ExperienceCacheCallback(
+        cut=AnchoredCut(0.6, 0.8, plain_share=0.3), refresh=CorrectMemberRefresh(), initialisation="lazy"
+    )
+    seen, summary = GroupsOfEveryIteration(), RunSummaryCallback()
+    # Lengths make rewards of all-right groups differ: they teach, unless dynamic sampling drops them.
+    module = make_module(rewards=[LengthAwareAccuracyReward()], dynamic_sampling=sampling)
+    make_trainer(tmp_path, max_steps=6, callbacks=[cache, seen, summary]).fit(module, datamodule=make_data())
+    log = pd.read_csv(tmp_path / "metrics.csv")
+    rows = log[log["rollout/informative_share"].notna()]
+    kept_shares, successes = [], []
+    for groups, (_, row) in zip(seen.iterations, rows.iterrows(), strict=True):
+        mixed = [g for g in groups if 0 < g.correct_count < len(g.samples)]
+        assert row["rollout/informative_share"] == pytest.approx(len(mixed) / len(groups))
+        kept_shares += [[len(g.request.prefix_ids) / g.request.cached_length for g in groups if g.request.prefix_ids]]
+        successes += [[g.correct_count / len(g.samples) for g in groups if not g.request.prefix_ids]]
+    # Logged once the cache has been refreshed.
+    for name, of_iterations in (("cache/kept_share", kept_shares), ("cache/unprefixed_success", successes)):
+        expected = [sum(values) / len(values) for values in of_iterations if values]
+        assert len(expected) > 1
+        assert log[name].dropna().tolist() == pytest.approx(expected)
+
+    groups = [group for of_iteration in seen.iterations for group in of_iteration]
+    taught = [g for g in groups if (0 < g.correct_count < len(g.samples) if sampling else g.has_variance)]
+    decoded, useful = (sum(len(c.token_ids) for g in some for c in g.completions) for some in (groups, taught))
+    assert 0 < useful < decoded
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert written["idle_decoding_share"] == pytest.approx(1 - useful / decoded)
