@@ -5,10 +5,12 @@ from rpo_lightning.cache.cache import CachedResponse, CacheEntry, ExperienceCach
 from rpo_lightning.cache.cuts import AnchoredCut, CutStrategy, FractionOfShortestCut, GroupOutcome, UniformCut
 from rpo_lightning.cache.parquet import read_cache, write_cache
 from rpo_lightning.cache.refresh import AnchorsRefresh, CorrectMemberRefresh, EpsilonGreedyRefresh, RefreshRule
+from rpo_lightning.cache.success_cuts import BisectionCut, TargetSuccessCut
 
 __all__ = [
     "AnchoredCut",
     "AnchorsRefresh",
+    "BisectionCut",
     "CacheEntry",
     "CachedResponse",
     "CorrectMemberRefresh",
@@ -21,6 +23,7 @@ __all__ = [
     "GroupOutcome",
     "RefreshRule",
     "SuffixBudget",
+    "TargetSuccessCut",
     "UniformCut",
     "read_cache",
     "write_cache",

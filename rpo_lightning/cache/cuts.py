@@ -58,10 +58,12 @@ class CutStrategy(ABC):
     Attributes:
         plain_share: Share of the visits that start without a prefix, whatever the cache holds.
         cuts_wrong: Whether it cuts failing prefixes from wrong responses, if the cache keeps some.
+        follows_success: Whether it answers a failed group by keeping more.
     """
 
     plain_share = 0.0
     cuts_wrong = False
+    follows_success = False
 
     def anchor(self, entry: CacheEntry, rng: np.random.Generator) -> CachedResponse | None:
         """The response to cut at a visit, the one in slot 0; ``None`` for no prefix.
@@ -87,6 +89,18 @@ class CutStrategy(ABC):
 
     def end_iteration(self, cache: ExperienceCache) -> None:  # noqa: B027 (optional hook)
         """Learn from an iteration as a whole, after its groups have been observed."""
+
+
+def a_correct_anchor(entry: CacheEntry, rng: np.random.Generator) -> CachedResponse | None:
+    """A correct response of a question, a random one of several."""
+    return one_of([anchor for anchor in entry.anchors if anchor.correct], rng)
+
+
+def one_of(anchors: list[CachedResponse], rng: np.random.Generator) -> CachedResponse | None:
+    """A random one of several responses. Draws nothing if there is no choice."""
+    if len(anchors) > 1:
+        return anchors[int(rng.integers(len(anchors)))]
+    return anchors[0] if anchors else None
 
 
 def require_plain_share(plain_share: float) -> float:
@@ -164,8 +178,8 @@ class AnchoredCut(CutStrategy):
         self.plain_share = require_plain_share(plain_share)
 
     def anchor(self, entry: CacheEntry, rng: np.random.Generator) -> CachedResponse | None:
-        """The first correct response."""
-        return next((anchor for anchor in entry.anchors if anchor.correct), None)
+        """A correct response."""
+        return a_correct_anchor(entry, rng)
 
     def prefix_length(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
         """A random share of a correct response; 0 for a wrong one."""

@@ -184,6 +184,11 @@ class CachedPrefixes:
                 f"cache.refresh={refresh} keeps wrong responses that cache.cut={cut} never cuts: use wrong=0, or "
                 "TargetSuccessCut with failing_prefixes=true"
             )
+        if self.cut.follows_success and self.on_failure == "restart":
+            yield (
+                f"cache.on_failure=restart takes the full path after a failed group, where cache.cut={cut} would keep "
+                "more of the response: use keep"
+            )
         if not self.prefer_own and not has_traces:
             yield "cache.prefer_own=false has no effect without cache.path: nothing comes from elsewhere"
 
