@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def fit(
     kill_after: int = -1,
     resume: str = "",
     failing_ranks: tuple[int, ...] = (),
+    settings: Sequence[str] = (),
 ) -> int:
     """Four iterations of six questions on whatever number of ranks; returns the exit code."""
     (folder / f"on-{ranks}{resume and '-resumed'}").mkdir(parents=True, exist_ok=True)
@@ -58,7 +60,7 @@ def fit(
         "--cache.initial_batch_size=5", f"--trainer.callbacks={json.dumps(callbacks)}",
         f"--trainer.logger.init_args.save_dir={folder}/runs-{ranks}{resume and '-resumed'}",
         *(argument.format(ranks=ranks) for argument in STRATEGY[strategy]), *ENGINE[engine],
-        *(["--ckpt_path", resume] if resume else []),
+        *(["--ckpt_path", resume] if resume else []), *settings,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
