@@ -127,7 +127,7 @@ class CachedPrefixes:
         )
         return CacheUpdate(
             uid=uid,
-            responses=tuple(cached_response(group, member) for member in chosen),
+            responses=tuple([cached_response(group, member) for member in chosen]),
             outcome=GroupOutcome(
                 prefix_length=len(request.prefix_ids),
                 cut=request.cut,
