@@ -128,6 +128,7 @@ def test_an_own_response_replaces_a_trace_first_and_one_that_continues_a_trace_r
         np.array([2, 4], np.int32), 1.0, True, True, ((-1, 1), (5, 1))
     )  # fmt: skip
     assert rule.slot([own, trace], response(5, step=9), prefer_own=True) == 1
+    assert rule.slot([own, mixed], response(6, step=9), prefer_own=True) == 1  # though its last token is newer
     assert rule.slot([own, trace], mixed, prefer_own=True) == 1
     assert rule.slot([own, own], mixed, prefer_own=True) is None
     assert rule.slot([own, trace], response(5, step=9), prefer_own=False) == 0

@@ -20,7 +20,7 @@ from rpo_lightning.cache import (
 from rpo_lightning.cache.prefixes import CachedPrefixes
 from rpo_lightning.cache.success_predictor import SuccessPredictor
 from rpo_lightning.core.errors import ConfigurationError
-from rpo_lightning.core.types import Prompt
+from rpo_lightning.core.types import Prompt, RolloutRequest
 from tests.conftest import cache_contents, make_group
 
 LENGTH = 1000
@@ -130,6 +130,20 @@ def test_bisection_starts_new_questions_in_the_moving_average_of_intervals():
     shares = draws(cut, entry(cache, "new"))
     assert shares.min() == pytest.approx(0.03, abs=0.005)
     assert shares.max() == pytest.approx(0.86, abs=0.005)
+
+
+def test_a_served_iteration_tells_the_cut_of_wrong_anchors_and_of_its_end():
+    target = served(TargetSuccessCut(failing_prefixes=True), AnchorsRefresh())
+    request = RolloutRequest(Prompt("q", "question", (1,), "0"), (3, 4), 8, 4, ((0, 2),), cached_correct=False)
+    group = make_group([1.0, 0.0])
+    group.request = request
+    assert target.update_from(group).outcome.cached_correct is False
+    bisection = served(BisectionCut(), CorrectMemberRefresh())
+    cut_group = make_group([1.0, 1.0], prefix_ids=(3, 4, 5), cached_length=6)  # half of a response, and success
+    bisection.apply_iteration([bisection.update_from(cut_group)])
+    assert bisection.cache.shared["bisection"] == {
+        "interval": pytest.approx([0.0, 0.8 * 0.9 + 0.2 * 0.5]), "of_iteration": []
+    }  # fmt: skip
 
 
 def served(cut, refresh, **settings) -> CachedPrefixes:
