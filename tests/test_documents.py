@@ -19,6 +19,7 @@ from rpo_lightning.cli.cache.export_import import ExportSettings, ImportSettings
 from rpo_lightning.cli.cache.show import show, stats
 from rpo_lightning.cli.commands import COMMANDS
 from rpo_lightning.cli.main import main
+from rpo_lightning.cli.plan.settings import PlanSettings
 from rpo_lightning.cli.report.report import write_report
 from rpo_lightning.cli.segments.results import SegmentResultsCallback
 from rpo_lightning.policy.prefix_sharing.flash_choice import FlashAttention
@@ -34,6 +35,7 @@ OPTIONS: dict[str, Any] = {
     "cache export": ExportSettings,
     "cache show": show,
     "cache stats": stats,
+    "plan": PlanSettings,
     "segments": SegmentResultsCallback,
     "report": write_report,
 }

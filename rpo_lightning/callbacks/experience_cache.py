@@ -142,23 +142,28 @@ class ExperienceCacheCallback(FinalFilesCallback):
                 f"cache.path={self.path} is where this run would save its own cache: move the file, or give the run "
                 "another folder (trainer.logger, trainer.default_root_dir)"
             )
-        self._prefixes = CachedPrefixes(
-            cache=self._starting_cache(trainer, pl_module, data),
-            cut=self.cut,
-            budget=self.budget,
-            refresh=self.refresh,
-            response_limit=pl_module.max_response_tokens,
-            on_failure=self.on_failure,
-            keep_unfinished=self.keep_unfinished,
-            prefer_own=self.prefer_own,
-            steps=self._step_ends(pl_module),
-        )
+        self._prefixes = self.prefixes_of(self.starting_cache(trainer, pl_module, data), pl_module)
         for caveat in self._prefixes.caveats(has_traces=self.path is not None) if trainer.is_global_zero else ():
             log.warning(caveat)
         self._is_restored = False
         data.make_request = self._prefixes.request
 
-    def _step_ends(self, module: RPOModule) -> StepEnds | None:
+    def prefixes_of(self, cache: ExperienceCache, module: RPOModule) -> CachedPrefixes:
+        """What serves prefixes from a cache and refreshes it, as these settings say."""
+        return CachedPrefixes(
+            cache=cache,
+            cut=self.cut,
+            budget=self.budget,
+            refresh=self.refresh,
+            response_limit=module.max_response_tokens,
+            on_failure=self.on_failure,
+            keep_unfinished=self.keep_unfinished,
+            prefer_own=self.prefer_own,
+            steps=self.step_ends(module),
+        )
+
+    def step_ends(self, module: RPOModule) -> StepEnds | None:
+        """Where cuts may lie; ``None`` for anywhere."""
         if self.step_end is None:
             return None
         return StepEnds(np.asarray(tokens_that_match(module.tokenizer, self.step_end, "cache.step_end")))
@@ -167,8 +172,12 @@ class ExperienceCacheCallback(FinalFilesCallback):
     def _saves_over_its_source(self) -> bool:
         return self.path is not None and Path(self.path).resolve() == (self.folder / CACHE_FILE).resolve()
 
-    def _starting_cache(self, trainer: Trainer, module: RPOModule, data: Any) -> ExperienceCache:
-        """The cache of this callback's earlier run, or that of ``path``, or an empty one."""
+    def starting_cache(self, trainer: Trainer, module: RPOModule, data: Any) -> ExperienceCache:
+        """The cache of this callback's earlier run, or that of ``path``, or an empty one.
+
+        Raises:
+            CacheError: The cache was made with another tokenizer, or for other questions.
+        """
         cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer))
         if self._prefixes is not None:
             where = "the cache of an earlier run"

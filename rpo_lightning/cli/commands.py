@@ -15,6 +15,7 @@ LIGHTNING_COMMANDS = {
     "predict": "Answer questions (data.predict) and write the answers to a file.",
 }
 TOOL_COMMANDS = {
+    "plan": "Estimate from a sample what a run learns from and costs, and advise.",
     "segments": "Measure how much each part of a response decides, and draw it.",
     "cache": "Build, import, export and show experience caches.",
     "report": "Write curves, times and completions of a run as one HTML page.",

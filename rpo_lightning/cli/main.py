@@ -19,6 +19,7 @@ from rpo_lightning.core.errors import ConfigurationError, RPOError
 # Where each command's function is.
 _FUNCTIONS = {
     **dict.fromkeys(LIGHTNING_COMMANDS, "rpo_lightning.cli.lightning_cli:run"),
+    "plan": "rpo_lightning.cli.plan.command:plan",
     "segments": "rpo_lightning.cli.segments.command:segments",
     "cache": "rpo_lightning.cli.cache.command:cache",
     "report": "rpo_lightning.cli.report.report:report",

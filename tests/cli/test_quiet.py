@@ -60,7 +60,7 @@ def test_the_help_lists_every_command_with_its_line_and_imports_nothing_heavy():
     *lines, imported = done.stdout.splitlines()
     for name, text in COMMANDS.items():
         assert f"  {name:<8}  {text}" in lines
-    assert list(COMMANDS) == ["fit", "validate", "test", "predict", "segments", "cache", "report", "memory"]
+    assert list(COMMANDS) == ["fit", "validate", "test", "predict", "plan", "segments", "cache", "report", "memory"]
     assert imported == "[]"
 
 
@@ -99,6 +99,7 @@ def test_the_help_of_lightnings_commands_opens_with_the_settings_that_most_runs_
 @pytest.mark.parametrize(
     ("command", "own"),
     [
+        (["plan"], ["--questions", "--samples", "--kept_shares", "--out"]),
         (["segments"], ["--out", "--model.points", "--similarity"]),
         (["cache"], list(CACHE_COMMANDS)),
         (["cache", "build"], ["--out", "--keep_unfinished"]),
