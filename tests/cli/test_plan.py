@@ -128,8 +128,9 @@ def test_an_estimate_holds_for_the_run_that_follows():
     shares = metrics["rollout/informative_share"].dropna().to_numpy()
     decoded = metrics["tokens/decode"].dropna().to_numpy()
     for name, visits in (("no prefix", slice(0, 4)), ("cut: AnchoredCut", slice(4, 12))):
-        arm = arms_of(report)[name]
-        assert arm["informative_share"]["low"] <= shares[visits].mean() <= arm["informative_share"]["high"]
+        arm, mean = arms_of(report)[name], shares[visits].mean()
+        error = 2 * shares[visits].std(ddof=1) / len(shares[visits]) ** 0.5  # the run is a sample, too
+        assert arm["informative_share"]["low"] - error <= mean <= arm["informative_share"]["high"] + error
         assert decoded[visits].mean() == pytest.approx(arm["decoded_tokens"]["value"], rel=0.15)
 
 
