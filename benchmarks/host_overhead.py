@@ -131,7 +131,7 @@ def watch(parts: Parts) -> None:
     parts.watch("waiting for grading", GradingPool, "collect")
     parts.watch("rewards in the trainer", Scoring, "groups")
     parts.watch("advantages", training_module, "group_advantages")
-    parts.watch("rows and micro-batches", loss_module, "rows_of", "shared_rows", "micro_batches")
+    parts.watch("rows and micro-batches", loss_module, "rows_of", "shared_rows", "passes_of")
     parts.watch("layout", loss_module, "token_logprobs")
     parts.watch("loss", loss_module.PolicyLoss, "backward")
     parts.watch("metrics", training_module, "rollout_metrics", "rollout_tokens")
@@ -146,6 +146,7 @@ def watch(parts: Parts) -> None:
 
 def run(arm: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Train some iterations; medians of the parts' seconds over all but the first."""
+    torch.set_num_threads(1)  # where a GPU decodes, one thread works
     tokenizer = load_tokenizer(arguments.model)
     texts, parts = Texts(tokenizer, arguments.data, seed=0), Parts()
     endings = [texts.ending(arguments.suffix, arm == "closed") for _ in range(512)]
