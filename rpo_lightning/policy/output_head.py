@@ -37,11 +37,13 @@ class Targets:
         position_K: Position of the token before each scored token, counted through all rows.
         token_K: The scored tokens.
         temperature: Divides the logits.
+        entropy_gradient: Whether the entropies have a gradient. It costs a pass over the logits in the backward pass.
     """
 
     position_K: Tensor
     token_K: Tensor
     temperature: float
+    entropy_gradient: bool = False
 
 
 @contextmanager
@@ -63,9 +65,9 @@ def scoring(model: Any, targets: Targets, chunk_elements: int = CHUNK_ELEMENTS) 
         # A single chunk is held in any case; computing it twice saves nothing.
         recompute = len(chunks) > 1 and torch.is_grad_enabled()
         scored = [
-            checkpoint(_score, apply, hidden, token, targets.temperature, use_reentrant=False)
+            checkpoint(_score, apply, hidden, token, targets, use_reentrant=False)
             if recompute
-            else _score(apply, hidden, token, targets.temperature)
+            else _score(apply, hidden, token, targets)
             for hidden, token in chunks
         ]
         return torch.cat(scored, dim=1)
@@ -81,20 +83,21 @@ def scoring(model: Any, targets: Targets, chunk_elements: int = CHUNK_ELEMENTS) 
             del head.forward  # uncovers the method of the class
 
 
-def _score(apply: Callable[[Tensor], Tensor], hidden_KH: Tensor, token_K: Tensor, temperature: float) -> Tensor:
+def _score(apply: Callable[[Tensor], Tensor], hidden_KH: Tensor, token_K: Tensor, targets: Targets) -> Tensor:
     logits_KV = apply(hidden_KH)
-    return token_scores(logits_KV, token_K, temperature)
+    return token_scores(logits_KV, token_K, targets.temperature, targets.entropy_gradient)
 
 
-def token_scores(logits_KV: Tensor, token_K: Tensor, temperature: float) -> Tensor:
-    """Log-probs of tokens (with gradient) and entropies (without), [2, K], in fp32 or fp64.
+def token_scores(logits_KV: Tensor, token_K: Tensor, temperature: float, entropy_gradient: bool = False) -> Tensor:
+    """Log-probs of tokens (with gradient) and entropies, [2, K], in fp32 or fp64.
 
     Args:
         logits_KV: Logits, [K, V].
         token_K: The tokens, [K].
         temperature: Divides the logits.
+        entropy_gradient: Whether the entropies have a gradient too.
     """
-    logprobs_K, entropy_K = _TokenScores.apply(logits_KV, token_K, temperature)
+    logprobs_K, entropy_K = _TokenScores.apply(logits_KV, token_K, temperature, entropy_gradient)
     return torch.stack([logprobs_K, entropy_K])
 
 
@@ -102,7 +105,9 @@ class _TokenScores(torch.autograd.Function):
     """Log-probs and entropies; saves one tensor of the logits' size for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, logits_KV: Tensor, token_K: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits_KV: Tensor, token_K: Tensor, temperature: float, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
         scaled_KV = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
         if temperature != 1:
             scaled_KV = scaled_KV / temperature
@@ -112,16 +117,22 @@ class _TokenScores(torch.autograd.Function):
         del scaled_KV, logprobs_KV
         # entr(0) is 0, as it must be for a token that the model rules out. In parts, because entr makes another tensor.
         entropy_K = torch.cat([torch.special.entr(part).sum(-1) for part in probs_KV.split(_ENTROPY_ROWS)])
-        ctx.save_for_backward(probs_KV, token_K)
-        ctx.temperature, ctx.dtype = temperature, logits_KV.dtype
-        ctx.mark_non_differentiable(entropy_K)
+        ctx.save_for_backward(probs_KV, token_K, entropy_K)
+        ctx.temperature, ctx.dtype, ctx.entropy_gradient = temperature, logits_KV.dtype, entropy_gradient
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy_K)
         return logprobs_K, entropy_K
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
-        probs_KV, token_K = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        probs_KV, token_K, entropy_K = ctx.saved_tensors
         gradient_K = gradients[0][:, None] / ctx.temperature
         gradient_KV = probs_KV * -gradient_K
         gradient_KV.scatter_add_(-1, token_K[:, None], gradient_K)
-        return gradient_KV.to(ctx.dtype), None, None
+        if ctx.entropy_gradient:
+            # The derivative by logit j is -p_j (log p_j + entropy).
+            parts = (x.split(_ENTROPY_ROWS) for x in (gradient_KV, probs_KV, entropy_K, gradients[1] / ctx.temperature))
+            for into, probs, entropy, gradient in zip(*parts, strict=True):
+                into += gradient[:, None] * (torch.special.entr(probs) - probs * entropy[:, None])
+        return gradient_KV.to(ctx.dtype), None, None, None

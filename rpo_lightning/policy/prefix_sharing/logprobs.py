@@ -10,7 +10,7 @@ token of each context predicts the first token of its suffixes; it is computed i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class TokenLogprobs:
     Attributes:
         rows: The rows, in the order of the tensors.
         logprobs_BS: Log-probs of the tokens, with gradient where torch records one.
-        entropy_BS: Entropy of the next-token distribution, without gradient.
+        entropy_BS: Entropy of the next-token distribution, with gradient only if that was asked for.
         mask_BS: True at tokens in the scope, False at padding.
         lengths: Number of tokens in the scope of each response, on the host.
     """
@@ -51,6 +51,7 @@ def token_logprobs(
     full_logits: bool = False,
     prefix_gradient: bool = True,
     context: HeldContext | None = None,
+    entropy_gradient: bool = False,
 ) -> TokenLogprobs:
     """Log-probs and entropies of the tokens in the loss scope of every response.
 
@@ -64,6 +65,7 @@ def token_logprobs(
         prefix_gradient: Whether the gradient goes through the context. Without it the loss scope must be the suffix.
         context: The context of the only row, if it is computed once for several passes; the loss scope must be the
             suffix.
+        entropy_gradient: Whether the entropies have a gradient.
 
     Raises:
         UpdateError: Rows are concatenated, and the model has another attention than ``attention.py``'s.
@@ -79,17 +81,21 @@ def token_logprobs(
             else context.leaves(model, pad_id, device)
         )
     inputs, targets, index_BS = layout.inputs(device, model.config._attn_implementation, temperature)
+    targets = replace(targets, entropy_gradient=entropy_gradient)
     if detached is not None:
         inputs["detached_contexts"] = detached
     if full_logits:
         logits_BTV = model(**inputs).logits
-        scores = token_scores(logits_BTV.flatten(0, 1)[targets.position_K], targets.token_K, temperature)
+        logits_KV = logits_BTV.flatten(0, 1)[targets.position_K]
+        scores = token_scores(logits_KV, targets.token_K, temperature, entropy_gradient)
     else:
         with scoring(model, targets):
             scores = model(**inputs).logits
     mask_BS = index_BS >= 0
     index_BS = index_BS.clamp(min=0)
-    return TokenLogprobs(layout.rows, scores[0][index_BS], scores[1][index_BS].detach(), mask_BS, layout.lengths)
+    entropy_BS = scores[1][index_BS]
+    entropy_BS = entropy_BS if entropy_gradient else entropy_BS.detach()
+    return TokenLogprobs(layout.rows, scores[0][index_BS], entropy_BS, mask_BS, layout.lengths)
 
 
 def _detached(
