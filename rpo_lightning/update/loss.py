@@ -219,8 +219,9 @@ class PolicyLoss:
             return None
         sampled_BS = engine.known_BS & mask_BS
         difference_BS = torch.where(sampled_BS, old_BS - engine.values_BS, 0.0)
-        mismatch.add(difference_BS, sampled_BS)
-        return self.importance_correction.weights(difference_BS, sampled_BS)
+        weights_BS = self.importance_correction.weights(difference_BS, sampled_BS)
+        mismatch.add(difference_BS, sampled_BS, weights_BS)
+        return weights_BS
 
     def _logprobs(self, model: PreTrainedModel, step: Pass, prefix_gradient: bool = True) -> TokenLogprobs:
         return token_logprobs(

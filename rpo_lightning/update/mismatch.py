@@ -23,19 +23,24 @@ class Mismatch:
     """Adds up statistics of the differences over the sampled tokens of an update, on the device."""
 
     def __init__(self) -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64)  # tokens, |d|, ratio, ratio²
+        self._sums = torch.zeros(5, dtype=torch.float64)  # tokens, |d|, ratio, ratio², masked
         self._maxima = torch.full((3,), -torch.inf, dtype=torch.float64)  # |d|, ratio, -ratio
 
-    def add(self, difference_BS: Tensor, sampled_BS: Tensor) -> None:
+    def add(self, difference_BS: Tensor, sampled_BS: Tensor, weights_BS: Tensor) -> None:
         """Add a micro-batch.
 
         Args:
             difference_BS: Trainer's minus engine's log-probs, [B, S]; 0 where the engine sampled nothing.
             sampled_BS: True at tokens that the engine sampled.
+            weights_BS: The importance weights that follow from the differences.
         """
         absolute_BS, ratio_BS = difference_BS.double().abs(), difference_BS.double().exp()
         of_sampled_BS = torch.where(sampled_BS, ratio_BS, 0.0)
-        sums = [sampled_BS.sum().double(), absolute_BS.sum(), of_sampled_BS.sum(), of_sampled_BS.square().sum()]
+        masked_BS = sampled_BS & (weights_BS == 0)
+        sums = [
+            sampled_BS.sum().double(), absolute_BS.sum(), of_sampled_BS.sum(), of_sampled_BS.square().sum(),
+            masked_BS.sum().double(),
+        ]  # fmt: skip
         maxima = [torch.where(sampled_BS, x, -torch.inf).amax() for x in (absolute_BS, ratio_BS, -ratio_BS)]
         self._sums = self._sums.to(difference_BS.device) + torch.stack(sums)
         self._maxima = torch.maximum(self._maxima.to(difference_BS.device), torch.stack(maxima))
@@ -44,9 +49,10 @@ class Mismatch:
         """Statistics over all ranks, ``mismatch/…``; a collective. Empty if no token was compared.
 
         ``logprob_…`` are of the |difference| in nats, ``ratio_…`` of its exponential before any truncation.
+        ``masked_share`` is the share of tokens whose importance weight is 0.
         """
         ranks = ranks or Ranks()
-        tokens, absolute, ratio, square = ranks.sum(self._sums).tolist()
+        tokens, absolute, ratio, square, masked = ranks.sum(self._sums).tolist()
         largest, ratio_max, negative_min = ranks.max(self._maxima).tolist()
         if not tokens:
             return {}
@@ -58,6 +64,7 @@ class Mismatch:
             "mismatch/ratio_std": max(square / tokens - mean**2, 0.0) ** 0.5,
             "mismatch/ratio_min": -negative_min,
             "mismatch/ratio_max": ratio_max,
+            "mismatch/masked_share": masked / tokens,
         }
 
 

@@ -9,7 +9,14 @@ import torch
 
 from rpo_lightning.core.errors import ConfigurationError, EngineError
 from rpo_lightning.update.advantages import group_advantages
-from rpo_lightning.update.importance import NoCorrection, SequenceMasked, SequenceTruncated, TokenTruncated
+from rpo_lightning.update.importance import (
+    GeometricMasked,
+    IcePop,
+    NoCorrection,
+    SequenceMasked,
+    SequenceTruncated,
+    TokenTruncated,
+)
 from rpo_lightning.update.loss import PolicyLoss
 from rpo_lightning.update.mismatch import Mismatch, MismatchBound, MismatchGuard
 from rpo_lightning.update.objectives import DAPO, GRPO
@@ -27,6 +34,14 @@ SAMPLED = torch.tensor([[True, True, True], [False, True, True]])
         (TokenTruncated(2.5), [[2.5, 0.5, 1], [1, 2, 2]]),
         (SequenceTruncated(3.0), [[1.5, 1.5, 1.5], [1, 3, 3]]),
         (SequenceMasked(3.0), [[1.5, 1.5, 1.5], [0, 0, 0]]),
+        (IcePop(0.5, 2.5), [[0, 0.5, 1], [1, 2, 2]]),
+        (IcePop(0.6, 3.5), [[3, 0, 1], [1, 2, 2]]),
+        (IcePop(0.0, math.inf), [[3, 0.5, 1], [1, 2, 2]]),
+        # Geometric means 1.5^(1/3) = 1.14 of three tokens, and 2 of the two that were sampled.
+        (GeometricMasked(0.9, 1.2), [[1, 1, 1], [0, 0, 0]]),
+        (GeometricMasked(0.9, 1.7), [[1, 1, 1], [0, 0, 0]]),
+        (GeometricMasked(0.9, 1.1), [[0, 0, 0], [0, 0, 0]]),
+        (GeometricMasked(0.9, 2.1), [[1, 1, 1], [1, 1, 1]]),
     ],
     ids=lambda x: type(x).__name__,
 )
@@ -34,9 +49,22 @@ def test_corrections_weigh_tokens_as_their_formula_says(correction, expected):
     torch.testing.assert_close(correction.weights(DIFFERENCE, SAMPLED), torch.tensor(expected, dtype=torch.float32))
 
 
-def test_a_cap_below_one_is_refused():
-    with pytest.raises(ConfigurationError, match=r"TokenTruncated\.cap must be at least 1, got 0\.5"):
-        TokenTruncated(0.5)
+def test_a_geometric_mean_that_is_too_low_is_masked_too():
+    weights = GeometricMasked(0.9, 1.5).weights(torch.tensor([[-0.2, -0.1], [-0.1, 0.0]]), torch.ones(2, 2) > 0)
+    assert weights.tolist() == [[0, 0], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TokenTruncated(0.5), r"TokenTruncated\.cap must be at least 1, got 0\.5"),
+        (lambda: IcePop(1.1, 2.0), r"IcePop needs 0 <= lower <= 1 <= upper, got lower=1\.1 and upper=2\.0"),
+        (lambda: GeometricMasked(0.5, 0.9), "GeometricMasked needs 0 <= lower <= 1 <= upper"),
+    ],
+)
+def test_bounds_that_leave_out_one_are_refused(make, message):
+    with pytest.raises(ConfigurationError, match=message):
+        make()
 
 
 def with_engine_logprobs(policy, shift: float):
@@ -52,10 +80,12 @@ def with_engine_logprobs(policy, shift: float):
     return batch
 
 
-def backward(policy, batch, correction, **changes):
+def backward(policy, batch, correction, objective=None, **changes):
     policy.zero_grad()
     # GRPO's mean over each sequence: in a mean over all tokens, the terms of the members' prefixes would cancel.
-    loss = PolicyLoss(policy, None, GRPO(), settings(**changes), pad_id=0, importance_correction=correction)
+    loss = PolicyLoss(
+        policy, None, objective or GRPO(), settings(**changes), pad_id=0, importance_correction=correction
+    )
     metrics = loss.backward(batch, group_advantages([g.rewards for g in batch]), lambda x, _: x.backward())
     return {n: p.grad.clone() for n, p in policy.named_parameters()}, metrics
 
@@ -80,6 +110,14 @@ def test_the_gradient_is_that_of_the_weighted_loss(policy, scope):
     assert metrics["mismatch/ratio_mean"] == pytest.approx(1.5, abs=1e-5)
 
 
+def test_the_share_of_masked_tokens_is_logged(policy):
+    batch = with_engine_logprobs(policy, shift=math.log(1.5))
+    for correction, share in ((IcePop(), 0.0), (IcePop(0.5, 1.4), 1.0), (GeometricMasked(), 1.0)):
+        gradient, metrics = backward(policy, batch, correction)
+        assert metrics["mismatch/masked_share"] == share
+        assert any(g.abs().max() > 0 for g in gradient.values()) == (share == 0.0)
+
+
 def test_without_comparable_log_probs_there_are_no_weights_and_no_statistics(policy):
     _, metrics = backward(policy, with_engine_logprobs(policy, 1.0), None)
     assert not [name for name in metrics if name.startswith("mismatch/")]
@@ -87,14 +125,15 @@ def test_without_comparable_log_probs_there_are_no_weights_and_no_statistics(pol
 
 def test_mismatch_statistics_are_those_of_the_sampled_tokens():
     mismatch = Mismatch()
-    mismatch.add(DIFFERENCE[:1], SAMPLED[:1])
-    mismatch.add(DIFFERENCE[1:], SAMPLED[1:])
+    for part in (slice(0, 1), slice(1, 2)):
+        mismatch.add(DIFFERENCE[part], SAMPLED[part], IcePop(0.6, 3.5).weights(DIFFERENCE[part], SAMPLED[part]))
     found = mismatch.metrics()
     ratios = torch.tensor([3.0, 0.5, 1.0, 2.0, 2.0])
     assert found["mismatch/logprob_mean"] == pytest.approx(ratios.log().abs().mean().item())
     assert found["mismatch/logprob_max"] == pytest.approx(math.log(3.0))
     assert found["mismatch/ratio_mean"] == pytest.approx(1.7)
     assert found["mismatch/ratio_std"] == pytest.approx(ratios.std(correction=0).item())
+    assert found["mismatch/masked_share"] == pytest.approx(1 / 5)
     assert (found["mismatch/ratio_min"], found["mismatch/ratio_max"]) == pytest.approx((0.5, 3.0))
 
 

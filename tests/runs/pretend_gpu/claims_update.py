@@ -214,7 +214,7 @@ def test_queries_in_another_dtype_than_values_are_noticed(llama, pretend_gpu, mo
 
 def test_a_mask_left_on_the_cpu_is_noticed(llama, pretend_gpu, monkeypatch):
     add = Mismatch.add
-    monkeypatch.setattr(Mismatch, "add", lambda self, difference, sampled: add(self, difference, sampled.cpu()))
+    monkeypatch.setattr(Mismatch, "add", lambda self, d, sampled, w: add(self, d, sampled.cpu(), w))
     with pytest.raises(RuntimeError, match="same device"):
         gradient_of(llama, loss_of(llama))
 
