@@ -42,6 +42,7 @@ from rpo_lightning.rewards import ExactMatchVerifier, FunctionReward
 from rpo_lightning.rollout.engine import EngineSetup, GenerationRequest, OnFinished, RolloutEngine, Sampling
 from rpo_lightning.rollout.transformers.engine import TransformersEngine
 from rpo_lightning.rollout.vllm.engine import VLLMEngine
+from rpo_lightning.update.advantages import Unscaled
 from rpo_lightning.update.settings import UpdateSettings
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +130,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         policy, [FunctionReward("versus_trl.reward")], tokenizer, ExactMatchVerifier(), engine=engine,
         group_size=settings["group"], max_response_tokens=settings["length"],
         update=UpdateSettings(
-            advantage_scale="none",
+            advantages=Unscaled(),
             micro_batch_tokens=settings["rows"] * (PROMPT + PROMPT // 2 + settings["length"]),
         ),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),

@@ -37,7 +37,7 @@ from rpo_lightning.policy.prefix_sharing.flash_choice import FlashAttention
 from rpo_lightning.rewards import Grader, GradingPool, MathVerifier, Reward, Verifier
 from rpo_lightning.rollout.engine import RolloutEngine, Sampling
 from rpo_lightning.rollout.transformers.engine import TransformersEngine
-from rpo_lightning.update.advantages import group_advantages
+from rpo_lightning.update.advantages import largest_advantage
 from rpo_lightning.update.checkpoint import (
     EpochRepair,
     gathered_state,
@@ -45,6 +45,7 @@ from rpo_lightning.update.checkpoint import (
     restore_state,
     warn_of_rare_checkpoints,
 )
+from rpo_lightning.update.choices import chosen_advantages
 from rpo_lightning.update.dynamic_sampling import DynamicSampling, GroupBuffer, has_loss
 from rpo_lightning.update.importance import TokenTruncated
 from rpo_lightning.update.loss import PolicyLoss
@@ -138,6 +139,8 @@ class RPOModule(PolicyModule):
         self.lr_schedule = lr_schedule
         self.update = update
         self.buffer = GroupBuffer(dynamic_sampling, update.mask_truncated) if dynamic_sampling else None
+        self._reward_weights = {reward.name: reward.weight for reward in self.grader.rewards}
+        self._advantages = chosen_advantages(update, self.objective, self._reward_weights, self.buffer is not None)
         caveat = self.engine.logprob_caveat(sampling)
         if caveat is not None:
             log.warning(f"{caveat}: neither importance_correction nor mismatch_bound is applied")
@@ -215,7 +218,7 @@ class RPOModule(PolicyModule):
         record = IterationRecord(metrics, self.timer.take(), tokens, responses, killed, len(usable), idle)
         self.record = record.over(self.ranks)
         self._log(of_update, len(requests))
-        self.watch.check(self.record, updated=bool(of_update))
+        self.watch.check(self.record, of_update.get("loss/advantage_max"))
 
     def _log(self, of_update: dict[str, float], size: int) -> None:
         metrics = self.record.logged() | of_update
@@ -251,18 +254,19 @@ class RPOModule(PolicyModule):
         with self.timer("sync"):
             self.engine.sleep()
         parts = min(self.update.minibatches_per_pass, self.ranks.most(len(groups)))
-        advantages = group_advantages([g.rewards for g in groups], self.update.advantage_scale, self.ranks)
+        advantages = self._advantages.advantages(groups, self._reward_weights, self.ranks)
         minibatches = _split(list(zip(groups, advantages, strict=True)), parts) * self.update.passes_per_rollout
         waiting = [*groups, *surplus] if len(minibatches) > 1 else surplus
         if len(minibatches) > 1 or self.buffer is not None:
             with self.timer("old_logprobs"):
                 self._loss.store_old_logprobs(waiting)
         metrics: dict[str, float] = {}
+        largest = {"loss/advantage_max": largest_advantage(advantages, self.ranks)}
         with self.timer("update"):
             for minibatch in minibatches:
                 if self.global_step == self.trainer.max_steps:
                     break  # Lightning looks between iterations only, and the schedule ends here
-                metrics = self._step(minibatch)
+                metrics = self._step(minibatch) | largest
         return metrics
 
     def _step(self, minibatch: list[tuple[Group, Tensor]]) -> dict[str, float]:

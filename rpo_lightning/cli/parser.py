@@ -14,13 +14,15 @@ from rpo_lightning.cli.commands import COMMANDS, TOOL_COMMANDS
 from rpo_lightning.core.errors import ConfigurationError, RPOError
 
 _OF_THE_UPDATE = (
-    "loss_scope", "advantage_scale", "mask_truncated", "passes_per_rollout", "minibatches_per_pass",
-    "micro_batch_tokens", "share_prefixes", "prefix_gradient", "importance_correction", "mismatch_bound",
-    "max_grad_norm", "gradient_checkpointing", "accumulate_sharded",
+    "loss_scope", "mask_truncated", "passes_per_rollout", "minibatches_per_pass", "micro_batch_tokens",
+    "share_prefixes", "prefix_gradient", "importance_correction", "mismatch_bound", "max_grad_norm",
+    "gradient_checkpointing", "accumulate_sharded",
 )  # fmt: skip
+_ADVANTAGES = "model.update.advantages (GroupScaled, BatchScaled or Unscaled instead of group, batch or none)"
 # Settings that were called otherwise in earlier releases.
 RENAMED = {
     **{f"model.{name}": f"model.update.{name}" for name in _OF_THE_UPDATE},
+    **{f"{section}.advantage_scale": _ADVANTAGES for section in ("model", "model.update")},
     "model.eval_sampling": "model.evaluation.sampling",
     "model.eval_samples": "model.evaluation.samples",
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.policy.prefix_sharing.rows import LossScope
-from rpo_lightning.update.advantages import AdvantageScale
+from rpo_lightning.update.advantages import AdvantageEstimator
 from rpo_lightning.update.importance import ImportanceCorrection
 from rpo_lightning.update.mismatch import MismatchBound
 
@@ -18,8 +18,8 @@ class UpdateSettings:
     Attributes:
         loss_scope: Tokens in the loss: the ``suffix`` (on-policy given the prefix), or the whole ``response`` (eq. 5 of
             the paper).
-        advantage_scale: What advantages are divided by: the standard deviation of the ``group``, that of the ``batch``
-            (all groups of a rollout that are trained on), or nothing (``none``).
+        advantages: How rewards become advantages; if not given, ``Unscaled`` for ``DrGRPO``, and ``GroupScaled`` for
+            the other objectives.
         mask_truncated: Leave unfinished responses out of the loss (DAPO's overlong filtering).
         passes_per_rollout: How often the groups of a rollout are trained on.
         minibatches_per_pass: Updates that a pass is split into.
@@ -42,7 +42,7 @@ class UpdateSettings:
     """
 
     loss_scope: LossScope = "suffix"
-    advantage_scale: AdvantageScale = "group"
+    advantages: AdvantageEstimator | None = None
     mask_truncated: bool = False
     passes_per_rollout: int = 1
     minibatches_per_pass: int = 1
@@ -64,11 +64,8 @@ class UpdateSettings:
             raise ConfigurationError(
                 f"model.update.max_idle_iterations must be at least 0 (0: never), got {self.max_idle_iterations}"
             )
-        for name, allowed in (("loss_scope", ("suffix", "response")), ("advantage_scale", ("group", "batch", "none"))):
-            if getattr(self, name) not in allowed:
-                raise ConfigurationError(
-                    f"model.update.{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
-                )
+        if self.loss_scope not in ("suffix", "response"):
+            raise ConfigurationError(f"model.update.loss_scope must be suffix or response; got {self.loss_scope!r}")
         if not self.max_grad_norm > 0:
             raise ConfigurationError(
                 f"model.update.max_grad_norm must be above 0 (.inf: no clipping), got {self.max_grad_norm}"

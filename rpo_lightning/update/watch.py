@@ -1,4 +1,4 @@
-"""Detects runs that cannot learn: no updates, or equal rewards within every group."""
+"""Detects runs that cannot learn: no updates, or updates whose advantages are all zero."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ log = logging.getLogger(__name__)
 
 # Flat iterations in a row after which to warn.
 _FLAT_ITERATIONS = 2
+# Advantages below this are rounding: sums of several terms differ in their last digits.
+_ZERO = 1e-6
 
 
 class LearningWatch:
     """Warns once about iterations that teach nothing, and stops a run with too many of them in a row.
 
     An iteration is *idle* if it made no update and left no group for the next one. It is *flat* if it made an update
-    with equal rewards within every group, whose advantages are all zero. Only idle iterations stop a run.
+    whose advantages are all zero: the rewards within every group are equal. Only idle iterations stop a run.
 
     Args:
         max_idle_iterations: Idle iterations in a row after which the run stops; 0 for never.
@@ -32,18 +34,18 @@ class LearningWatch:
         self._flat = 0
         self._has_warned = False
 
-    def check(self, record: IterationRecord, updated: bool) -> None:
+    def check(self, record: IterationRecord, advantage_max: float | None) -> None:
         """Check an iteration.
 
         Args:
             record: Its figures over all ranks.
-            updated: Whether it made an update.
+            advantage_max: The largest absolute advantage of its update; ``None`` if it made none.
 
         Raises:
             UpdateError: Too many iterations in a row were idle.
         """
-        is_flat = record.metrics["rollout/zero_variance_share"] == 1.0
-        self._flat = self._flat + 1 if updated and is_flat else 0
+        updated = advantage_max is not None
+        self._flat = self._flat + 1 if advantage_max is not None and advantage_max < _ZERO else 0
         self.idle = 0 if updated or record.usable_groups else self.idle + 1
         if self.max_idle_iterations and self.idle >= self.max_idle_iterations:
             raise UpdateError(

@@ -8,6 +8,7 @@ import pytest
 
 from rpo_lightning.core.errors import ConfigurationError, UpdateError
 from rpo_lightning.rewards import AccuracyReward, ExactMatchVerifier, Reward
+from rpo_lightning.update.advantages import ReinforcePlusPlus
 from rpo_lightning.update.dynamic_sampling import DynamicSampling, GroupBuffer
 from rpo_lightning.update.settings import UpdateSettings
 from tests.conftest import make_data, make_group, make_module, make_trainer
@@ -20,6 +21,13 @@ class FormatOnly(Reward):
 
     def score(self, group):
         return [float(i) for i in range(len(group))]
+
+
+class OneForAll(Reward):
+    """The same for all members of a group, and another for another question."""
+
+    def score(self, group):
+        return [float(sum(map(ord, group[0].prompt)))] * len(group)
 
 
 def blind_module(**settings):
@@ -86,6 +94,17 @@ def test_equal_rewards_iteration_after_iteration_are_told_without_dynamic_sampli
     told = [r.getMessage() for r in caplog.records if "equal rewards within every group" in r.getMessage()]
     assert len(told) == 1
     assert "nothing is learned" in told[0]
+
+
+def test_equal_rewards_are_not_told_where_they_teach(tmp_path, caplog):
+    """Against the mean of the batch, a group that is all right is better than one that is all wrong."""
+    caplog.set_level(logging.WARNING)
+    module = make_module(
+        rewards=[OneForAll()], group_size=2, max_response_tokens=8, advantages=ReinforcePlusPlus()
+    )  # fmt: skip
+    make_trainer(tmp_path, max_steps=3).fit(module, datamodule=make_data(batch_size=4))
+    assert module.record.metrics["rollout/zero_variance_share"] == 1.0
+    assert "equal rewards within every group" not in caplog.text
 
 
 def test_rewards_that_differ_are_not_told(tmp_path, caplog):

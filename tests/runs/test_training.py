@@ -30,6 +30,7 @@ from rpo_lightning.core.types import GoldAnswer
 from rpo_lightning.policy.parallel.base import GradientAccumulation
 from rpo_lightning.policy.tokenizer import tokenizer_fingerprint
 from rpo_lightning.rewards import LengthAwareAccuracyReward, UniformRandomReward
+from rpo_lightning.update.advantages import BatchScaled
 from rpo_lightning.update.dynamic_sampling import DynamicSampling, GroupBuffer
 from rpo_lightning.update.loss import PolicyLoss
 from rpo_lightning.update.objectives import DAPO, GRPO
@@ -327,7 +328,7 @@ def test_a_run_that_ended_within_an_update_is_taken_up_before_it(tmp_path, faili
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_advantages_are_scaled_by_the_batch_however_many_updates_it_is_split_into(tmp_path, parts):
-    module = make_module(advantage_scale="batch", minibatches_per_pass=parts)
+    module = make_module(advantages=BatchScaled(), minibatches_per_pass=parts)
     given = []
     roll_out = module.roll_out
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.update.advantages import AdvantageEstimator, GroupScaled
 
 Normalisation = Literal["token", "sequence"]
 
@@ -69,9 +70,16 @@ class Objective(ABC):
         clip_high: The ratio is clipped at ``1 + clip_high``.
         beta: Coefficient of the KL penalty to the reference policy (k3 estimator; Schulman 2020). With 0 there is no
             reference policy.
+
+    Attributes:
+        normalisation: What the loss is a mean of.
+        default_advantages: The estimator of the paper.
+        needs_default_advantages: Whether another estimator makes it another method.
     """
 
     normalisation: ClassVar[Normalisation]
+    default_advantages: ClassVar[type[AdvantageEstimator]] = GroupScaled
+    needs_default_advantages: ClassVar[bool] = False
 
     def __init__(self, clip_low: float, clip_high: float, beta: float = 0.0) -> None:
         if clip_low < 0 or clip_high < 0 or beta < 0:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.update.advantages import AdvantageEstimator, Unscaled
 from rpo_lightning.update.objectives.base import LossInputs, Normalisation, Objective, clipped_surrogate
 
 
@@ -45,7 +46,7 @@ class DAPO(GRPO):
 class DrGRPO(GRPO):
     """Dr. GRPO (arXiv 2503.20783): a sequence's loss is divided by a constant, not by its length.
 
-    Use it with ``model.update.advantage_scale: none``.
+    Its advantages are centred and not scaled: ``model.update.advantages`` is ``Unscaled`` if it is not given.
 
     Args:
         normaliser: The constant, in tokens. As published, it is the response limit.
@@ -53,6 +54,9 @@ class DrGRPO(GRPO):
         clip_high: See :class:`GRPO`.
         beta: See :class:`GRPO`.
     """
+
+    default_advantages: ClassVar[type[AdvantageEstimator]] = Unscaled
+    needs_default_advantages: ClassVar[bool] = True
 
     def __init__(self, normaliser: int, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0) -> None:
         if normaliser < 1:

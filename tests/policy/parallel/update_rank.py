@@ -23,6 +23,7 @@ from rpo_lightning.module import RPOModule
 from rpo_lightning.policy.lora import LoRA
 from rpo_lightning.policy.prefix_sharing.logprobs import token_logprobs
 from rpo_lightning.rewards import AccuracyReward, ExactMatchVerifier
+from rpo_lightning.update.advantages import BatchScaled, ReinforcePlusPlus
 from rpo_lightning.update.dynamic_sampling import DynamicSampling
 from rpo_lightning.update.importance import NoCorrection
 from rpo_lightning.update.mismatch import MismatchBound
@@ -32,7 +33,8 @@ from tests.conftest import make_data, make_group, make_trainer, with_update
 CASES: dict[str, dict[str, Any]] = {
     "token-mean": {"objective": DAPO()},
     "sequence-mean with KL": {"objective": GRPO(beta=0.1)},
-    "batch advantages, two passes": {"advantage_scale": "batch", "passes_per_rollout": 2},
+    "batch advantages, two passes": {"advantages": BatchScaled(), "passes_per_rollout": 2},
+    "batch mean": {"objective": DAPO(), "advantages": ReinforcePlusPlus()},
     "sharded accumulation": {"objective": DAPO(), "accumulate_sharded": True},
     "groups in several passes": {"objective": GRPO(beta=0.1), "micro_batch_tokens": 100},
     "adapter with KL": {"objective": GRPO(beta=0.1), "adapter": LoRA(rank=2)},

@@ -123,7 +123,7 @@ def test_without_prefix_gradient_only_the_prefix_keys_and_values_are_constants(e
     assert metrics["loss/total"] == pytest.approx(expected["loss/total"], abs=GOAL)
     exact_policy.zero_grad()
     rows = rows_of(batch, "suffix")
-    advantages = group_advantages([g.rewards for g in batch], "group")
+    advantages = group_advantages([g.rewards for g in batch])
     for row in rows:
         cache = DynamicCache(config=exact_policy.config)
         with torch.no_grad():
