@@ -104,7 +104,7 @@ def _worker_seconds() -> float:
     return sum(t.user + t.system for t in times)
 
 
-def _cheap_scores(apply: Any, hidden_KH: Tensor, token_K: Tensor, temperature: float) -> Tensor:
+def _cheap_scores(apply: Any, hidden_KH: Tensor, token_K: Tensor, targets: output_head.Targets) -> Tensor:
     logprobs_K = hidden_KH.float().sum(-1) * 1e-3 - 1.0
     return torch.stack([logprobs_K, logprobs_K.detach()])
 

@@ -45,9 +45,8 @@ from rpo_lightning.update.checkpoint import (
     restore_state,
     warn_of_rare_checkpoints,
 )
-from rpo_lightning.update.choices import chosen_advantages
+from rpo_lightning.update.choices import chosen_advantages, chosen_correction
 from rpo_lightning.update.dynamic_sampling import DynamicSampling, GroupBuffer, has_loss
-from rpo_lightning.update.importance import TokenTruncated
 from rpo_lightning.update.loss import PolicyLoss
 from rpo_lightning.update.metrics import IterationRecord, rollout_metrics, rollout_tokens
 from rpo_lightning.update.mismatch import MismatchGuard
@@ -142,9 +141,7 @@ class RPOModule(PolicyModule):
         self._reward_weights = {reward.name: reward.weight for reward in self.grader.rewards}
         self._advantages = chosen_advantages(update, self.objective, self._reward_weights, self.buffer is not None)
         caveat = self.engine.logprob_caveat(sampling)
-        if caveat is not None:
-            log.warning(f"{caveat}: neither importance_correction nor mismatch_bound is applied")
-        self._importance_correction = None if caveat else update.importance_correction or TokenTruncated()
+        self._importance_correction = chosen_correction(update, self.objective, caveat)
         self.guard = MismatchGuard(update.mismatch_bound)
         self.watch = LearningWatch(update.max_idle_iterations)
         self.groups: list[Group] = []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.update.advantages import AdvantageEstimator
+from rpo_lightning.update.importance import ImportanceCorrection, NoCorrection, TokenTruncated
 from rpo_lightning.update.objectives import Objective
 from rpo_lightning.update.settings import UpdateSettings
 
@@ -38,3 +40,28 @@ def chosen_advantages(
             f"model.dynamic_sampling drops groups of equal rewards, from which model.update.advantages={name} may learn"
         )
     return chosen
+
+
+def chosen_correction(
+    settings: UpdateSettings, objective: Objective, caveat: str | None
+) -> ImportanceCorrection | None:
+    """The importance correction; ``None`` if the engine's log-probs cannot be compared with the trainer's.
+
+    Args:
+        settings: The settings of the update.
+        objective: The objective.
+        caveat: Why the engine's log-probs cannot be compared; ``None`` if they can.
+
+    Raises:
+        ConfigurationError: The objective corrects by itself, and the settings ask for a correction.
+    """
+    given = settings.importance_correction
+    if objective.corrects_mismatch and given is not None and not isinstance(given, NoCorrection):
+        raise ConfigurationError(
+            f"model.objective={type(objective).__name__} takes its ratio to the engine's log-probs, which corrects for "
+            f"them; with model.update.importance_correction={type(given).__name__} they would count twice: leave it out"
+        )
+    if caveat is not None:
+        log.warning(f"{caveat}: neither importance_correction nor mismatch_bound is applied")
+        return None
+    return given or (NoCorrection() if objective.corrects_mismatch else TokenTruncated())

@@ -195,38 +195,46 @@ class PolicyLoss:
         mismatch: Mismatch,
     ) -> tuple[LossInputs, TokenLogprobs]:
         reference_BS = self._reference_logprobs(step)
-        computed = self._logprobs(self.policy, step, self.settings.prefix_gradient)
+        with_entropy = self.objective.entropy_bonus > 0
+        computed = self._logprobs(self.policy, step, self.settings.prefix_gradient, with_entropy)
         rows = computed.rows
         lengths_B = torch.tensor([lengths[r.group, r.member] for r in rows])
         weights_B = self.objective.sequence_weights(lengths_B, float(totals[0]), float(totals[1]))
         given = GivenInputs.of(groups, rows, advantages, lengths_B, weights_B, computed.logprobs_BS)
         mask_BS = computed.mask_BS & given.counted_B[:, None]
         old_BS = torch.where(given.old.known_BS, given.old.values_BS, computed.logprobs_BS.detach())
+        engine_BS, importance_BS = self._of_engine(given.engine, old_BS, mask_BS, mismatch)
         inputs = LossInputs(
             logprobs_BS=computed.logprobs_BS,
             old_logprobs_BS=old_BS,
-            advantages_B=given.advantages_B,
+            engine_logprobs_BS=engine_BS,
+            advantages_BS=given.advantages_B[:, None].expand_as(old_BS),
             mask_BS=mask_BS,
             weights_B=given.weights_B,
+            entropy_BS=computed.entropy_BS,
             reference_logprobs_BS=reference_BS,
-            importance_BS=self._importance(given.engine, old_BS, mask_BS, mismatch),
+            importance_BS=importance_BS,
         )
         return inputs, computed
 
-    def _importance(self, engine: GivenLogprobs, old_BS: Tensor, mask_BS: Tensor, mismatch: Mismatch) -> Tensor | None:
-        """Importance weights of the loss tokens. Adds the differences at sampled tokens to ``mismatch``."""
+    def _of_engine(
+        self, engine: GivenLogprobs, old_BS: Tensor, mask_BS: Tensor, mismatch: Mismatch
+    ) -> tuple[Tensor, Tensor | None]:
+        """The engine's log-probs, old ones where it has none, and importance weights. Adds to ``mismatch``."""
         if self.importance_correction is None:
-            return None
+            return old_BS, None
         sampled_BS = engine.known_BS & mask_BS
         difference_BS = torch.where(sampled_BS, old_BS - engine.values_BS, 0.0)
         weights_BS = self.importance_correction.weights(difference_BS, sampled_BS)
         mismatch.add(difference_BS, sampled_BS, weights_BS)
-        return weights_BS
+        return torch.where(sampled_BS, engine.values_BS, old_BS), weights_BS
 
-    def _logprobs(self, model: PreTrainedModel, step: Pass, prefix_gradient: bool = True) -> TokenLogprobs:
+    def _logprobs(
+        self, model: PreTrainedModel, step: Pass, prefix_gradient: bool = True, entropy_gradient: bool = False
+    ) -> TokenLogprobs:
         return token_logprobs(
             model, step.rows, self.temperature, self.pad_id, self.policy.device, self._full_logits, prefix_gradient,
-            step.context,
+            step.context, entropy_gradient,
         )  # fmt: skip
 
     def _loss_length(self, groups: Sequence[Group], row: Row) -> int:

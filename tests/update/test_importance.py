@@ -19,7 +19,8 @@ from rpo_lightning.update.importance import (
 )
 from rpo_lightning.update.loss import PolicyLoss
 from rpo_lightning.update.mismatch import Mismatch, MismatchBound, MismatchGuard
-from rpo_lightning.update.objectives import DAPO, GRPO
+from rpo_lightning.update.objectives import DAPO, DPPO, GRPO
+from tests.conftest import make_module
 from tests.policy.prefix_sharing.test_logprobs import ALGEBRA, groups, settings
 
 # Two sequences. The first token of the second one was not sampled: it is a prefix in the loss scope.
@@ -67,6 +68,13 @@ def test_bounds_that_leave_out_one_are_refused(make, message):
         make()
 
 
+def test_an_objective_with_the_engines_ratio_refuses_a_correction_and_needs_none():
+    assert isinstance(make_module(objective=DPPO())._importance_correction, NoCorrection)
+    assert isinstance(make_module()._importance_correction, TokenTruncated)
+    with pytest.raises(ConfigurationError, match="importance_correction=IcePop they would count twice"):
+        make_module(objective=DPPO(), importance_correction=IcePop())
+
+
 def with_engine_logprobs(policy, shift: float):
     """The groups with log-probs of an engine that differs from the trainer by ``shift`` nats a token."""
     batch = groups()
@@ -108,6 +116,20 @@ def test_the_gradient_is_that_of_the_weighted_loss(policy, scope):
         assert any((weighted[n] - 1.5 * g).abs().max() > 1e-4 for n, g in plain.items())
     assert metrics["mismatch/logprob_mean"] == pytest.approx(math.log(1.5), abs=1e-6)
     assert metrics["mismatch/ratio_mean"] == pytest.approx(1.5, abs=1e-5)
+
+
+def test_dppo_compares_with_the_engine_and_counts_it_once(policy):
+    policy = policy.double()
+    batch = with_engine_logprobs(policy, shift=math.log(1.5))
+    plain, _ = backward(policy, batch, NoCorrection(), DAPO())
+    free, metrics = backward(policy, batch, NoCorrection(), DPPO(math.inf))
+    for name, gradient in plain.items():
+        torch.testing.assert_close(free[name], 1.5 * gradient, atol=ALGEBRA, rtol=0)
+    assert metrics["loss/ratio_deviation_max"] == pytest.approx(0.5, abs=1e-6)
+    _, metrics = backward(policy, batch, NoCorrection(), DPPO(1e-9))
+    # The policy is above the engine at every token: those of good responses are masked, others move back.
+    good = [len(c.token_ids) for g in batch for c, r in zip(g.completions, g.rewards, strict=True) if r > 0.5]
+    assert metrics["loss/clip_share"] == pytest.approx(sum(good) / metrics["loss/tokens"])
 
 
 def test_the_share_of_masked_tokens_is_logged(policy):

@@ -52,7 +52,7 @@ def seconds_per_response(module: RPOModule, loss: PolicyLoss, groups: Sequence[G
 def _pass(module: RPOModule, loss: PolicyLoss, groups: list[Group]) -> float:
     """Seconds of an update on groups: their old log-probs if the update needs them, and its passes over them."""
     settings = module.update
-    advantages = group_advantages([group.rewards for group in groups], settings.advantage_scale)
+    advantages = group_advantages([group.rewards for group in groups])  # whatever their values, they take as long
     start = _now()
     if settings.updates_per_rollout > 1 or module.buffer is not None:
         loss.store_old_logprobs(groups)

@@ -26,19 +26,24 @@ class LossInputs:
 
     Attributes:
         logprobs_BS: Log-probs of the loss tokens under the policy, with gradient.
-        old_logprobs_BS: Their log-probs under the policy that sampled them.
-        reference_logprobs_BS: Their log-probs under the reference policy; ``None`` without a KL penalty.
-        advantages_B: Advantage of each sequence.
+        old_logprobs_BS: Their log-probs under the policy that sampled them, as the trainer computes them.
+        engine_logprobs_BS: The same as the rollout engine computed them; the trainer's for tokens that it did not
+            sample, and where the two cannot be compared.
+        advantages_BS: Advantage of each token. Estimators give all tokens of a sequence the same.
         mask_BS: True at loss tokens.
         weights_B: Weight of every token of a sequence, from :meth:`Objective.sequence_weights`.
+        entropy_BS: Entropy of the policy before each token; with gradient if the objective has an entropy bonus.
+        reference_logprobs_BS: Their log-probs under the reference policy; ``None`` without a KL penalty.
         importance_BS: Importance weights of the tokens (:mod:`rpo_lightning.update.importance`); ``None`` for 1.
     """
 
     logprobs_BS: Tensor
     old_logprobs_BS: Tensor
-    advantages_B: Tensor
+    engine_logprobs_BS: Tensor
+    advantages_BS: Tensor
     mask_BS: Tensor
     weights_B: Tensor
+    entropy_BS: Tensor
     reference_logprobs_BS: Tensor | None = None
     importance_BS: Tensor | None = None
 
@@ -49,7 +54,7 @@ class LossOutput:
 
     Attributes:
         loss: Scalar with gradient. The losses of an update's micro-batches add up to the update's.
-        policy_loss: The loss without the KL penalty.
+        policy_loss: The loss without KL penalty and entropy bonus.
         kl_sum: Sum of the k3 estimates over loss tokens.
         clipped_sum: Number of loss tokens that :meth:`Objective.token_losses` reports as clipped.
         ratio_deviation_max: Largest |ratio - 1| of the loss tokens.
@@ -63,32 +68,30 @@ class LossOutput:
 
 
 class Objective(ABC):
-    """Base class: clipping range, KL penalty and normalisation.
+    """Base class: normalisation, KL penalty and entropy bonus.
 
     Args:
-        clip_low: The ratio is clipped at ``1 - clip_low``.
-        clip_high: The ratio is clipped at ``1 + clip_high``.
         beta: Coefficient of the KL penalty to the reference policy (k3 estimator; Schulman 2020). With 0 there is no
             reference policy.
+        entropy_bonus: Coefficient of the entropy of the next-token distribution at loss tokens. It is subtracted from
+            the loss, with the weights of the policy loss. With 0 no gradient of the entropy is computed.
 
     Attributes:
         normalisation: What the loss is a mean of.
         default_advantages: The estimator of the paper.
         needs_default_advantages: Whether another estimator makes it another method.
+        corrects_mismatch: Whether its ratio is to the engine's log-probs, so that no importance correction is due.
     """
 
     normalisation: ClassVar[Normalisation]
     default_advantages: ClassVar[type[AdvantageEstimator]] = GroupScaled
     needs_default_advantages: ClassVar[bool] = False
+    corrects_mismatch: ClassVar[bool] = False
 
-    def __init__(self, clip_low: float, clip_high: float, beta: float = 0.0) -> None:
-        if clip_low < 0 or clip_high < 0 or beta < 0:
-            raise ConfigurationError(
-                f"model.objective needs clip_low, clip_high and beta >= 0; got {clip_low}, {clip_high} and {beta}"
-            )
-        self.clip_low = clip_low
-        self.clip_high = clip_high
+    def __init__(self, beta: float = 0.0, entropy_bonus: float = 0.0) -> None:
+        require_at_least_zero(beta=beta, entropy_bonus=entropy_bonus)
         self.beta = beta
+        self.entropy_bonus = entropy_bonus
 
     def sequence_weights(self, lengths: Tensor, total_tokens: float, total_sequences: float) -> Tensor:
         """Weight of every loss token of each sequence.
@@ -107,10 +110,10 @@ class Objective(ABC):
 
     @abstractmethod
     def token_losses(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Policy loss, whether the token is clipped, and the ratio to the old policy; each [B, S]."""
+        """Policy loss, whether clipping or a mask stops its gradient, and the ratio to the old policy; each [B, S]."""
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
-        """Compute the loss of a micro-batch, KL penalty included."""
+        """Compute the loss of a micro-batch, KL penalty and entropy bonus included."""
         losses_BS, clipped_BS, ratio_BS = self.token_losses(inputs)
         weights_BS = inputs.weights_B[:, None] * inputs.mask_BS
         importance_BS = 1.0 if inputs.importance_BS is None else inputs.importance_BS
@@ -120,6 +123,8 @@ class Objective(ABC):
             kl_BS = k3_divergence(inputs.logprobs_BS, inputs.reference_logprobs_BS)
             loss = loss + self.beta * (weights_BS * kl_BS).sum()
             kl_sum = (kl_BS.detach() * inputs.mask_BS).sum()
+        if self.entropy_bonus:
+            loss = loss - self.entropy_bonus * (weights_BS * inputs.entropy_BS).sum()
         deviation_BS = (ratio_BS.detach() - 1).abs() * inputs.mask_BS
         return LossOutput(
             loss=loss,
@@ -136,8 +141,12 @@ def k3_divergence(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
-    """PPO's loss ``-min(ratio · A, clip(ratio) · A)``, and where clipping stops its gradient."""
-    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
-    surrogate, clipped_surrogate_ = ratio * advantages, clipped_ratio * advantages
-    return -torch.minimum(surrogate, clipped_surrogate_), clipped_surrogate_ < surrogate
+def require_at_least_zero(**settings: float) -> None:
+    """Refuse settings of an objective that are negative or no number.
+
+    Raises:
+        ConfigurationError: One of them is.
+    """
+    for name, value in settings.items():
+        if not value >= 0:
+            raise ConfigurationError(f"model.objective.{name} must be at least 0, got {value}")

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.update.advantages import AdvantageEstimator, Unscaled
-from rpo_lightning.update.objectives.base import LossInputs, Normalisation, Objective, clipped_surrogate
+from rpo_lightning.update.objectives.base import LossInputs, Normalisation
+from rpo_lightning.update.objectives.clipped import ClippedObjective, clipped_surrogate
 
 
-class GRPO(Objective):
+class GRPO(ClippedObjective):
     """Group Relative Policy Optimization (arXiv 2402.03300; eqs. 5 and 6 of the RPO paper).
 
     The loss is the mean over the tokens of a sequence, then over sequences.
@@ -20,13 +21,15 @@ class GRPO(Objective):
 
     normalisation: ClassVar[Normalisation] = "sequence"
 
-    def __init__(self, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0) -> None:
-        super().__init__(clip_low, clip_high, beta)
+    def __init__(
+        self, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0, entropy_bonus: float = 0.0
+    ) -> None:
+        super().__init__(clip_low, clip_high, beta, entropy_bonus)
 
     def token_losses(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Clipped surrogate with a ratio for each token."""
         ratio_BS = (inputs.logprobs_BS - inputs.old_logprobs_BS).exp()
-        losses_BS, clipped_BS = clipped_surrogate(ratio_BS, inputs.advantages_B[:, None], self.clip_low, self.clip_high)
+        losses_BS, clipped_BS = clipped_surrogate(ratio_BS, inputs.advantages_BS, self.clip_low, self.clip_high)
         return losses_BS, clipped_BS, ratio_BS
 
 
@@ -39,8 +42,10 @@ class DAPO(GRPO):
 
     normalisation: ClassVar[Normalisation] = "token"
 
-    def __init__(self, clip_low: float = 0.2, clip_high: float = 0.28, beta: float = 0.0) -> None:
-        super().__init__(clip_low, clip_high, beta)
+    def __init__(
+        self, clip_low: float = 0.2, clip_high: float = 0.28, beta: float = 0.0, entropy_bonus: float = 0.0
+    ) -> None:
+        super().__init__(clip_low, clip_high, beta, entropy_bonus)
 
 
 class DrGRPO(GRPO):
@@ -53,15 +58,23 @@ class DrGRPO(GRPO):
         clip_low: See :class:`GRPO`.
         clip_high: See :class:`GRPO`.
         beta: See :class:`GRPO`.
+        entropy_bonus: See :class:`GRPO`.
     """
 
     default_advantages: ClassVar[type[AdvantageEstimator]] = Unscaled
     needs_default_advantages: ClassVar[bool] = True
 
-    def __init__(self, normaliser: int, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0) -> None:
+    def __init__(
+        self,
+        normaliser: int,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        beta: float = 0.0,
+        entropy_bonus: float = 0.0,
+    ) -> None:
         if normaliser < 1:
             raise ConfigurationError(f"model.objective: DrGRPO.normaliser must be at least 1 token, got {normaliser}")
-        super().__init__(clip_low, clip_high, beta)
+        super().__init__(clip_low, clip_high, beta, entropy_bonus)
         self.normaliser = normaliser
 
     def sequence_weights(self, lengths: Tensor, total_tokens: float, total_sequences: float) -> Tensor:

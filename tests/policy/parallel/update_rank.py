@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "token-mean": {"objective": DAPO()},
     "sequence-mean with KL": {"objective": GRPO(beta=0.1)},
     "batch advantages, two passes": {"advantages": BatchScaled(), "passes_per_rollout": 2},
-    "batch mean": {"objective": DAPO(), "advantages": ReinforcePlusPlus()},
+    "batch mean, entropy bonus": {"objective": DAPO(entropy_bonus=0.1), "advantages": ReinforcePlusPlus()},
     "sharded accumulation": {"objective": DAPO(), "accumulate_sharded": True},
     "groups in several passes": {"objective": GRPO(beta=0.1), "micro_batch_tokens": 100},
     "adapter with KL": {"objective": GRPO(beta=0.1), "adapter": LoRA(rank=2)},
