@@ -50,6 +50,7 @@ from rpo_lightning.policy import output_head
 from rpo_lightning.policy.tokenizer import Continuations, load_tokenizer
 from rpo_lightning.rewards import AccuracyReward, FormatReward, GradingPool, MathVerifier, SoftOverlongPenalty
 from rpo_lightning.rollout.groups import Scoring
+from rpo_lightning.update.advantages import GroupScaled
 from rpo_lightning.update.metrics import IterationRecord, UpdateMetrics
 from rpo_lightning.update.mismatch import MismatchBound
 from rpo_lightning.update.settings import UpdateSettings
@@ -130,7 +131,7 @@ def watch(parts: Parts) -> None:
     parts.watch("submitting to graders", Scoring, "__init__", "add")
     parts.watch("waiting for grading", GradingPool, "collect")
     parts.watch("rewards in the trainer", Scoring, "groups")
-    parts.watch("advantages", training_module, "group_advantages")
+    parts.watch("advantages", GroupScaled, "advantages")
     parts.watch("rows and micro-batches", loss_module, "rows_of", "shared_rows", "passes_of")
     parts.watch("layout", loss_module, "token_logprobs")
     parts.watch("loss", loss_module.PolicyLoss, "backward")
