@@ -126,8 +126,8 @@ def test_rewards_that_differ_are_not_told(tmp_path, caplog):
 )
 def test_dapo_filters_by_the_verdict_and_optionally_by_the_reward(correct, rewards, by_verdict, by_reward):
     group = make_group(rewards, correct=correct)
-    assert GroupBuffer(DynamicSampling()).add([group]) == by_verdict
-    assert GroupBuffer(DynamicSampling(filter="reward")).add([group]) == by_reward
+    assert bool(GroupBuffer(DynamicSampling()).add([group])) == by_verdict
+    assert bool(GroupBuffer(DynamicSampling(filter="reward")).add([group])) == by_reward
 
 
 def test_an_unknown_filter_is_refused():
