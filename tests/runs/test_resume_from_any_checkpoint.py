@@ -45,8 +45,11 @@ def run(folder, checkpoint=None, stop_after=None, callbacks=(), train=None, batc
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    torch.manual_seed(0)  # a fixture of the module begins before that of each test
-    batches, _ = run(tmp_path_factory.mktemp("whole"), max_steps=11)
+    # A fixture of the module begins before the one that fixes the seed of each test.
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PL_GLOBAL_SEED", raising=False)
+        batches, _ = run(tmp_path_factory.mktemp("whole"), max_steps=11)
     assert len(batches) == 11
     assert all(a != b for a, b in pairwise(batches))
     return batches

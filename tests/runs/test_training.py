@@ -314,9 +314,10 @@ def test_a_run_that_ended_within_an_update_is_taken_up_before_it(tmp_path, faili
         return step(self, optimizer, max_norm)
 
     crash = ModelCheckpoint(tmp_path, filename="crash", every_n_train_steps=100, save_on_exception=True)
-    with monkeypatch.context() as patch, pytest.raises(KeyError):
+    with monkeypatch.context() as patch:
         patch.setattr(GradientAccumulation, "step", interrupted)
-        rpo_run(tmp_path / "crashed", stop=4, more=[crash])
+        with pytest.raises(KeyError):
+            rpo_run(tmp_path / "crashed", stop=4, more=[crash])
     resumed, resumed_cache, _ = rpo_run(tmp_path / "resumed", stop=4, resume=tmp_path / "crash.ckpt")
     for name, value in parameters(whole).items():
         assert torch.equal(value, parameters(resumed)[name]), name
