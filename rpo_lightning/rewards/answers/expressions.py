@@ -104,15 +104,11 @@ def _exponents(text: str) -> list[str]:
 
 
 def _under_factorials(text: str) -> list[str]:
-    """What stands before each ``!``: a numeral, or the group that ends there."""
+    """What stands before each ``!``: a numeral, the group that ends there, or all of it if that begins nowhere."""
+    opening = {end: start for pair in ("{}", "()", "[]") for start, end in closing_brackets(text, pair).items()}
     found = []
     for sign in re.finditer(r"(\d*)((?:\\right)?\s*[)}\]])?\s*!", text):
-        start = sign.start()
-        if sign[2]:
-            depth = 1
-            while start > 0 and depth:
-                start -= 1
-                depth += (text[start] in ")}]") - (text[start] in "({[")
+        start = opening.get(sign.end(2) - 1, 0) if sign[2] else sign.start()
         found.append(text[start : sign.end() - 1])
     return found
 

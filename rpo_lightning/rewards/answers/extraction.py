@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*")
 _BARE = re.compile(r"[^\s$.,;{}]+")
-_BRACKET = {pair: re.compile(rf"\\.|[{pair}]", re.DOTALL) for pair in ("{}", "()")}
+_BRACKET = {pair: re.compile(rf"\\.|[{re.escape(pair)}]", re.DOTALL) for pair in ("{}", "()", "[]")}
 # What may stand between boxes that are one answer, math mode and text commands aside.
 _JOINED = re.compile(r"(?:,|;|and|or|,\s*and|,\s*or)(?:\s*[a-z](?:_\w)?\s*=)?", re.IGNORECASE)
 _BETWEEN = re.compile(r"\\text\s*\{([^{}]*)\}|\\(?:quad|qquad|,|;|:|!| )|\\[()\[\]]|[${}~]")
