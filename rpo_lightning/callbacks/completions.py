@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from itertools import takewhile
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
@@ -68,7 +68,7 @@ class CompletionsCallback(RunFolderCallback):
         decoded = decode(tokenizer, group.request.prefix_ids)
         responses = [sample.response for sample in group.samples]
         # A character may begin in the prefix and end in the suffix: it belongs to the suffix.
-        prefixes = [_common(decoded, response) for response in responses]
+        prefixes = [commonprefix((decoded, response)) for response in responses]  # noqa: RUF071 (these are texts)
         return [
             {
                 "step": group.step,
@@ -83,13 +83,6 @@ class CompletionsCallback(RunFolderCallback):
             }
             for i in alternating[: self.members]
         ]
-
-
-def _common(first: str, second: str) -> str:
-    """What two texts begin with."""
-    if second.startswith(first):
-        return first
-    return first[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))]
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
