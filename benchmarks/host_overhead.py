@@ -36,8 +36,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import rpo_lightning.evaluation.module as evaluation_module
 import rpo_lightning.module as training_module
+import rpo_lightning.rollout.policy_module as rollout_module
 import rpo_lightning.update.loss as loss_module
 from common.filled_cache import FilledCache
 from common.machine import hardware
@@ -126,7 +126,7 @@ def watch(parts: Parts) -> None:
     ResumableLoader.__iter__ = batches  # type: ignore[method-assign]
     parts.watch("decoding (pretended)", StubEngine, "generate")
     parts.watch("cut and prefixes", RPODataModule, "on_before_batch_transfer")
-    parts.watch("requests", evaluation_module, "generate")
+    parts.watch("requests", rollout_module, "generate")
     parts.watch("texts", Continuations, "text")
     parts.watch("submitting to graders", Scoring, "__init__", "add")
     parts.watch("waiting for grading", GradingPool, "collect")

@@ -27,7 +27,7 @@ from rpo_lightning.callbacks import LoneExceptionCallback, WeightSyncCallback
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.seeds import SeedPurpose, derive_seed, set_generator_states
 from rpo_lightning.core.types import Batch, Group, RolloutRequest
-from rpo_lightning.evaluation.module import PolicyModule, require_requests
+from rpo_lightning.evaluation.module import EvaluationModule, require_requests
 from rpo_lightning.evaluation.settings import EvaluationSettings
 from rpo_lightning.policy.elementwise.choice import ElementwiseKernels
 from rpo_lightning.policy.lora import LoRA
@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class RPOModule(PolicyModule):
+class RPOModule(EvaluationModule):
     """Holds the policy and its loss.
 
     Args:

@@ -18,9 +18,9 @@ from rpo_lightning.core.errors import CacheError
 from rpo_lightning.data.datamodule import RPODataModule
 from rpo_lightning.data.prompts import QUESTION_COLUMNS
 from rpo_lightning.data.sources import as_source
-from rpo_lightning.evaluation.module import PolicyModule
 from rpo_lightning.module import RPOModule
 from rpo_lightning.policy.tokenizer import tokenizer_fingerprint
+from rpo_lightning.rollout.policy_module import PolicyModule
 
 
 @dataclass
