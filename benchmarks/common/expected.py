@@ -17,10 +17,10 @@ QUESTIONS, GROUP, CONTEXT, SUFFIX, MICRO_BATCH = 96, 6, 150 + 2543, 146, 16_384
 PCIE_EFFICIENCY = 0.7
 STALL_SECONDS = 50e-6  # the queue runs empty at a synchronisation, and the next kernels are launched one by one
 AT_ONCE = 256  # sequences that vLLM decodes together
-# Measured on 2 cores: seconds that two workers grade 576 samples.
+# Assumed: seconds that two workers grade 576 samples on 2 cores. host_overhead_before.json has 0.2 and 3.2.
 GRADING_SECONDS = (1.3, 3.0)
-# Counted on a pretend GPU: synchronisations of a micro-batch before, and of an update after.
-SYNCHRONISATIONS = (25, 8)
+# Counted on a pretend GPU: synchronisations of a micro-batch before, and of an update after, with the gradient's norm.
+SYNCHRONISATIONS = (25, 5)
 
 
 @dataclass(frozen=True)
