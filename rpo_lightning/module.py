@@ -31,8 +31,8 @@ from rpo_lightning.evaluation.module import EvaluationModule, require_requests
 from rpo_lightning.evaluation.settings import EvaluationSettings
 from rpo_lightning.policy.elementwise.choice import ElementwiseKernels
 from rpo_lightning.policy.lora import LoRA
-from rpo_lightning.policy.parallel.base import GradientAccumulation
-from rpo_lightning.policy.parallel.strategies import accumulation_for, placement_for
+from rpo_lightning.policy.parallel.base import GradientAccumulation, Placement
+from rpo_lightning.policy.parallel.strategies import accumulation_for
 from rpo_lightning.policy.prefix_sharing.flash_choice import FlashAttention
 from rpo_lightning.rewards import Grader, GradingPool, MathVerifier, Reward, Verifier
 from rpo_lightning.rollout.engine import RolloutEngine, Sampling
@@ -154,7 +154,7 @@ class RPOModule(EvaluationModule):
 
     # -- set-up ----------------------------------------------------------------------------------
 
-    def prepare_policy(self) -> list[PreTrainedModel]:
+    def prepare_policy(self, placement: Placement) -> list[PreTrainedModel]:
         """Make the loss, and the reference policy where the objective needs one."""
         policy = self.loaded_policy
         reference = reference_of(policy) if self.objective.beta > 0 else None
@@ -170,7 +170,7 @@ class RPOModule(EvaluationModule):
             importance_correction=self._importance_correction,
             timer=self.timer,
             ranks=self.ranks,
-            holds_contexts=placement_for(self._trainer).is_whole,
+            holds_contexts=placement.holds_contexts,
         )
         return reference.own_models if reference else []
 
@@ -236,7 +236,8 @@ class RPOModule(EvaluationModule):
     def _collect(self, groups: list[Group], size: int) -> tuple[list[Group], list[Group], list[Group]]:
         """Groups to train on now (none: draw more first), those that wait, and the new ones that are usable."""
         if self.buffer is None:
-            return groups, [], [g for g in groups if g.has_variance]
+            learns_from_all = self._advantages.learns_from_equal_rewards
+            return groups, [], [g for g in groups if learns_from_all or g.has_variance]
         usable = self.buffer.add(groups)
         self.log("rollout/buffered_groups", float(len(self.buffer.groups)), batch_size=size)
         ready = self.trainer.strategy.reduce_boolean_decision(self.buffer.is_ready(size), all=True)

@@ -21,6 +21,11 @@ class DataError(RPOError):
     """A data set cannot be read: missing file, unknown column, malformed row."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of another package says, in one line of at most 200 characters; its class if it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def require_modules(extra: str, *names: str) -> None:
     """Check that the modules of an extra are installed.
 

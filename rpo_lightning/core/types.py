@@ -199,7 +199,7 @@ class Group:
 
     @property
     def has_variance(self) -> bool:
-        """Whether the rewards differ, i.e. whether the group carries a gradient."""
+        """Whether the rewards differ: with most advantages, whether the group carries a gradient."""
         return max(self.rewards) - min(self.rewards) > 1e-6
 
     @property

@@ -69,3 +69,8 @@ def require_known_tokens(policy: Any, highest_id: int) -> None:
             f"a prompt has token id {highest_id}, but the policy's embedding has {size} rows: use this "
             "policy's own tokenizer, or call resize_token_embeddings after adding tokens to it"
         )
+
+
+def head_size(config: Any) -> int:
+    """Size of an attention head, from a configuration that may not name it."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

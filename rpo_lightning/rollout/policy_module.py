@@ -25,6 +25,7 @@ from rpo_lightning.policy.export import export_policy
 from rpo_lightning.policy.limits import require_known_tokens, require_positions
 from rpo_lightning.policy.load import load_policy
 from rpo_lightning.policy.lora import LoRA
+from rpo_lightning.policy.parallel.base import Placement
 from rpo_lightning.policy.parallel.strategies import placement_for, prepare_strategy
 from rpo_lightning.policy.prefix_sharing.flash_choice import (
     FlashAttention,
@@ -106,7 +107,7 @@ class PolicyModule(LightningModule):
             with placement.loading():
                 self.policy = self._load()
                 require_plain_names(self.policy)
-                others = self.prepare_policy()
+                others = self.prepare_policy(placement)
             for model in (self.policy, *others):
                 placement.place(model)
         data: Any = getattr(self._trainer, "datamodule", None)
@@ -142,8 +143,8 @@ class PolicyModule(LightningModule):
             )
         return self.policy
 
-    def prepare_policy(self) -> list[PreTrainedModel]:
-        """Prepare the whole policy before it is placed on the ranks; returns further models to place."""
+    def prepare_policy(self, placement: Placement) -> list[PreTrainedModel]:
+        """Prepare the whole policy before ``placement`` spreads it over the ranks; returns further models to place."""
         return []
 
     def to(self, *args: Any, **kwargs: Any) -> Self:

@@ -26,7 +26,7 @@ class DynamicSampling:
             made with what there is.
         filter: What has to differ within a group. ``verdict`` (DAPO): some members are right and some wrong; a format
             or length reward that varies does not save a group. ``reward``: the total rewards. In either case a group
-            whose rewards are all equal is dropped, since its advantages are zero.
+            whose rewards are all equal is dropped: with most advantages it teaches nothing.
     """
 
     max_refills: int = 8

@@ -34,14 +34,14 @@ class GivenInputs:
         advantages_B: Their advantages.
         weights_B: Their weights in the loss.
         counted_B: Whether they are in the loss at all.
-        old: Log-probs of the old policy.
+        old: Log-probs of the old policy; ``None`` if none is stored.
         engine: Log-probs of the rollout engine.
     """
 
     advantages_B: Tensor
     weights_B: Tensor
     counted_B: Tensor
-    old: GivenLogprobs
+    old: GivenLogprobs | None
     engine: GivenLogprobs
 
     @classmethod
@@ -69,21 +69,21 @@ class GivenInputs:
         engine = [groups[row.group].completions[row.member].logprobs for row in rows]
         counts = torch.tensor([[len(x) for x in old], [len(x) for x in engine], lengths_B.tolist()])
         of_responses = torch.stack([torch.stack([advantages[r.group][r.member] for r in rows]).double(), weights_B])
-        on_host = [of_responses, *(_right_aligned(x, like_BS.shape[1]) for x in (old, engine))]
-        (advantages_B, weights_B), old_BS, engine_BS, counts = sent_together(
-            [*(x.to(like_BS.dtype) for x in on_host), counts], like_BS.device
+        aligned = [_right_aligned(x, like_BS) for x in ((engine, old) if any(old) else (engine,))]
+        counts, (advantages_B, weights_B), *values = sent_together(
+            [counts, of_responses.to(like_BS.dtype), *aligned], like_BS.device
         )
         position_S = torch.arange(like_BS.shape[1], 0, -1, device=like_BS.device)  # counted from the end
-        known_old_BS, known_engine_BS = position_S <= counts[0, :, None], position_S <= counts[1, :, None]
-        return cls(
-            advantages_B, weights_B, counts[2] > 0, GivenLogprobs(old_BS, known_old_BS),
-            GivenLogprobs(engine_BS, known_engine_BS),
-        )  # fmt: skip
+        given = [
+            GivenLogprobs(values_BS, position_S <= count_B[:, None])
+            for values_BS, count_B in zip(values, (counts[1], counts[0]), strict=False)
+        ]
+        return cls(advantages_B, weights_B, counts[2] > 0, given[1] if any(old) else None, given[0])
 
 
-def _right_aligned(rows: Sequence[Sequence[float]], width: int) -> Tensor:
-    """Lists as a tensor, filled with zeros on the left, in fp64."""
-    values_BS = torch.zeros((len(rows), width), dtype=torch.float64)
+def _right_aligned(rows: Sequence[Sequence[float]], like_BS: Tensor) -> Tensor:
+    """Lists as a tensor on the host like another one, filled with zeros on the left."""
+    values_BS = torch.zeros(like_BS.shape, dtype=like_BS.dtype)
     for line, row in zip(values_BS, rows, strict=True):
-        line[width - len(row) :] = torch.tensor(row, dtype=torch.float64)
+        line[len(line) - len(row) :] = torch.tensor(row, dtype=like_BS.dtype)
     return values_BS

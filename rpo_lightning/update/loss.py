@@ -28,6 +28,7 @@ from rpo_lightning.policy.prefix_sharing.rows import (
     rows_of,
     shared_rows,
 )
+from rpo_lightning.policy.prefix_sharing.transfer import received_together
 from rpo_lightning.update.importance import ImportanceCorrection
 from rpo_lightning.update.inputs import GivenInputs, GivenLogprobs
 from rpo_lightning.update.metrics import UpdateMetrics
@@ -57,7 +58,7 @@ class PolicyLoss:
             engine's log-probs are not comparable with the trainer's.
         timer: Gets the seconds of the reference's log-probs.
         ranks: The ranks that share the update.
-        holds_contexts: Whether several backward passes may share a graph: not where parameters are sharded.
+        holds_contexts: See :class:`~rpo_lightning.policy.parallel.base.Placement`.
 
     Attributes:
         processed_tokens: Tokens computed so far by phase, without padding: ``old_logprobs`` and ``reference_logprobs``
@@ -111,7 +112,7 @@ class PolicyLoss:
             if step is not None:
                 self.processed_tokens["old_logprobs"] += step.tokens
                 passes.append(computed)
-        for computed, logprobs_BS in zip(passes, _on_host([p.logprobs_BS for p in passes]), strict=True):
+        for computed, logprobs_BS in zip(passes, received_together([p.logprobs_BS for p in passes]), strict=True):
             for row, length, logprobs_S in zip(computed.rows, computed.lengths, logprobs_BS, strict=True):
                 stores[row.group][row.member] = logprobs_S[len(logprobs_S) - length :].tolist()
         for group, store in zip(pending, stores, strict=True):  # last, so an interruption leaves no group half done
@@ -163,15 +164,16 @@ class PolicyLoss:
         arranged = shared_rows(rows, limit, cost)
         return passes_of(arranged, limit, cost.longest_shared, gradient, has_reference=self.reference is not None)
 
-    def _in_step(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass | None, bool]]:
+    def _in_step(self, passes: list[Pass]) -> Iterator[tuple[Pass | None, bool]]:
         """This rank's passes, then ``None`` for each pass it lacks; each with whether it is the last pass.
 
+        The list is emptied: what a pass holds, such as keys and values of a context, is let go when the next begins.
         Ranks reduce gradients in the last pass, which must reach all parameters. The pass of a held context does not.
         """
         needs_another = bool(passes) and passes[-1].closes and self.ranks.size > 1
         count = self.ranks.most(len(passes) + needs_another)
         for index in range(count):
-            yield (passes[index] if index < len(passes) else None), index == count - 1
+            yield (passes.pop(0) if passes else None), index == count - 1
 
     def _idle_loss(self) -> Tensor:
         """A loss of zero, with the same passes through the same models as a micro-batch."""
@@ -202,7 +204,9 @@ class PolicyLoss:
         weights_B = self.objective.sequence_weights(lengths_B, float(totals[0]), float(totals[1]))
         given = GivenInputs.of(groups, rows, advantages, lengths_B, weights_B, computed.logprobs_BS)
         mask_BS = computed.mask_BS & given.counted_B[:, None]
-        old_BS = torch.where(given.old.known_BS, given.old.values_BS, computed.logprobs_BS.detach())
+        old_BS = computed.logprobs_BS.detach()
+        if given.old is not None:
+            old_BS = torch.where(given.old.known_BS, given.old.values_BS, old_BS)
         engine_BS, importance_BS = self._of_engine(given.engine, old_BS, mask_BS, mismatch)
         inputs = LossInputs(
             logprobs_BS=computed.logprobs_BS,
@@ -240,14 +244,6 @@ class PolicyLoss:
     def _loss_length(self, groups: Sequence[Group], row: Row) -> int:
         finished = groups[row.group].completions[row.member].finished
         return 0 if self.settings.mask_truncated and not finished else row.scope_length
-
-
-def _on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies on the host, made by one transfer."""
-    if not tensors:
-        return []
-    parts = torch.cat([x.flatten() for x in tensors]).cpu().split([x.numel() for x in tensors])
-    return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
 def _without_context_gradient(cost: RowCost) -> RowCost:

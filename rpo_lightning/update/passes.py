@@ -32,11 +32,11 @@ class Pass:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens that are computed with it. Passes that continue a context compute its last token each."""
+        """Number of tokens of a pass with rows. Passes that continue a context compute its last token each."""
         if self.context is None:
             return sum(len(row) for row in self.rows)
         suffixes = sum(len(member.suffix_ids) for row in self.rows for member in row.members)
-        return (suffixes + 1 if self.rows else 0) + (len(self.context.ids) if self.opens else 0)
+        return suffixes + 1 + (len(self.context.ids) if self.opens else 0)
 
 
 def passes_of(
@@ -63,4 +63,4 @@ def passes_of(
         if gradient:
             passes.append(Pass([], context))
     whole = [row for row in rows if not row.continues]
-    return passes + [Pass(batch) for batch in (micro_batches(whole, max_tokens, longest_shared) if whole else [])]
+    return passes + [Pass(batch) for batch in micro_batches(whole, max_tokens, longest_shared)]

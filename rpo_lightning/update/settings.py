@@ -31,7 +31,7 @@ class UpdateSettings:
             gradient biased (``benchmarks/README.md``). Turning it off needs ``loss_scope: suffix`` and
             ``share_prefixes: true``.
         importance_correction: Weights of the loss that correct for differences between rollout engine and trainer;
-            ``TokenTruncated(2.0)`` if not given.
+            if not given ``TokenTruncated(2.0)``, and none for objectives that correct them themselves (DPPO).
         mismatch_bound: Log-prob differences between engine and trainer that stop the run.
         max_grad_norm: Limit of the gradient's norm; ``.inf`` for no clipping.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.

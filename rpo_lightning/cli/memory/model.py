@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.policy.limits import head_size
 from rpo_lightning.policy.load import resolve_policy
 from rpo_lightning.policy.lora import LoRA
 from rpo_lightning.policy.parallel.fsdp2 import decoder_layers
@@ -124,7 +125,7 @@ def shape_of(model: Any, adapter: LoRA | None = None) -> ModelShape:
         )
     hidden, heads, intermediate = (int(width) for width in widths if width is not None)
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or hidden // heads
+    size = head_size(config)
     trainable = [p.numel() for p in model.parameters() if p.requires_grad]
     total, held = sum(p.numel() for p in model.parameters()), sum(w.numel() for w in quantized)
     per_layer = [sum(p.numel() for p in layer.parameters()) for layer in layers]

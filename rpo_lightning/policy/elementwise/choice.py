@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from rpo_lightning.core.errors import ConfigurationError, require_modules
+from rpo_lightning.core.errors import ConfigurationError, one_line, require_modules
 from rpo_lightning.policy.elementwise.liger import LigerKernels, runs_kernels, supports
 from rpo_lightning.policy.elementwise.trial import failure_of_kernels
 from rpo_lightning.policy.weights import underlying_model
@@ -72,12 +72,14 @@ def _disagreement(policy: Any, device: torch.device) -> str | None:
     try:
         patched = LigerKernels(model)
     except Exception as error:
-        return f"Liger cannot patch {type(model).__name__} ({_first_line(error)})"
+        return f"Liger cannot patch {type(model).__name__} ({one_line(error)})"
     changed = patched.changed_modules()
     try:
         failure = failure_of_kernels(model, changed, device)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernels
     except Exception as error:  # the errors of Triton, of its compiler and of CUDA share no other class
-        failure = f"a trial failed: {_first_line(error)}"
+        failure = f"a trial failed: {one_line(error)}"
     if failure is not None:
         patched.remove()
         return f"Liger's do not agree with the layers of {type(model).__name__} ({failure})"
@@ -85,7 +87,3 @@ def _disagreement(policy: Any, device: torch.device) -> str | None:
         f"Liger's kernels compute {len(changed)} norms, gated MLPs and rotary embeddings of {type(model).__name__}"
     )
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

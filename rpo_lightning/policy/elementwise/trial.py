@@ -45,9 +45,8 @@ def failure_of_kernels(model: Any, changed: list[nn.Module], device: torch.devic
     if not layers:
         return "it does not say what its decoder layers are"
     arguments = _arguments_of_first_layer(model, layers[0])
-    kinds = {
-        tuple((name, type(m)) for name, m in layer.named_modules() if m in set(changed)): layer for layer in layers
-    }
+    fused = set(changed)
+    kinds = {tuple((name, type(m)) for name, m in layer.named_modules() if m in fused): layer for layer in layers}
     for layer in kinds.values():
         failure = _failure_of_layer(layer, arguments, device)
         if failure is not None:

@@ -31,10 +31,11 @@ class Placement:
     """One device and DDP: the policy is whole on every rank's device.
 
     Attributes:
-        is_whole: Whether every rank has all parameters at all times.
+        holds_contexts: Whether several backward passes may continue one graph. Not with FSDP2 and DeepSpeed, whose
+            hooks expect a backward pass after each forward pass.
     """
 
-    is_whole = True
+    holds_contexts = True
 
     def loading(self) -> AbstractContextManager[Any]:
         """A context in which to load and prepare the policy."""

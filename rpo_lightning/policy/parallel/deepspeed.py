@@ -203,7 +203,7 @@ class DeepSpeedPlacement(Placement):
         trainer: Lightning's trainer, with a ``DeepSpeedStrategy``.
     """
 
-    is_whole = False
+    holds_contexts = False
 
     def __init__(self, trainer: Any) -> None:
         self.strategy = trainer.strategy

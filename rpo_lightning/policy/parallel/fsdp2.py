@@ -98,7 +98,7 @@ class ShardedPlacement(Placement):
         trainer: Lightning's trainer, with a ``ModelParallelStrategy``.
     """
 
-    is_whole = False
+    holds_contexts = False
 
     def __init__(self, trainer: Any) -> None:
         self.mesh = require_data_parallel(trainer.strategy)

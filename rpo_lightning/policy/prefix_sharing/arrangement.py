@@ -45,7 +45,7 @@ class Arrangement:
         for i in order:
             context_starts[i] = position
             suffix_starts[i] = position + shapes[i].context  # of a row without branches
-            position += shapes[i].context if shapes[i].branches else len(shapes[i])
+            position += shapes[i].trunk
             contexts = position if shapes[i].branches else contexts
         suffixes = position
         for i in order:
@@ -57,6 +57,11 @@ class Arrangement:
             tuple(shapes), tuple(order), tuple(context_starts), tuple(suffix_starts), tuple(detached), contexts,
             suffixes, position,
         )  # fmt: skip
+
+    @property
+    def detached(self) -> int:
+        """Number of detached tokens of all rows."""
+        return sum(shape.detached for shape in self.shapes)
 
     @property
     def branching(self) -> list[int]:

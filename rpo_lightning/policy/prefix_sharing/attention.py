@@ -69,7 +69,7 @@ class RowLayout:
     def of(cls, arrangement: Arrangement, row: int, device: torch.device) -> RowLayout:
         """Describe a row. With one suffix or none it has no branches."""
         shape, start = arrangement.shapes[row], arrangement.context_starts[row]
-        length = shape.context if shape.branches else len(shape)
+        length = shape.trunk
         context, first = slice(start, start + length), arrangement.detached_starts[row]
         detached = slice(first, first + shape.detached)
         context_mask = _causal(length, shape.detached + length, device) if shape.detached else None

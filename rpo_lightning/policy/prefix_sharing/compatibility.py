@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from rpo_lightning.policy.limits import head_size
 from rpo_lightning.policy.prefix_sharing.attention import IMPLEMENTATION
 from rpo_lightning.policy.prefix_sharing.rows import RowCost
 from rpo_lightning.policy.prefix_sharing.trial import (
@@ -115,9 +116,7 @@ def _longest_short_sequence(config: Any) -> int | None:
 def _costs(model: Any) -> tuple[float, float]:
     """Costs of a query–key pair and of a suffix token in a shared row, where a token's matrix products cost 1."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    pair = 4 * config.num_hidden_layers * heads * head_size
+    pair = 4 * config.num_hidden_layers * config.num_attention_heads * head_size(config)
     embeddings = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None}
     matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings)
     branch = _BRANCH_OPERATIONS * config.num_hidden_layers * config.hidden_size

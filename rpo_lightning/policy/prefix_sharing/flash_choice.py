@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 
-from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.core.errors import ConfigurationError, one_line
+from rpo_lightning.policy.limits import head_size
 from rpo_lightning.policy.prefix_sharing.gpu_check import active_implementation, failure_of_kernels
 
 log = logging.getLogger(__name__)
@@ -88,9 +89,9 @@ def activate(choice: FlashAttention, device: torch.device) -> None:
     try:
         activate_flash_attention_impl(choice)
     except Exception as error:  # of an import: a missing package, a library of another CUDA, kernels that are missing
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigurationError(
-            f"model.flash_attention={choice}: it cannot be loaded ({reason}); {_SOURCES[choice]}, or set it to null"
+            f"model.flash_attention={choice}: it cannot be loaded ({one_line(error)}); {_SOURCES[choice]}, or set it "
+            "to null"
         ) from error
 
 
@@ -112,5 +113,4 @@ def _heads(policy: Any) -> tuple[int, int, int] | None:
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
         return None
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    return heads, key_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, head_size(config)

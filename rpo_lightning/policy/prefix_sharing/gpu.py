@@ -65,7 +65,7 @@ class PackedRows:
     def of(cls, arrangement: Arrangement, device: torch.device) -> PackedRows:
         """Describe concatenated rows. All that the kernels need is sent to the device together."""
         a, shapes, branching = arrangement, arrangement.shapes, arrangement.branching
-        queries = [shapes[i].context if shapes[i].branches else len(shapes[i]) for i in a.order]
+        queries = [shapes[i].trunk for i in a.order]
         keys = [shapes[i].detached + n for i, n in zip(a.order, queries, strict=True)]
         suffixes = [n for i in branching for n in shapes[i].suffixes]
         lengths = [[*queries, *suffixes], [*keys, *suffixes]]
@@ -75,11 +75,10 @@ class PackedRows:
                 [shapes[i].detached + shapes[i].context for i in branching],
             ]
         on_host = [torch.from_numpy(np.array([0, *accumulate(x)], dtype=np.int32)) for x in lengths]
-        detached = sum(shape.detached for shape in shapes)
-        if detached:
+        if a.detached:
             on_host += [_with_detached(a, a.order, a.tokens), _with_detached(a, branching, a.contexts)]
         bounds = sent_together(on_host, device)
-        picked: list[slice | Tensor] = list(bounds[-2:]) if detached else [slice(None), slice(0, a.contexts)]
+        picked: list[slice | Tensor] = list(bounds[-2:]) if a.detached else [slice(None), slice(0, a.contexts)]
         own = Sequences(slice(None), picked[0], bounds[0], bounds[1], max(lengths[0]), max(lengths[1]), causal=True)
         if not branching:
             return cls(own, None)
@@ -92,14 +91,13 @@ class PackedRows:
 def _with_detached(arrangement: Arrangement, rows: Sequence[int], stop: int) -> Tensor:
     """Indices of rows' computed tokens up to ``stop``, those of each row's context after its detached ones."""
     a, parts = arrangement, []
-    detached_tokens = sum(shape.detached for shape in a.shapes)
     position = 0
     for i in rows:
         shape = a.shapes[i]
-        position = a.context_starts[i] + (shape.context if shape.branches else len(shape))
+        position = a.context_starts[i] + shape.trunk
         parts.append(np.arange(a.detached_starts[i], a.detached_starts[i] + shape.detached))
-        parts.append(np.arange(detached_tokens + a.context_starts[i], detached_tokens + position))
-    parts.append(np.arange(detached_tokens + position, detached_tokens + stop))
+        parts.append(np.arange(a.detached + a.context_starts[i], a.detached + position))
+    parts.append(np.arange(a.detached + position, a.detached + stop))
     return torch.from_numpy(np.concatenate(parts))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import current_flash_attention_impl
 
+from rpo_lightning.core.errors import one_line
 from rpo_lightning.policy.prefix_sharing.arrangement import Arrangement
 from rpo_lightning.policy.prefix_sharing.gpu import PackedRows, packed_attention
 from rpo_lightning.policy.prefix_sharing.rows import RowShape
@@ -94,14 +95,14 @@ def failure_of_kernels(device: torch.device, dtype: torch.dtype, heads: int, key
     except torch.OutOfMemoryError:
         raise  # says nothing about the kernels
     except Exception as failure:  # implementations raise assertions and the errors of their compilers too
-        return f"a trial failed ({' '.join(str(failure).split())[:200] or type(failure).__name__})"
+        return f"a trial failed ({one_line(failure)})"
     return None if error < _TRIAL_ERROR else f"a trial is off by {error:.2g}"
 
 
 def _trial_error(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> float:
     """Largest relative error of the output and of the gradients of queries, keys and values."""
     generator = torch.Generator().manual_seed(0)
-    computed, detached = _TRIAL.tokens, sum(shape.detached for shape in _TRIAL.shapes)
+    computed, detached = _TRIAL.tokens, _TRIAL.detached
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(1, *shape, size, generator=generator).to(device, dtype)

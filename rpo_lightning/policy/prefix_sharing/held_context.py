@@ -40,17 +40,16 @@ class HeldContext:
         self._leaves: DetachedContexts | None = None
         self._sums: dict[tuple[int, int], Tensor] = {}  # by layer, of its keys (0) and values (1)
 
-    def leaves(self, model: PreTrainedModel, pad_id: int, device: torch.device) -> DetachedContexts:
+    def leaves(self, model: PreTrainedModel, device: torch.device) -> DetachedContexts:
         """The keys and values that a pass continues. They are computed for the first pass.
 
         Args:
             model: The policy or the reference, the same for all passes.
-            pad_id: Any token id.
             device: Where the model is.
         """
         if self._computed is None:
             with nullcontext() if self.gradient else torch.no_grad():
-                self._computed = contexts_of(model, [self.ids], pad_id, device)
+                self._computed = contexts_of(model, [self.ids], device)
         # In 16 bits a sum over many passes would lose small gradients: every pass has leaves of its own.
         self._collect()
         self._leaves = DetachedContexts(
@@ -77,18 +76,19 @@ class HeldContext:
         """Add the gradients of the last pass, in fp32 or better."""
         for layer, both in (self._leaves or {}).items():
             for i, leaf in enumerate(both):
-                if leaf.grad is not None:
-                    gradient = leaf.grad.to(torch.promote_types(leaf.dtype, torch.float32))
-                    self._sums[layer, i] = self._sums[layer, i] + gradient if (layer, i) in self._sums else gradient
+                if leaf.grad is None:
+                    continue
+                if (layer, i) in self._sums:
+                    self._sums[layer, i] += leaf.grad
+                else:
+                    self._sums[layer, i] = leaf.grad.to(torch.promote_types(leaf.dtype, torch.float32))
         self._leaves = None
 
 
-def contexts_of(
-    model: PreTrainedModel, contexts: list[tuple[int, ...]], pad_id: int, device: torch.device
-) -> DetachedContexts:
+def contexts_of(model: PreTrainedModel, contexts: list[tuple[int, ...]], device: torch.device) -> DetachedContexts:
     """Keys and values of contexts, computed together; with gradient where torch records one."""
     rows = [SharedRow((Row(0, 0, ids, (), 0),)) for ids in contexts]
-    layout, computed = BatchLayout(rows, pad_id, concatenated=True), DetachedContexts()
+    layout, computed = BatchLayout(rows, pad_id=0, concatenated=True), DetachedContexts()  # nothing is padded
     inputs, nothing, _ = layout.inputs(device, model.config._attn_implementation, 1.0)
     with scoring(model, nothing):  # without targets the head computes nothing
         model(**inputs, store_into=computed)

@@ -45,8 +45,8 @@ class BatchLayout:
             shared.shape(detached) for shared, detached in zip(batch, detached_lengths or [0] * len(batch), strict=True)
         ]
         self.rows = [row for shared in batch for row in shared.members]
-        self.is_shared = concatenated or any(shared.branches for shared in batch)
-        if self.is_shared:
+        self._is_concatenated = concatenated or any(shared.branches for shared in batch)
+        if self._is_concatenated:
             self._arrangement = Arrangement.of(self._shapes)
             self._shape = (1, self._arrangement.tokens)
             starts = list(zip(self._arrangement.context_starts, self._arrangement.suffix_starts, strict=True))
@@ -90,7 +90,7 @@ class BatchLayout:
         return slice(self._scored - len(targets), self._scored)
 
     def inputs(
-        self, device: torch.device, attention: str, temperature: float
+        self, device: torch.device, attention: str, temperature: float, entropy_gradient: bool = False
     ) -> tuple[dict[str, Any], Targets, Tensor]:
         """What a forward pass needs, on the device.
 
@@ -98,6 +98,7 @@ class BatchLayout:
             device: Where the model is.
             attention: The model's attention implementation.
             temperature: Divides the logits.
+            entropy_gradient: Whether the entropies have a gradient.
 
         Returns:
             The model's arguments, the scored tokens, and the indices of every response's scored tokens, right-aligned,
@@ -106,35 +107,30 @@ class BatchLayout:
         Raises:
             UpdateError: Rows are concatenated, and the model has another attention than ``attention.py``'s.
         """
-        if self.is_shared and attention != IMPLEMENTATION:
+        if self._is_concatenated and attention != IMPLEMENTATION:
             raise UpdateError(
                 f"shared rows need attention {IMPLEMENTATION!r}, the model has {attention!r}: call "
                 f"model.set_attn_implementation({IMPLEMENTATION!r})"
             )
         tokens = self._ids[np.concatenate(self._targets)]
-        on_host = [
-            torch.from_numpy(x)
-            for x in (
-                self._ids.reshape(self._shape),
-                self._positions.reshape(self._shape),
-                np.concatenate(self._predecessors),
-                tokens,
-            )
-        ]
-        ids_BT, position_BT, position_K, token_K, index_BS = sent_together([*on_host, self._scope_index()], device)
+        on_host = [self._ids.reshape(self._shape), np.concatenate(self._predecessors), tokens, self._scope_index()]
+        if self._is_concatenated:  # otherwise the model counts positions itself
+            on_host.append(self._positions.reshape(self._shape))
+        sent = sent_together([torch.from_numpy(x) for x in on_host], device)
+        ids_BT, position_K, token_K, index_BS, *positions = sent
         inputs: dict[str, Any] = {"input_ids": ids_BT, "use_cache": False}
-        if self.is_shared:
-            inputs["position_ids"] = position_BT
+        if self._is_concatenated:
+            inputs["position_ids"] = positions[0]
             # With four dimensions the model takes it as final and makes no mask. Our attention ignores it.
             inputs["attention_mask"] = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
             inputs["shared_layout"] = SharedLayout(self._arrangement, device)
-        return inputs, Targets(position_K, token_K, temperature), index_BS
+        return inputs, Targets(position_K, token_K, temperature, entropy_gradient), index_BS
 
-    def _scope_index(self) -> Tensor:
+    def _scope_index(self) -> np.ndarray:
         index_BS = np.full((len(self.rows), max(self.lengths)), -1, dtype=np.int64)
         for line, length, (of_context, own) in zip(index_BS, self.lengths, self._scope, strict=True):
             line[len(line) - length :] = np.r_[of_context, own]
-        return torch.from_numpy(index_BS)
+        return index_BS
 
 
 def _length(part: slice) -> int:

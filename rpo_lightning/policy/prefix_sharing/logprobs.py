@@ -10,7 +10,7 @@ token of each context predicts the first token of its suffixes; it is computed i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -75,13 +75,9 @@ def token_logprobs(
     else:
         lengths = [len(shared.context_ids) - 1 for shared in batch]
         layout = BatchLayout(batch, pad_id, lengths, concatenated=True)
-        detached = (
-            _detached(model, batch, lengths, pad_id, device)
-            if context is None
-            else context.leaves(model, pad_id, device)
-        )
-    inputs, targets, index_BS = layout.inputs(device, model.config._attn_implementation, temperature)
-    targets = replace(targets, entropy_gradient=entropy_gradient)
+        detached = _detached(model, batch, lengths, device) if context is None else context.leaves(model, device)
+    attention = model.config._attn_implementation
+    inputs, targets, index_BS = layout.inputs(device, attention, temperature, entropy_gradient)
     if detached is not None:
         inputs["detached_contexts"] = detached
     if full_logits:
@@ -99,9 +95,9 @@ def token_logprobs(
 
 
 def _detached(
-    model: PreTrainedModel, batch: Sequence[SharedRow], lengths: Sequence[int], pad_id: int, device: torch.device
+    model: PreTrainedModel, batch: Sequence[SharedRow], lengths: Sequence[int], device: torch.device
 ) -> DetachedContexts | None:
     """Keys and values of the first ``lengths`` tokens of every context, without gradient; ``None`` without tokens."""
     contexts = [shared.context_ids[:length] for shared, length in zip(batch, lengths, strict=True) if length]
     with torch.no_grad():
-        return contexts_of(model, contexts, pad_id, device) if contexts else None
+        return contexts_of(model, contexts, device) if contexts else None

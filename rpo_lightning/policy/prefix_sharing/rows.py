@@ -92,6 +92,11 @@ class RowShape:
         """Whether the row has several suffixes."""
         return len(self.suffixes) > 1
 
+    @property
+    def trunk(self) -> int:
+        """Number of tokens that attend causally from the row's start: its context, or all of it without branches."""
+        return self.context if self.branches else len(self)
+
     def __len__(self) -> int:
         """Number of tokens that are computed."""
         return self.context + sum(self.suffixes)

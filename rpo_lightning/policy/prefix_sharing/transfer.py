@@ -1,4 +1,4 @@
-"""Sends small tensors to a device in as few copies as there are dtypes.
+"""Sends small tensors to a device, and receives them, in few copies.
 
 Every copy from ordinary memory makes the host wait for the GPU. Micro-batches have a dozen small inputs.
 """
@@ -27,3 +27,11 @@ def sent_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tenso
         parts = together.to(device, non_blocking=True).split([tensors[i].numel() for i in chosen])
         found |= {i: part.view(tensors[i].shape) for i, part in zip(chosen, parts, strict=True)}
     return [found[i] for i in range(len(tensors))]
+
+
+def received_together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one dtype on the CPU, copied at once."""
+    if not tensors:
+        return []
+    parts = torch.cat([tensor.flatten() for tensor in tensors]).cpu().split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

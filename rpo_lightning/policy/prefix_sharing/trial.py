@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rpo_lightning.core.errors import one_line
 from rpo_lightning.policy.prefix_sharing.logprobs import token_logprobs
 from rpo_lightning.policy.prefix_sharing.rows import Row, SharedRow
 
@@ -50,7 +51,7 @@ def failure_of_shared_rows(model: Any, full_logits: bool) -> str | None:
                     or _wrong_values(model, full_logits, prefix_gradient)
                 )
         except _ERRORS as error:
-            return f"a trial failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            return f"a trial failed: {one_line(error)}"
         if failure is not None:
             return failure
     return None

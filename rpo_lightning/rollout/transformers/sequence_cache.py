@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from typing_extensions import override
 
+from rpo_lightning.core.errors import one_line
 from rpo_lightning.policy.prefix_sharing.attention import same_dtype
 from rpo_lightning.policy.prefix_sharing.trial import agree, likely_tokens, rounding, trying
 from rpo_lightning.rollout.transformers.attention import SharedContexts
@@ -161,7 +162,7 @@ def contexts_can_be_shared(policy: PreTrainedModel) -> bool:
         with trying(policy):
             reason = _failure_of_shared_contexts(policy)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        reason = f"fails ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        reason = f"fails ({one_line(error)})"
     if reason is not None:
         log.warning(f"{type(policy).__name__} {reason} if sequences share a context: each decodes with its own copy")
     return reason is None

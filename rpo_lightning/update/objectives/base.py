@@ -110,7 +110,10 @@ class Objective(ABC):
 
     @abstractmethod
     def token_losses(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Policy loss, whether clipping or a mask stops its gradient, and the ratio to the old policy; each [B, S]."""
+        """Policy loss, whether clipping or a mask stops its gradient, and the ratio; each [B, S].
+
+        The ratio is that to the old policy, or to what sampled where an objective compares with that (DPPO).
+        """
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
         """Compute the loss of a micro-batch, KL penalty and entropy bonus included."""

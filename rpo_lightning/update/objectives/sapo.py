@@ -45,6 +45,6 @@ class SAPO(Objective):
     def token_losses(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
         """The gated ratio times the advantage."""
         ratio_BS = (inputs.logprobs_BS - inputs.old_logprobs_BS).exp()
-        tau_BS = torch.where(inputs.advantages_BS > 0, self.tau_pos, self.tau_neg)
+        tau_BS = torch.where(inputs.advantages_BS > 0, ratio_BS.new_tensor(self.tau_pos), self.tau_neg)
         gate_BS = torch.sigmoid(tau_BS * (ratio_BS - 1)) * 4 / tau_BS
         return -gate_BS * inputs.advantages_BS, torch.zeros_like(inputs.mask_BS), ratio_BS

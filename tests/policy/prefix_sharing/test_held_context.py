@@ -146,13 +146,33 @@ def test_a_context_is_let_go_after_its_last_pass(exact_policy):
     rows = shared_rows(rows_of([group], "suffix"), BUDGET, RowCost(holds=True))
     first, _, last = passes_of(rows, BUDGET, None, gradient=True)
     exact_policy.set_attn_implementation("rpo_shared_prefix")
-    first.context.leaves(exact_policy, 0, exact_policy.device)[0][0].sum().backward()
+    first.context.leaves(exact_policy, exact_policy.device)[0][0].sum().backward()
     with torch.no_grad():  # what belongs to no graph
         key = weakref.ref(first.context._computed[0][0])
     exact_policy.zero_grad()
     last.context.loss()
     gc.collect()
     assert key() is None
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_context_is_let_go_before_that_of_the_next_group_is_computed(exact_policy, monkeypatch, gradient):
+    contexts, alive, compute = [], [], held_context.contexts_of
+
+    def noted(*args):
+        gc.collect()
+        alive.append(sum(context() is not None for context in contexts))
+        computed = compute(*args)
+        contexts.append(weakref.ref(computed))
+        return computed
+
+    monkeypatch.setattr(held_context, "contexts_of", noted)
+    chosen = settings(micro_batch_tokens=BUDGET, prefix_gradient=gradient)
+    loss = sharing_wherever_it_may(PolicyLoss(exact_policy, None, DAPO(), chosen, 0))
+    batch = [long_group(), long_group(), long_group()]
+    loss.backward(batch, group_advantages([group.rewards for group in batch]), lambda x, _: x.backward())
+    loss.store_old_logprobs(batch)
+    assert alive == [0] * 6
 
 
 def test_repeated_contexts_are_charged_for_each_row_and_held_ones_once():

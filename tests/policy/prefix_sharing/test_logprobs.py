@@ -12,7 +12,7 @@ from rpo_lightning.policy.prefix_sharing.logprobs import token_logprobs
 from rpo_lightning.policy.prefix_sharing.rows import Row, SharedRow, rows_of
 from rpo_lightning.update.advantages import group_advantages
 from rpo_lightning.update.loss import PolicyLoss
-from rpo_lightning.update.objectives import CISPO, DAPO, GRPO, GSPO, Objective
+from rpo_lightning.update.objectives import CISPO, DAPO, DPPO, DPPOKL, GRPO, GSPO, SAPO, DrGRPO, GSPOToken, Objective
 from rpo_lightning.update.settings import UpdateSettings
 from tests.conftest import make_group
 
@@ -95,7 +95,9 @@ def test_entropy_equals_the_categorical_distributions(policy, arrange):
     torch.testing.assert_close(computed.entropy_BS[0], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("objective", [DAPO(), GRPO(), GSPO(), CISPO()])
+@pytest.mark.parametrize(
+    "objective", [DAPO(), GRPO(), DrGRPO(16), GSPO(), GSPOToken(), CISPO(), SAPO(), DPPO(), DPPOKL()]
+)
 def test_the_gradient_does_not_depend_on_the_split_into_micro_batches(exact_policy, objective):
     assert_same(gradient(exact_policy, objective), gradient(exact_policy, objective, micro_batch_tokens=1))
 

@@ -37,7 +37,7 @@ from rpo_lightning.rewards import UniformRandomReward
 from rpo_lightning.update import loss as update
 from rpo_lightning.update.advantages import group_advantages
 from rpo_lightning.update.loss import PolicyLoss
-from rpo_lightning.update.objectives import CISPO, DAPO, DPPO, GRPO, GSPO, SAPO, DrGRPO, GSPOToken
+from rpo_lightning.update.objectives import CISPO, DAPO, DPPO, DPPOKL, GRPO, GSPO, SAPO, DrGRPO, GSPOToken
 from rpo_lightning.update.reference import FrozenCopy
 from tests.conftest import make_data, make_group, make_module, make_trainer, passes_with_gradient
 from tests.policy.prefix_sharing.test_logprobs import (
@@ -74,7 +74,7 @@ def gradient(policy, objective, reference=None, batch=None, **changes):
 @pytest.mark.parametrize(
     "objective",
     [
-        DAPO(), GRPO(beta=0.1), DrGRPO(16), GSPO(), CISPO(), SAPO(), DPPO(), GSPOToken(),
+        DAPO(), GRPO(beta=0.1), DrGRPO(16), GSPO(), CISPO(), SAPO(), DPPO(), DPPOKL(), GSPOToken(),
         DAPO(entropy_bonus=0.5),
     ],
     ids=lambda o: type(o).__name__ + ("+entropy" if o.entropy_bonus else ""),
