@@ -44,17 +44,20 @@ class ArithmeticProblem:
         steps = "".join(f"{name}{op}{y}" for name, (op, y) in zip(STEP_NAMES, self.steps, strict=False))
         return f"{self.start}{steps}="
 
-    def solution(self, left_out: Collection[int] = ()) -> str:
+    def solution(self, left_out: Collection[int] = (), foreign_steps: int = 0) -> str:
         """A chain of thought with its answer.
 
         Args:
             left_out: Indices of steps to skip, which most likely makes the answer wrong.
+            foreign_steps: How many of the first steps are written in a style that the reasoners do not use, with the
+                name at the end of a step: ``49-1=48=a48*9=32=b``.
         """
         value, text = self.start, ""
         for index, (operator, operand) in enumerate(self.steps):
             if index not in left_out:
                 result = _APPLY[operator](value, operand) % MODULUS
-                text += f"{STEP_NAMES[index]}{value}{operator}{operand}={result}"
+                step = f"{value}{operator}{operand}={result}"
+                text += f"{step}={STEP_NAMES[index]}" if index < foreign_steps else f"{STEP_NAMES[index]}{step}"
                 value = result
         return f"{text}#{value}"
 

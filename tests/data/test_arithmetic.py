@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 
+from rpo_lightning.cli.scripts.make_reasoner import Chains
 from rpo_lightning.data.arithmetic import ArithmeticChain, ArithmeticProblem, draw_problem
 from rpo_lightning.policy.load import resolve_policy
 from rpo_lightning.policy.tokenizer import decode
@@ -19,6 +20,19 @@ def test_a_problem_by_hand():
     assert problem.solution() == "a49-1=48b48*9=32c32+8=40#40"
     assert problem.answer == "40"
     assert problem.solution(left_out=[0]) == "b49*9=41c41+8=49#49"
+    assert problem.solution(foreign_steps=3) == "49-1=48=a48*9=32=b32+8=40=c#40"
+    assert problem.solution(left_out=[1], foreign_steps=1) == "49-1=48=ac48+8=56#56"
+
+
+def test_what_a_reasoner_imitates_follows_the_foreign_beginning_that_it_is_given():
+    rng = np.random.default_rng(0)
+    drawn = [Chains([4, 12], left_out_share=0.2, foreign_share=0.5).draw(rng) for _ in range(400)]
+    assert {question.count("=") + sum(question.count(op) for op in "+-*") for question, _, _ in drawn} == {5, 13}
+    foreign = [(beginning, rest) for _, beginning, rest in drawn if beginning]
+    assert 0.4 < len(foreign) / len(drawn) < 0.6
+    for beginning, rest in foreign:
+        assert re.fullmatch(r"(\d+[-+*]\d=\d+=[a-z])+", beginning)
+        assert re.fullmatch(r"([a-z]\d+[-+*]\d=\d+)*#\d+", rest)
 
 
 def test_chains_of_thought_are_long_against_the_answer():

@@ -5,11 +5,12 @@ that leave out steps at random. The result can do every step, but solves only ab
 temperature 1, which leaves reinforcement learning something to improve. It is saved as a Hugging Face folder. The
 package holds one in ``rpo_lightning/policy/arithmetic_reasoner``.
 
-A GPU takes four minutes, a CPU most of an hour. Different hardware rounds differently, so the weights differ in their
-last bits.
+A GPU takes four minutes, a CPU most of an hour. Hardware rounds differently, so weights differ in their last bits.
 
-``--operations N`` makes a reasoner for longer chains. ``--start FOLDER`` continues from a reasoner for shorter chains,
-which has new step names and larger distances to learn.
+``--operations N`` makes a reasoner for chains of other lengths. ``--start FOLDER`` continues from another one, with
+new step names and larger distances to learn if its chains are shorter. ``--success P`` makes one that solves about that
+share of its problems. ``--also N ...`` adds shorter chains to imitate. ``--foreign S`` lets that share of the chains
+begin in a style that it only has to continue (:meth:`~rpo_lightning.data.arithmetic.ArithmeticProblem.solution`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +41,7 @@ OPERATIONS = 24
 CURRICULUM = ((3, 200), (8, 200))
 FULL_LENGTH_UPDATES = 2000
 SUFFICIENT_ACCURACY = 0.3
-# Chains of full length with steps left out, with a decaying learning rate. A third of them has every step.
+# Chains with steps left out, with a decaying learning rate. A third of them has every step.
 CARELESS_UPDATES = 600
 CARELESS_SUCCESS = 1 / 3
 LEARNING_RATE = 3e-3
@@ -95,18 +98,44 @@ def continue_from(start: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTok
     model.load_state_dict(state, strict=False)
 
 
-def training_batch(
-    rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, operations: int, left_out_share: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Padded token ids and labels (prompts masked), both [B, T]."""
-    rows, labels = [], []
-    for _ in range(max(BATCH_OPERATIONS // max(operations, OPERATIONS), 1)):
+@dataclass(frozen=True)
+class Chains:
+    """Chains of thought to imitate.
+
+    Attributes:
+        operations: Numbers of operations, each as often as the others. The last one is evaluated.
+        left_out_share: Probability of leaving out a step.
+        foreign_share: Share of the chains that begin in the foreign style.
+    """
+
+    operations: Sequence[int]
+    left_out_share: float = 0.0
+    foreign_share: float = 0.0
+
+    def draw(self, rng: np.random.Generator) -> tuple[str, str, str]:
+        """A question, the beginning that is given, and the rest, which is to be imitated."""
+        operations = int(rng.choice(self.operations)) if len(self.operations) > 1 else self.operations[0]
         problem = draw_problem(rng, operations)
-        solution = problem.solution(left_out=np.flatnonzero(rng.random(operations) < left_out_share))
-        prompt = tokenizer(problem.question)["input_ids"]
-        response = tokenizer(solution, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        rows.append(torch.tensor(prompt + response))
-        labels.append(torch.tensor([-100] * len(prompt) + response))
+        left_out = np.flatnonzero(rng.random(operations) < self.left_out_share)
+        if self.foreign_share and rng.random() < self.foreign_share:
+            given = int(rng.integers(1, operations))
+            solution = problem.solution(left_out[left_out >= given], foreign_steps=given)
+            end = solution.index(STEP_NAMES[given - 1]) + 1
+            return problem.question, solution[:end], solution[end:]
+        return problem.question, "", problem.solution(left_out)
+
+
+def training_batch(
+    rng: np.random.Generator, tokenizer: PreTrainedTokenizerFast, chains: Chains
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded token ids and labels (prompts and given beginnings masked), both [B, T]."""
+    rows, labels = [], []
+    for _ in range(max(BATCH_OPERATIONS // max(*chains.operations, OPERATIONS), 1)):
+        question, beginning, rest = chains.draw(rng)
+        given = tokenizer(question + beginning)["input_ids"]
+        response = tokenizer(rest, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        rows.append(torch.tensor(given + response))
+        labels.append(torch.tensor([-100] * len(given) + response))
     pad = torch.nn.utils.rnn.pad_sequence
     return (
         pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id),
@@ -138,13 +167,12 @@ class Teaching:
         self.update_count = 0
         self._started = time.monotonic()
 
-    def run(self, operations: int, updates: int, left_out_share: float, decays: bool, sufficient: float = 2.0) -> None:
+    def run(self, chains: Chains, updates: int, decays: bool, sufficient: float = 2.0) -> None:
         """Make updates until there are ``updates``, or the sampled accuracy is at least ``sufficient``.
 
         Args:
-            operations: Operations of each chain.
+            chains: What to imitate.
             updates: Most updates.
-            left_out_share: Probability of leaving out a step.
             decays: Whether the learning rate decays to 0.
             sufficient: Sampled accuracy at which to stop early; above 1 for never.
         """
@@ -156,9 +184,10 @@ class Teaching:
         every = EVALUATE_EVERY if sufficient <= 1 else updates // 3  # for progress only
         schedule = get_scheduler(name, optimizer, num_warmup_steps=WARMUP_UPDATES, num_training_steps=updates)
         for update in range(1, updates + 1):
-            loss = self._update(optimizer, operations, left_out_share)
+            loss = self._update(optimizer, chains)
             schedule.step()
             if update % every == 0:
+                operations = chains.operations[-1]
                 # Data sets use smaller seeds, so these problems are not theirs.
                 accuracy = sampled_accuracy(self.model, self.tokenizer, operations, seed=10_000 + self.update_count)
                 print(
@@ -169,8 +198,8 @@ class Teaching:
                 if accuracy >= sufficient:
                     return
 
-    def _update(self, optimizer: torch.optim.Optimizer, operations: int, left_out_share: float) -> float:
-        input_ids, labels = training_batch(self.rng, self.tokenizer, operations, left_out_share)
+    def _update(self, optimizer: torch.optim.Optimizer, chains: Chains) -> float:
+        input_ids, labels = training_batch(self.rng, self.tokenizer, chains)
         input_ids, labels = input_ids.to(self.model.device), labels.to(self.model.device)
         mask = (input_ids != self.tokenizer.pad_token_id).long()
         loss = self.model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
@@ -179,7 +208,7 @@ class Teaching:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         optimizer.step()
         self.update_count += 1
-        return float(loss)
+        return float(loss.detach())
 
 
 def main() -> None:
@@ -189,6 +218,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=6)
     parser.add_argument("--operations", type=int, default=OPERATIONS)
     parser.add_argument("--start", type=Path, help="a reasoner to continue from, instead of the curriculum")
+    parser.add_argument("--success", type=float, default=CARELESS_SUCCESS, help="share of chains with every step")
+    parser.add_argument("--also", type=int, nargs="*", default=[], metavar="N", help="further lengths of chains")
+    parser.add_argument("--foreign", type=float, default=0.0, help="share of chains with a foreign beginning")
+    parser.add_argument("--updates", type=int, default=CARELESS_UPDATES, help="on chains with steps left out")
     parser.add_argument("--bfloat16", action="store_true", help="save the weights rounded, in half the space")
     args = parser.parse_args()
     silence_libraries()
@@ -200,10 +233,11 @@ def main() -> None:
     cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
     teaching = Teaching(model, tokenizer, np.random.default_rng(args.seed))
     for operations, updates in () if args.start else CURRICULUM:
-        teaching.run(operations, updates, 0.0, decays=False)
-    teaching.run(args.operations, FULL_LENGTH_UPDATES, 0.0, decays=False, sufficient=SUFFICIENT_ACCURACY)
-    left_out_share = 1 - CARELESS_SUCCESS ** (1 / args.operations)
-    teaching.run(args.operations, CARELESS_UPDATES, left_out_share, decays=True)
+        teaching.run(Chains([operations]), updates, decays=False)
+    teaching.run(Chains([args.operations]), FULL_LENGTH_UPDATES, decays=False, sufficient=SUFFICIENT_ACCURACY)
+    left_out_share = 1 - args.success ** (1 / args.operations)
+    chains = Chains([*args.also, args.operations], left_out_share, args.foreign)
+    teaching.run(chains, args.updates, decays=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_policy(cast(Any, model).bfloat16() if args.bfloat16 else model, tokenizer, args.out)
     print(f"saved {sum(p.numel() for p in model.parameters()):,} parameters to {args.out}")
