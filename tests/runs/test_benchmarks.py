@@ -89,3 +89,17 @@ def test_the_hosts_overhead_is_told_by_part(tmp_path):
         assert parts["decoding (pretended)"] >= 0.5
         hidden = ("decoding (pretended)", "forward and backward", "processor, trainer", "processor, workers")
         assert record[arm]["seconds"] == pytest.approx(sum(parts.values()) - sum(parts[name] for name in hidden))
+
+
+@pytest.mark.slow
+def test_hard_questions_charges_supervised_training_and_stops_at_its_tokens(tmp_path):
+    arms = last_line(tmp_path, "hard_questions.py", "--quick")["levels"]["0.07"]
+    assert list(arms) == ["full path", "supervised on foreign style, target success"]
+    plain, supervised = arms.values()
+    assert (plain["supervised_updates"], supervised["supervised_updates"]) == (0, 48)
+    for arm in (plain, supervised):
+        # An iteration of 128 responses of at most 160 tokens goes over the limit.
+        assert 25_000 <= arm["decoded_tokens"] < 25_000 + 128 * 160
+        assert 0 <= arm["accuracy"][0] <= arm["pass@8"][0] <= 1
+    # 48 x 32 whole traces of some 130 tokens with their questions were processed before.
+    assert supervised["processed_tokens"] - supervised["decoded_tokens"] > 48 * 32 * 120
