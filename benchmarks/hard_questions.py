@@ -91,7 +91,7 @@ ARMS = {
     "anchored": Arm(),
     "target success": Arm(TARGET),
     "target success, own-style traces": Arm(TARGET, traces="own"),
-    "target success, foreign traces": Arm([*TARGET, "--cache.step_end=[a-z]"], traces="foreign"),
+    "target success, foreign traces": Arm([*TARGET, "--cache.step_end=(?:[a-z])"], traces="foreign"),
     "supervised on own style, full path": Arm(FULL_PATH, supervised="own"),
     "supervised on own style, target success": Arm(TARGET, traces="own", supervised="own"),
     "supervised on foreign style, full path": Arm(FULL_PATH, supervised="foreign"),
