@@ -66,7 +66,12 @@ class CacheEntry:
     @property
     def has_anchor(self) -> bool:
         """Whether any slot holds a response."""
-        return any(self._number in columns for columns in self._cache._slots)
+        return self._cache.has_anchor(self.uid)
+
+    @property
+    def first_correct(self) -> CachedResponse | None:
+        """The correct response in the first slot that holds one, or ``None``."""
+        return next((anchor for anchor in self.anchors if anchor.correct), None)
 
     def remember(self, response: CachedResponse, slot: int = 0) -> None:
         """Cache a response; see :meth:`ExperienceCache.remember`."""
@@ -136,6 +141,11 @@ class ExperienceCache:
         """The entry of a question, or ``None`` if there is none."""
         number = self._numbers.get(uid)
         return None if number is None else CacheEntry(self, uid, number)
+
+    def has_anchor(self, uid: str) -> bool:
+        """Whether any slot holds a response to a question."""
+        number = self._numbers.get(uid)
+        return number is not None and any(number in columns for columns in self._slots)
 
     def entry(self, uid: str) -> CacheEntry:
         """The entry of a question. Makes one if there is none."""

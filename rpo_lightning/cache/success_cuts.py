@@ -163,4 +163,5 @@ def require_highest(highest: float) -> float:
 
 def _correct_length(entry: CacheEntry) -> int | None:
     """Tokens of the question's first correct response."""
-    return next((len(anchor) for anchor in entry.anchors if anchor.correct), None)
+    first = entry.first_correct
+    return None if first is None else len(first)

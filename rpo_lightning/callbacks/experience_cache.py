@@ -199,8 +199,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
         if self._is_restored:
             require_same_questions(self.cache, data.prompts["train"], "the checkpoint's cache")
         elif self.initialisation == "eager":
-            known = {entry.uid for entry in self.cache if entry.has_anchor}
-            missing = [p for p in data.prompts["train"] if p.uid not in known]
+            missing = [p for p in data.prompts["train"] if not self.cache.has_anchor(p.uid)]
             if missing:
                 sync_engine(trainer)
                 with trainer.precision_plugin.train_step_context():  # the precision of later rollouts

@@ -12,6 +12,7 @@ from typing import Any, cast
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
+from rpo_lightning.callbacks import ExperienceCacheCallback
 from rpo_lightning.callbacks.answer_progress import AnswerProgressCallback
 from rpo_lightning.cli.lightning_cli import RPOCLI
 from rpo_lightning.cli.lightning_parser import RPOArgumentParser
@@ -72,6 +73,11 @@ class ToolCLI(RPOCLI):
         trainer.callbacks += [self.added] if isinstance(self.added, Callback) else []
         trainer.loggers = []
         return cast(Trainer, trainer)
+
+    @property
+    def cache_settings(self) -> ExperienceCacheCallback | None:
+        """The config's cache; ``None`` without one."""
+        return cast("ExperienceCacheCallback | None", self._get(self.config_init, "cache"))
 
     def predict_on(self, *splits: str) -> None:
         """Predict on the first of these splits that is set, in the order of its rows.

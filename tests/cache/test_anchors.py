@@ -157,3 +157,13 @@ def test_impossible_numbers_of_anchors_are_refused():
     for correct, wrong in ((0, 1), (1, -1)):
         with pytest.raises(ConfigurationError, match="correct >= 1 and wrong >= 0"):
             AnchorsRefresh(correct, wrong)
+
+
+def test_a_question_is_asked_whether_it_has_an_anchor_and_for_its_first_correct_one():
+    cache = several_anchors()
+    cache.remember("wrong only", response(8), slot=3)
+    cache.remember("wrong only", response(9), slot=4)
+    assert [cache.has_anchor(uid) for uid in ("both", "wrong only", "nothing", "unknown")] == [True, True, False, False]
+    assert "unknown" not in cache
+    assert cache.entry("wrong only").first_correct.token_ids.tolist() == [8]
+    assert cache.entry("nothing").first_correct is None

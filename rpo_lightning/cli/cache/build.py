@@ -23,7 +23,7 @@ from rpo_lightning.policy.tokenizer import tokenizer_fingerprint
 def build(arguments: list[str]) -> None:
     """Sample answers to the training questions and cache the best ones."""
     cli = ToolCLI("cache build", CACHE_COMMANDS["build"], RPOModule, BuildCacheCallback, arguments)
-    settings = cli.config_init.get("cache")
+    settings = cli.cache_settings
     if settings is not None:
         sampling = settings.initial_sampling or cli.model.sampling
         cli.model.evaluation = EvaluationSettings(sampling, settings.initial_samples)

@@ -77,8 +77,7 @@ def run_export(arguments: list[str]) -> None:
 def run_import(arguments: list[str]) -> None:
     """Make a cache of a table."""
     cli = ToolCLI("cache import", CACHE_COMMANDS["import"], RPOModule, ImportSettings, arguments)
-    of_run = cli.config_init.get("cache")
-    refresh = EpsilonGreedyRefresh() if of_run is None else of_run.refresh
+    refresh = EpsilonGreedyRefresh() if cli.cache_settings is None else cli.cache_settings.refresh
     import_(cli.added, cli.model, cli.datamodule, refresh)
 
 

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from rpo_lightning.cache.budgets import FullBudget
-from rpo_lightning.cache.cache import CachedResponse, CacheEntry, ExperienceCache
+from rpo_lightning.cache.cache import ExperienceCache
 from rpo_lightning.cache.cuts import AnchoredCut
 from rpo_lightning.cache.prefixes import CachedPrefixes
 from rpo_lightning.cache.refresh import CorrectMemberRefresh
 from rpo_lightning.cache.steps import StepEnds
 from rpo_lightning.callbacks import ExperienceCacheCallback
 from rpo_lightning.core.ranks import Ranks
-from rpo_lightning.core.types import Group, Prompt
+from rpo_lightning.core.types import Group
 
 
 class KeptShares:
@@ -40,8 +40,9 @@ class KeptShares:
         for group in groups:
             recorder.record(group)
         questions = {group.request.prompt.uid for group in groups}
-        found = {uid: trace for uid in questions if (trace := _correct_one(traces.get(uid))) is not None}
-        self.own = {uid for uid in questions if self._cache.entry(uid).has_anchor}
+        known = [entry for uid in questions if (entry := traces.get(uid)) is not None]
+        found = {entry.uid: trace for entry in known if (trace := entry.first_correct) is not None}
+        self.own = {uid for uid in questions if self._cache.has_anchor(uid)}
         self.traced = set(found)
         for uid in self.traced - self.own:
             self._cache.remember(uid, found[uid])
@@ -75,7 +76,7 @@ def initialise(
         ranks: The ranks that share the questions.
     """
     for groups in batches:
-        missing = [group for group in groups if not has_anchor(prefixes.cache, group.request.prompt)]
+        missing = [group for group in groups if not prefixes.cache.has_anchor(group.request.prompt.uid)]
         if settings.initialisation == "eager":
             found = [prefixes.initial_update(first_members(g, settings.initial_samples)) for g in missing]
             for uid, responses in (pair for of_rank in ranks.gather(found) for pair in of_rank):
@@ -90,12 +91,6 @@ def learn(prefixes: CachedPrefixes, groups: Sequence[Group], size: int, ranks: R
     prefixes.apply_iteration(update for of_rank in updates for update in of_rank)
 
 
-def has_anchor(cache: ExperienceCache, prompt: Prompt) -> bool:
-    """Whether anything is cached for a question."""
-    entry = cache.get(prompt.uid)
-    return entry is not None and entry.has_anchor
-
-
 def first_members(group: Group, count: int) -> Group:
     """A group of the first members of another, or all of them if there are fewer."""
     return replace(
@@ -105,7 +100,3 @@ def first_members(group: Group, count: int) -> Group:
         rewards=group.rewards[:count],
         reward_terms={name: values[:count] for name, values in group.reward_terms.items()},
     )
-
-
-def _correct_one(entry: CacheEntry | None) -> CachedResponse | None:
-    return None if entry is None else next((anchor for anchor in entry.anchors if anchor.correct), None)

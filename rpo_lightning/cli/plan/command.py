@@ -18,7 +18,7 @@ def plan(arguments: list[str]) -> None:
 
     cli = ToolCLI("plan", COMMANDS["plan"], PlanModule, PlanSettings, arguments)
     module, data, settings = cli.model, cli.datamodule, cli.added
-    module.settings, module.cache_settings = settings, cli.config_init.get("cache")
+    module.settings, module.cache_settings = settings, cli.cache_settings
     # As many responses at once as in an iteration, for seconds that are like an iteration's.
     questions = round(data.batch_size * module.group_size / module.samples)
     data.eval_batch_size = max(1, min(questions, settings.questions))

@@ -9,7 +9,7 @@ from typing import Any
 from rpo_lightning.cache.cache import ExperienceCache
 from rpo_lightning.callbacks import ExperienceCacheCallback
 from rpo_lightning.callbacks.answer_progress import AnswerBar
-from rpo_lightning.cli.plan.arms import KeptShares, has_anchor, initialise, learn
+from rpo_lightning.cli.plan.arms import KeptShares, initialise, learn
 from rpo_lightning.cli.plan.estimates import NO_PREFIX, Answers
 from rpo_lightning.cli.plan.settings import PlanSettings
 from rpo_lightning.cli.plan.update import TIMED_GROUPS, can_time, seconds_per_response
@@ -131,7 +131,7 @@ class PlanModule(RPOModule):
         prefixes = self.cache_settings.prefixes_of(self._starting_cache(), self)
         plain = [[sampled.group for sampled in batch] for batch in self._plain]
         initialise(prefixes, self.cache_settings, plain, self.group_size, self.ranks)
-        cached = any(has_anchor(prefixes.cache, g.request.prompt) for batch in plain for g in batch)
+        cached = any(prefixes.cache.has_anchor(g.request.prompt.uid) for batch in plain for g in batch)
         if not any(self.ranks.gather(cached)):
             return []
 
