@@ -44,6 +44,17 @@ def initial_responses(group: Group, keep_unfinished: bool) -> Iterator[CachedRes
         yield cached_response(group, member)
 
 
+def best_responses(group: Group, refresh: RefreshRule, keep_unfinished: bool) -> list[CachedResponse]:
+    """What a group leaves in an empty entry: its best candidates, as many as the refresh rule keeps.
+
+    Args:
+        group: The scored group.
+        refresh: Says how many responses are kept.
+        keep_unfinished: Whether responses that ran out of budget are candidates.
+    """
+    return list(refresh.fill([], initial_responses(group, keep_unfinished)).values())
+
+
 def fill(entry: CacheEntry, refresh: RefreshRule, responses: Iterable[CachedResponse]) -> None:
     """Cache responses in the empty slots of an entry, as many as the refresh rule keeps.
 

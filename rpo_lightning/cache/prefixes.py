@@ -17,13 +17,14 @@ from typing import Literal
 
 from rpo_lightning.cache.budgets import SuffixBudget
 from rpo_lightning.cache.cache import CachedResponse, ExperienceCache
-from rpo_lightning.cache.candidates import cached_response, candidates, fill, initial_responses
+from rpo_lightning.cache.candidates import best_responses, cached_response, candidates, fill
 from rpo_lightning.cache.cuts import CutStrategy, GroupOutcome
 from rpo_lightning.cache.draws import drawn_prefix, question_generator
 from rpo_lightning.cache.refresh import RefreshRule
 from rpo_lightning.cache.spans import cut_spans
 from rpo_lightning.cache.steps import StepEnds
 from rpo_lightning.core.errors import CacheError, ConfigurationError
+from rpo_lightning.core.ranks import Ranks
 from rpo_lightning.core.seeds import SeedPurpose
 from rpo_lightning.core.types import Group, Prompt, RolloutRequest, full_path_request
 
@@ -167,6 +168,15 @@ class CachedPrefixes:
         self.cut.end_iteration(self.cache)
         return visit_statistics(outcomes)
 
+    def learn(self, groups: Sequence[Group], ranks: Ranks) -> dict[str, float]:
+        """Refresh the cache from an iteration's groups, those of all ranks in rank order; a collective.
+
+        Returns:
+            What the visits were like; see :func:`visit_statistics`.
+        """
+        updates = ranks.gather([self.update_from(group) for group in groups])
+        return self.apply_iteration(update for of_rank in updates for update in of_rank)
+
     def caveats(self, has_traces: bool) -> Iterator[str]:
         """Settings that have no effect on each other, a line for each.
 
@@ -194,8 +204,7 @@ class CachedPrefixes:
 
     def initial_update(self, group: Group) -> tuple[str, list[CachedResponse]]:
         """The question and the candidates of a group that the starting policy sampled (eq. 1), the best first."""
-        responses = initial_responses(group, self.keep_unfinished)
-        return group.request.prompt.uid, list(self.refresh.fill([], responses).values())
+        return group.request.prompt.uid, best_responses(group, self.refresh, self.keep_unfinished)
 
     def initialise(self, uid: str, responses: Iterable[CachedResponse]) -> None:
         """Fill an entry before training; without responses, make an empty one."""

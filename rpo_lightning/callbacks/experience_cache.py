@@ -213,9 +213,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
     ) -> None:
         """Update the cache with all groups of this iteration, trained on or not; a collective."""
         with pl_module.timer("cache"):
-            updates = [self._served.update_from(group) for group in pl_module.groups]
-            of_ranks = pl_module.ranks.gather(updates)
-            visits = self._served.apply_iteration(update for of_rank in of_ranks for update in of_rank)
+            visits = self._served.learn(pl_module.groups, pl_module.ranks)
         statistics = self.cache.statistics(trainer.global_step) | visits
         pl_module.log_dict({f"cache/{k}": v for k, v in statistics.items()}, batch_size=len(batch))
 

@@ -20,6 +20,7 @@ from rpo_lightning.cache import (
 from rpo_lightning.cache.prefixes import CachedPrefixes
 from rpo_lightning.cache.success_predictor import SuccessPredictor
 from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.core.ranks import Ranks
 from rpo_lightning.core.types import Prompt, RolloutRequest
 from tests.conftest import cache_contents, make_group
 
@@ -140,7 +141,9 @@ def test_a_served_iteration_tells_the_cut_of_wrong_anchors_and_of_its_end():
     assert target.update_from(group).outcome.cached_correct is False
     bisection = served(BisectionCut(), CorrectMemberRefresh())
     cut_group = make_group([1.0, 1.0], prefix_ids=(3, 4, 5), cached_length=6)  # half of a response, and success
-    bisection.apply_iteration([bisection.update_from(cut_group)])
+    assert bisection.learn([cut_group], Ranks()) == pytest.approx(
+        {"kept_share": 0.5, "unprefixed_success": np.nan}, nan_ok=True
+    )
     assert bisection.cache.shared["bisection"] == {
         "interval": pytest.approx([0.0, 0.8 * 0.9 + 0.2 * 0.5]), "of_iteration": []
     }  # fmt: skip

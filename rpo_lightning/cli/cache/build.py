@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from rpo_lightning.cache.cache import ExperienceCache
-from rpo_lightning.cache.candidates import fill, initial_responses
+from rpo_lightning.cache.candidates import best_responses, fill
 from rpo_lightning.cache.parquet import write_cache
 from rpo_lightning.cache.refresh import EpsilonGreedyRefresh, RefreshRule
 from rpo_lightning.cli.cache.show import summary
@@ -56,8 +56,8 @@ class BuildCacheCallback(Callback):
         """Choose the best answers of a batch."""
         for group in pl_module.answered:
             uid = group.request.prompt.uid
-            responses = self.refresh.fill([], initial_responses(group, self.keep_unfinished))
-            self._found.append({"uid": uid, "responses": list(responses.values())})
+            responses = best_responses(group, self.refresh, self.keep_unfinished)
+            self._found.append({"uid": uid, "responses": responses})
 
     def on_predict_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Write the cache file and print its statistics; a collective, rank 0 writes.

@@ -82,13 +82,7 @@ def initialise(
             for uid, responses in (pair for of_rank in ranks.gather(found) for pair in of_rank):
                 prefixes.initialise(uid, responses)
         else:
-            learn(prefixes, missing, size, ranks)
-
-
-def learn(prefixes: CachedPrefixes, groups: Sequence[Group], size: int, ranks: Ranks) -> None:
-    """Refresh the cache from groups of this size and tell the cut their outcomes, as a run does; a collective."""
-    updates = ranks.gather([prefixes.update_from(first_members(group, size)) for group in groups])
-    prefixes.apply_iteration(update for of_rank in updates for update in of_rank)
+            prefixes.learn([first_members(group, size) for group in missing], ranks)
 
 
 def first_members(group: Group, count: int) -> Group:

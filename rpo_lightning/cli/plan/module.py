@@ -9,7 +9,7 @@ from typing import Any
 from rpo_lightning.cache.cache import ExperienceCache
 from rpo_lightning.callbacks import ExperienceCacheCallback
 from rpo_lightning.callbacks.answer_progress import AnswerBar
-from rpo_lightning.cli.plan.arms import KeptShares, initialise, learn
+from rpo_lightning.cli.plan.arms import KeptShares, first_members, initialise
 from rpo_lightning.cli.plan.estimates import NO_PREFIX, Answers
 from rpo_lightning.cli.plan.settings import PlanSettings
 from rpo_lightning.cli.plan.update import TIMED_GROUPS, can_time, seconds_per_response
@@ -136,7 +136,7 @@ class PlanModule(RPOModule):
             return []
 
         def learn_from(groups: Sequence[Group]) -> None:
-            learn(prefixes, groups, self.group_size, self.ranks)
+            prefixes.learn([first_members(group, self.group_size) for group in groups], self.ranks)
 
         return self._answer_again(arm, prefixes.request, learn_from=learn_from)
 
