@@ -58,11 +58,12 @@ class RefreshRule(ABC):
 
         Args:
             anchors: What the question's slots hold.
-            responses: Responses to it, the best first.
+            responses: Responses to it, the best first. None is taken once as many are held as the rule keeps.
         """
         slots = list(anchors)
         found: dict[int, CachedResponse] = {}
-        for response in responses:
+        left = iter(responses)
+        while sum(anchor is not None for anchor in slots) < self.slots and (response := next(left, None)) is not None:
             slot = self.slot(slots, response, prefer_own=True)
             slots += [None] * (0 if slot is None else slot + 1 - len(slots))
             if slot is not None and slots[slot] is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from rpo_lightning.cache import (
     write_cache,
 )
 from rpo_lightning.cache.prefixes import CachedPrefixes
+from rpo_lightning.cli.cache.exchange import exported_rows
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.types import Prompt
 from tests.conftest import cache_contents, make_group
@@ -167,3 +169,28 @@ def test_a_question_is_asked_whether_it_has_an_anchor_and_for_its_first_correct_
     assert "unknown" not in cache
     assert cache.entry("wrong only").first_correct.token_ids.tolist() == [8]
     assert cache.entry("nothing").first_correct is None
+
+
+@pytest.mark.parametrize(
+    ("held", "taken"), [([], 3), ([response(1)], 3), ([response(1), response(2, correct=False)], 0)]
+)
+def test_filling_takes_no_response_once_the_slots_are_full(held, taken):
+    offered = iter([response(3), response(4), response(5, correct=False), response(6), response(7, correct=False)])
+    found = AnchorsRefresh(correct=1, wrong=1).fill(held, offered)
+    assert [r.token_ids.tolist() for r in found.values()] == [[3], [5]][len(held) :]
+    assert len(list(offered)) == 5 - taken
+
+
+def test_a_file_holds_the_notes_on_a_question_once(tmp_path):
+    cache = several_anchors()
+    write_cache(cache, tmp_path / "cache.parquet")
+    rows = pq.read_table(tmp_path / "cache.parquet", columns=["uid", "slot", "state"]).to_pylist()
+    assert [(r["slot"], r["state"]) for r in rows if r["uid"] == "both"] == [(0, '{"level": -0.25}'), (1, "")]
+
+
+def test_rows_are_exported_one_after_the_other(tokenizer):
+    cache = several_anchors()
+    rows = exported_rows(cache, tokenizer, {})
+    assert next(rows)["token_ids"] == [1, 2, 3]
+    cache.remember("wrong only", response(7, correct=False), slot=2)  # a list of all would not notice
+    assert [row["token_ids"] for row in rows] == [[4, 5], [7]]

@@ -35,35 +35,37 @@ def exported_rows(
         tokenizer: Decodes token ids.
         questions: Prompts by uid. Question and answer of other uids are ``None``.
     """
-    responses = [(entry, response) for entry in cache for response in entry.anchors]
-    for entry, response in responses:
+    for entry in cache:
         prompt = questions.get(entry.uid)
-        ids = response.token_ids.tolist()
-        yield {
-            "uid": entry.uid,
-            "question": prompt.text if prompt else None,
-            "answer": str(prompt.answer) if prompt else None,
-            "response": decode(tokenizer, ids),
-            "token_ids": ids,
-            "tokens": len(ids),
-            "reward": response.reward,
-            "correct": response.correct,
-            "finished": response.finished,
-            "step": response.step,
-            "spans": [list(span) for span in response.spans],
-            "visits": entry.visits,
-        }
+        for response in entry.anchors:
+            ids = response.token_ids.tolist()
+            yield {
+                "uid": entry.uid,
+                "question": prompt.text if prompt else None,
+                "answer": str(prompt.answer) if prompt else None,
+                "response": decode(tokenizer, ids),
+                "token_ids": ids,
+                "tokens": len(ids),
+                "reward": response.reward,
+                "correct": response.correct,
+                "finished": response.finished,
+                "step": response.step,
+                "spans": [list(span) for span in response.spans],
+                "visits": entry.visits,
+            }
 
 
-def write_rows(rows: Sequence[Mapping[str, Any]], out: str | Path) -> None:
+def write_rows(rows: Iterable[Mapping[str, Any]], out: str | Path) -> None:
     """Write rows to a ``.parquet`` or ``.jsonl`` file, or to a folder of ``datasets``.
+
+    JSON Lines are written row by row; the others hold all rows in memory.
 
     Raises:
         CacheError: ``out`` is a folder, and ``datasets`` is not installed.
     """
     path = Path(out)
     if path.suffix == ".parquet":
-        return write_parquet(rows, path)
+        return write_parquet(list(rows), path)
     if path.suffix in (".jsonl", ".json"):
         return write_json_lines(rows, path)
     try:

@@ -89,12 +89,12 @@ def export(settings: ExportSettings, module: PolicyModule, data: RPODataModule) 
     """
     cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer))
     cache = read_cache(settings.path, cache.tokenizer_fingerprint)
-    prompts = data.read("train", "", module.tokenizer, module.grader.verifier)
-    rows = list(exported_rows(cache, module.tokenizer, {p.uid: p for p in prompts}))
-    if not rows:
+    responses = sum(len(entry.anchors) for entry in cache)
+    if not responses:
         raise CacheError(f"{settings.path}: holds no responses, so there is nothing to export")
-    write_rows(rows, settings.out)
-    print(f"{len(rows)} responses written to {settings.out}")
+    prompts = data.read("train", "", module.tokenizer, module.grader.verifier)
+    write_rows(exported_rows(cache, module.tokenizer, {p.uid: p for p in prompts}), settings.out)
+    print(f"{responses} responses written to {settings.out}")
 
 
 def import_(settings: ImportSettings, module: PolicyModule, data: RPODataModule, refresh: RefreshRule) -> None:
