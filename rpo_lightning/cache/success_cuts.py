@@ -89,9 +89,11 @@ class BisectionCut(CutStrategy):
     """AdaBack's interval rule (arXiv 2506.18110): keep more of a correct response after failure, less after success.
 
     The share is drawn uniformly from the question's interval. After a group whose success is below ``threshold``, the
-    interval reaches from the share that was kept up to the smallest share that has succeeded so far. After any other
-    group, it reaches from 0 to the share that was kept: its upper end never rises. A question that has not been cut yet
-    takes the moving averages of the ends of the intervals, of which each iteration has a fifth.
+    interval reaches from the share that was kept up to the smallest share that has succeeded so far, or ``highest`` if
+    none has. After any other group, it reaches from 0 to the smallest share that has succeeded. So its upper end never
+    rises, even if a kept share lies above it (a cut moved to the end of a step, a question with several groups in an
+    iteration). A question that has not been cut yet takes the moving averages of the ends of the intervals, of which
+    each iteration has a fifth.
 
     Deviations: success is the share of correct members, not the mean reward, which may have other terms. A group
     without a prefix changes the interval only if it succeeds: its failure says no more than that 0 is too short.
@@ -120,7 +122,7 @@ class BisectionCut(CutStrategy):
     def prefix_length(self, entry: CacheEntry, response: CachedResponse, rng: np.random.Generator) -> int:
         """A random share from the question's interval, or from that of new questions."""
         low, high = entry.state.get("interval") or self._shared(entry.shared)["interval"]
-        return int(rng.uniform(min(low, high), high) * len(response))
+        return int(rng.uniform(low, high) * len(response))
 
     def observe(self, entry: CacheEntry, outcome: GroupOutcome) -> None:
         """Move the question's interval."""
@@ -128,6 +130,7 @@ class BisectionCut(CutStrategy):
         if not outcome.prefix_length and not has_succeeded:
             return
         smallest = entry.state["interval"][1] if "interval" in entry.state else self.highest
+        share = min(share, smallest)
         interval = [0.0, share] if has_succeeded else [share, smallest]
         entry.state["interval"] = interval
         self._shared(entry.shared)["of_iteration"].append(interval)

@@ -119,6 +119,26 @@ def test_bisection_keeps_more_after_failure_and_less_after_success():
         assert shares.max() <= interval[1]
 
 
+def test_the_upper_end_of_a_questions_interval_never_rises_whatever_share_was_kept():
+    cut, cached = BisectionCut(threshold=0.5), entry(ExperienceCache("abc"))
+    for kept, successes, interval in (
+        (950, 4, [0.0, 0.9]),  # a cut that was moved beyond the highest share
+        (300, 4, [0.0, 0.3]),
+        (600, 4, [0.0, 0.3]),  # the same iteration's second group, drawn from the interval before
+        (600, 0, [0.3, 0.3]),
+        (200, 0, [0.2, 0.3]),
+    ):
+        cut.observe(cached, outcome(kept, successes))
+        assert cached.state["interval"] == interval
+    rng, high = np.random.default_rng(0), 0.3
+    for _ in range(300):
+        cut.observe(cached, outcome(int(rng.integers(0, 1000)), int(rng.integers(0, 5))))
+        low, now = cached.state["interval"]
+        assert 0 <= low <= now <= high
+        high = now
+    assert all(low <= high for low, high in cached.shared["bisection"]["of_iteration"])
+
+
 def test_bisection_starts_new_questions_in_the_moving_average_of_intervals():
     cut, cache = BisectionCut(), ExperienceCache("abc")
     cut.observe(entry(cache, "a"), outcome(300, 0))  # [0.3, 0.9]
