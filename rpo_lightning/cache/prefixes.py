@@ -146,9 +146,8 @@ class CachedPrefixes:
         last one's response stays.
         """
         entry = self.cache.entry(update.uid)
-        has_choice = self.refresh.slots > 1 or not self.prefer_own
         for response in update.responses:
-            slot = self.refresh.slot(entry.slots, response, self.prefer_own) if has_choice else 0
+            slot = self.refresh.slot(entry.slots, response, self.prefer_own)
             if slot is not None:
                 self.cache.remember(update.uid, response, slot)
         entry.visits += 1

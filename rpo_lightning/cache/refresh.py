@@ -40,8 +40,8 @@ class RefreshRule(ABC):
     def slot(self, anchors: Sequence[CachedResponse | None], response: CachedResponse, prefer_own: bool) -> int | None:
         """The slot in which a response is cached; ``None`` if it is not.
 
-        This one knows one slot, whose response is always replaced, a trace only with ``prefer_own``. A run does not ask
-        a rule of one slot while ``prefer_own`` holds.
+        Asked for every response that :meth:`choose` picks, whatever its group's rewards are. This one knows one slot,
+        whose response is always replaced, a trace only with ``prefer_own``.
 
         Args:
             anchors: What the question's slots hold.
@@ -113,6 +113,9 @@ class AnchorsRefresh(RefreshRule):
     of its verdict whose last tokens are oldest. A member that this run generated as a whole replaces one with tokens
     from elsewhere first. One that continues a prefix from elsewhere never replaces an anchor without such tokens.
 
+    A cache that another rule has filled may hold more wrong anchors than this one keeps. Correct members replace those
+    first. A wrong member never replaces a correct anchor.
+
     Args:
         correct: How many correct responses to keep, at least 1.
         wrong: How many wrong ones to keep, for failing prefixes (``TargetSuccessCut.failing_prefixes``).
@@ -136,6 +139,11 @@ class AnchorsRefresh(RefreshRule):
 
     def slot(self, anchors: Sequence[CachedResponse | None], response: CachedResponse, prefer_own: bool) -> int | None:
         """An empty slot while there are too few anchors of the verdict, or else that of the one to replace."""
+        wrong = {i: a for i, a in enumerate(anchors) if a is not None and not a.correct}
+        if response.correct and len(wrong) > self.wrong:
+            return min(wrong, key=lambda i: wrong[i].step)
+        if not response.correct and not self.keeps_wrong:
+            return None
         same = {i: a for i, a in enumerate(anchors) if a is not None and a.correct == response.correct}
         if len(same) < (self.correct if response.correct else self.wrong):
             return next((i for i, anchor in enumerate(anchors) if anchor is None), len(anchors))

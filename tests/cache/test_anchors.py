@@ -14,6 +14,7 @@ from rpo_lightning.cache import (
     CachedResponse,
     CorrectMemberRefresh,
     CutStrategy,
+    EpsilonGreedyRefresh,
     ExperienceCache,
     FullBudget,
     read_cache,
@@ -194,3 +195,46 @@ def test_rows_are_exported_one_after_the_other(tokenizer):
     assert next(rows)["token_ids"] == [1, 2, 3]
     cache.remember("wrong only", response(7, correct=False), slot=2)  # a list of all would not notice
     assert [row["token_ids"] for row in rows] == [[4, 5], [7]]
+
+
+class WritesDown(EpsilonGreedyRefresh):
+    """Keeps the first response, and writes down what it is asked."""
+
+    def __init__(self):
+        super().__init__(epsilon=1.0)
+        self.asked = []
+
+    def choose(self, group, candidates, rng):
+        self.asked.append(("choose", len(candidates)))
+        return super().choose(group, candidates, rng)
+
+    def slot(self, anchors, response, prefer_own):
+        self.asked.append(("slot", response.correct))
+        return 0 if anchors[0] is None else None
+
+
+def test_a_rule_is_asked_after_every_group_and_for_every_response():
+    rule = WritesDown()
+    prefixes = served(rule)
+    prefixes.record(make_group([1.0, 1.0], [(3, 2), (3, 2)]))
+    prefixes.record(make_group([0.0, 0.0], [(4, 2), (4, 2)]))
+    prefixes.record(make_group([0.0, 0.0], [(5,), (5,)], finished=[False, False]))
+    assert rule.asked == [("choose", 2), ("slot", True), ("choose", 2), ("slot", False), ("choose", 0)]
+    assert tokens(prefixes.cache) == [[3, 2]]  # as the rule said
+
+
+def test_wrong_anchors_that_another_rule_left_are_replaced_first_and_correct_ones_by_no_wrong_one():
+    prefixes = served(AnchorsRefresh(correct=2, wrong=0))
+    prefixes.cache.remember("q", response(1, 2, correct=False, step=3))
+    prefixes.cache.remember("q", response(3, 2, correct=True, step=1), slot=1)
+    prefixes.cache.remember("q", response(4, 2, correct=False, step=2), slot=2)
+    held = [[[1, 2], [3, 2], [4, 2]], [[1, 2], [3, 2], [5, 2]], [[6, 2], [3, 2], [5, 2]], [[6, 2], [7, 2], [5, 2]]]
+    assert tokens(prefixes.cache) == held[0]
+    for step, after in enumerate(held[1:], start=5):
+        prefixes.record(make_group([0.0, 0.0], [(9, 2), (9, 2)], step=step))
+        prefixes.record(make_group([1.0, 0.0], [(step, 2), (9, 2)], step=step))
+        assert tokens(prefixes.cache) == after
+    rule, right, wrong = AnchorsRefresh(correct=1, wrong=1), response(1), response(2, correct=False)
+    assert rule.slot([right, right], wrong, prefer_own=True) == 2
+    assert rule.slot([right, wrong], wrong, prefer_own=True) == 1
+    assert AnchorsRefresh(1, 0).slot([wrong], wrong, prefer_own=True) is None
