@@ -66,7 +66,9 @@ class CutStrategy(ABC):
     follows_success = False
 
     def anchor(self, entry: CacheEntry, rng: np.random.Generator) -> CachedResponse | None:
-        """The response to cut at a visit, the one in slot 0; ``None`` for no prefix.
+        """The response to cut at a visit; ``None`` for no prefix.
+
+        This one is the response in slot 0, right or wrong, however many the refresh rule keeps.
 
         Args:
             entry: The question's entry.
@@ -117,6 +119,8 @@ def require_plain_share(plain_share: float) -> float:
 class UniformCut(CutStrategy):
     """Drop m ~ U{0, …, L} tokens with a fixed L (the paper's RPO-300, -500 and -800).
 
+    Of several responses to a question it cuts the one in slot 0 only.
+
     Args:
         max_cut: L, in tokens.
     """
@@ -135,7 +139,7 @@ class FractionOfShortestCut(CutStrategy):
     """Drop m ~ U{0, …, fraction · ℓ} tokens; ℓ is the shortest response of the question's previous group.
 
     ``fraction`` = 1/2 is equation 4 of the paper, its main setting. Before a question's first group, ℓ is the length of
-    the cached response.
+    the cached response. Of several responses to a question it cuts the one in slot 0 only.
 
     Args:
         fraction: Share of ℓ that may be dropped, in (0, 1].
@@ -161,7 +165,7 @@ class AnchoredCut(CutStrategy):
 
     Not in the paper. After a cut in the middle of a correct response, members can still end right or wrong. A wrong
     prefix or a late cut mostly decides that beforehand. Use it with ``CorrectMemberRefresh``, which caches correct
-    responses only.
+    responses only. Of several correct responses to a question, each visit cuts a random one.
 
     Args:
         low: Smallest share of the response that becomes the prefix.

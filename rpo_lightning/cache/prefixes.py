@@ -188,7 +188,12 @@ class CachedPrefixes:
                 f"cache.refresh={refresh} keeps no wrong response beside a correct one, so cache.cut={cut} has hardly "
                 "any failing prefixes: use AnchorsRefresh with wrong=1"
             )
-        if self.refresh.keeps_wrong and not self.cut.cuts_wrong:
+        if self.refresh.slots > 1 and type(self.cut).anchor is CutStrategy.anchor:
+            yield (
+                f"cache.refresh={refresh} keeps up to {self.refresh.slots} responses of a question, of which "
+                f"cache.cut={cut} cuts the one in slot 0 only: use AnchoredCut or a success-led cut, or keep one"
+            )
+        elif self.refresh.keeps_wrong and not self.cut.cuts_wrong:
             yield (
                 f"cache.refresh={refresh} keeps wrong responses that cache.cut={cut} never cuts: use wrong=0, or "
                 "TargetSuccessCut with failing_prefixes=true"

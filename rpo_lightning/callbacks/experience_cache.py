@@ -43,7 +43,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
 
     Args:
         cut: How much of a cached response becomes the prefix; ``FractionOfShortestCut(0.5)`` (the paper's ℓ/2) if not
-            given.
+            given. Of several responses to a question, this and ``UniformCut`` cut the one in slot 0 only.
         refresh: Which member of a group is cached; ``EpsilonGreedyRefresh(0.5)`` if not given.
         budget: How long a suffix may get; ``FullBudget()`` (up to the response limit) if not given.
         initialisation: ``eager`` samples responses to all questions before training (paper). With ``lazy``, the first

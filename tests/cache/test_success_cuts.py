@@ -13,9 +13,11 @@ from rpo_lightning.cache import (
     CorrectMemberRefresh,
     EpsilonGreedyRefresh,
     ExperienceCache,
+    FractionOfShortestCut,
     FullBudget,
     GroupOutcome,
     TargetSuccessCut,
+    UniformCut,
 )
 from rpo_lightning.cache.prefixes import CachedPrefixes
 from rpo_lightning.cache.success_predictor import SuccessPredictor
@@ -229,6 +231,9 @@ def test_impossible_settings_are_refused(make, message):
         (TargetSuccessCut(failing_prefixes=True), AnchorsRefresh(), {}, []),
         (TargetSuccessCut(), AnchorsRefresh(), {}, ["wrong responses that cache.cut=TargetSuccessCut never cuts"]),
         (AnchoredCut(), AnchorsRefresh(2, 0), {}, []),
+        (UniformCut(9), AnchorsRefresh(2, 0), {}, ["cache.cut=UniformCut cuts the one in slot 0 only"]),
+        (FractionOfShortestCut(), AnchorsRefresh(), {}, ["keeps up to 2 responses of a question"]),
+        (UniformCut(9), AnchorsRefresh(1, 0), {}, []),
         (BisectionCut(), CorrectMemberRefresh(), {"on_failure": "restart"}, ["would keep more of the response"]),
         (AnchoredCut(), CorrectMemberRefresh(), {"on_failure": "restart"}, []),
         (AnchoredCut(), EpsilonGreedyRefresh(), {"prefer_own": False}, ["no effect without cache.path"]),
