@@ -37,8 +37,7 @@ class RunSummaryCallback(RunFolderCallback):
     def __init__(self) -> None:
         self.decoded_tokens = 0
         self.responses = 0
-        self.idle_tokens = 0
-        self.judged_tokens = 0  # decoded tokens of the iterations that the idle ones are of
+        self.idle_tokens: int | None = 0  # None: unknown, since the run began with a release that did not count them
         self.seconds = 0.0
         self.accuracies: list[tuple[int, float]] = []
         self.full_path_tokens: list[float] = []
@@ -70,8 +69,8 @@ class RunSummaryCallback(RunFolderCallback):
         record: IterationRecord = pl_module.record
         self.decoded_tokens += record.phase_tokens["decode"]
         self.responses += record.responses
-        self.idle_tokens += record.idle_tokens
-        self.judged_tokens += record.phase_tokens["decode"]
+        if self.idle_tokens is not None:
+            self.idle_tokens += record.idle_tokens
         _add(self.phase_seconds, record.phase_seconds)
         _add(self.phase_tokens, record.phase_tokens)
         last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
@@ -109,7 +108,9 @@ class RunSummaryCallback(RunFolderCallback):
                 sum(self.full_path_tokens) / len(self.full_path_tokens) if self.full_path_tokens else None
             ),
             "decoded_tokens": self.decoded_tokens,
-            "idle_decoding_share": self.idle_tokens / self.judged_tokens if self.judged_tokens else None,
+            "idle_decoding_share": (
+                self.idle_tokens / self.decoded_tokens if self.idle_tokens is not None and self.decoded_tokens else None
+            ),
             "initialisation_tokens": initialisation,
             "total_tokens": self.decoded_tokens + initialisation,
             "seconds": self.seconds,
@@ -133,7 +134,6 @@ class RunSummaryCallback(RunFolderCallback):
             "decoded_tokens": self.decoded_tokens,
             "samples": self.responses,
             "idle_tokens": self.idle_tokens,
-            "judged_tokens": self.judged_tokens,
             "seconds": self._seconds_so_far(),
             "accuracies": self.accuracies,
             "full_path_tokens": self.full_path_tokens,
@@ -145,9 +145,7 @@ class RunSummaryCallback(RunFolderCallback):
         """Restore the counts."""
         self.decoded_tokens = state_dict["decoded_tokens"]
         self.responses = state_dict["samples"]
-        # Checkpoints of earlier releases do not say which tokens taught nothing.
-        self.idle_tokens = state_dict.get("idle_tokens", 0)
-        self.judged_tokens = state_dict.get("judged_tokens", 0)
+        self.idle_tokens = state_dict.get("idle_tokens")
         self.seconds = state_dict["seconds"]
         self.accuracies = [(int(step), float(accuracy)) for step, accuracy in state_dict["accuracies"]]
         self.full_path_tokens = list(state_dict["full_path_tokens"])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pandas as pd
 import pytest
+import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rpo_lightning import ExperienceCacheCallback
 from rpo_lightning.cache import AnchoredCut, CorrectMemberRefresh
@@ -55,3 +58,23 @@ def test_metrics_and_summary_are_those_of_the_groups(tmp_path, sampling):
     assert 0 < useful < decoded
     written = json.loads((tmp_path / "summary.json").read_text())
     assert written["idle_decoding_share"] == pytest.approx(1 - useful / decoded)
+
+
+def test_a_run_that_began_without_counting_idle_tokens_does_not_tell_their_share(tmp_path, capsys):
+    def run(folder, steps, resume=None):
+        summary, saver = RunSummaryCallback(), ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = make_trainer(tmp_path / folder, max_steps=steps, callbacks=[summary, saver])
+        module = make_module(max_response_tokens=16)  # nothing is finished, so nothing is right
+        trainer.fit(module, datamodule=make_data(), ckpt_path=resume, weights_only=True if resume else None)
+        return summary, json.loads((tmp_path / folder / "summary.json").read_text())["idle_decoding_share"]
+
+    summary, share = run("whole", 1)
+    assert (summary.idle_tokens, share) == (summary.decoded_tokens, 1.0)
+    checkpoint = torch.load(tmp_path / "step=1.ckpt", weights_only=True)
+    del checkpoint["callbacks"]["RunSummaryCallback"]["idle_tokens"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    capsys.readouterr()
+    resumed, share = run("resumed", 2, tmp_path / "old.ckpt")
+    assert resumed.decoded_tokens > summary.decoded_tokens
+    assert (resumed.idle_tokens, resumed.state_dict()["idle_tokens"], share) == (None, None, None)
+    assert re.search(r"decoding that taught nothing +not measured", capsys.readouterr().out)
