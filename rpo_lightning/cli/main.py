@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import cast
+from typing import TextIO, cast
 
 from rpo_lightning.cli.commands import COMMANDS, LIGHTNING_COMMANDS, overview
 from rpo_lightning.cli.quiet import silence_libraries
@@ -33,9 +34,22 @@ def main(arguments: list[str] | None = None) -> None:
         _main(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has gone, as in `rpo-lightning --help | head`. Python would complain again at its end.
+        if not _has_lost_its_reader(sys.stdout):
+            raise  # another pipe is broken, such as one to a process that grades
+        # As in `rpo-lightning --help | head`. Python would complain again at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+
+
+def _has_lost_its_reader(stream: TextIO) -> bool:
+    """Whether a stream is a pipe from which nobody reads any more."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # it is no file, or closed
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors are told without being asked for
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _main(arguments: list[str]) -> None:

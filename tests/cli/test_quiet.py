@@ -257,7 +257,33 @@ def test_only_the_warnings_that_are_listed_are_silenced():
 
 def test_a_reader_that_goes_away_is_no_error():
     """As in ``rpo-lightning --help | head``."""
-    command = f"{sys.executable} -m rpo_lightning --help | true"
+    command = f"{sys.executable} -m rpo_lightning --help | true; exit ${{PIPESTATUS[0]}}"
     for _ in range(3):  # the reader may be gone before or after the text is written
-        done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
-        assert done.stderr == ""
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert (done.stderr, done.returncode) in (("", 0), ("", 1))
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "rpo_lightning", "--help"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.stderr, done.returncode) == (b"", 1)
+
+
+BREAKS_ANOTHER_PIPE = """
+import os
+from lightning.pytorch import Callback
+
+class ToNobody(Callback):
+    def setup(self, trainer, pl_module, stage):
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.write(writer, b"text")
+"""
+
+
+def test_a_broken_pipe_that_is_not_stdouts_is_told(monkeypatch, capfd):
+    Path("breaks_a_pipe.py").write_text(BREAKS_ANOTHER_PIPE)
+    monkeypatch.syspath_prepend(Path.cwd())
+    with pytest.raises(BrokenPipeError):
+        main(["fit", *SMALL, "--trainer.callbacks", "breaks_a_pipe.ToNobody"])
+    print("after", flush=True)
+    assert capfd.readouterr().out.splitlines()[-1] == "after"  # stdout still writes where it did
