@@ -26,19 +26,21 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def require_modules(extra: str, *names: str) -> None:
+def require_modules(extra: str, *names: str, what: str = "") -> None:
     """Check that the modules of an extra are installed.
 
     Args:
         extra: Name of the extra, for the message.
         names: The modules.
+        what: What needs them, for the message.
 
     Raises:
         ConfigurationError: A module is missing.
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigurationError(f"{missing[0]} is not installed: pip install 'rpo-lightning[{extra}]'")
+        where = f"{what}: " if what else ""
+        raise ConfigurationError(f"{where}{missing[0]} is not installed: pip install 'rpo-lightning[{extra}]'")
 
 
 class CacheError(RPOError):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rpo_lightning.core.errors import DataError
+from rpo_lightning.core.errors import DataError, require_modules
 
 Row = Mapping[str, Any]
 
@@ -121,12 +121,12 @@ class HubDataset(DataSource):
         """Yield the rows.
 
         Raises:
-            DataError: ``datasets`` is not installed, or cannot load the data set.
+            ConfigurationError: ``datasets`` is not installed.
+            DataError: It cannot load the data set.
         """
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise DataError(f"{self.name}: reading a Hugging Face data set needs 'pip install datasets'") from error
+        require_modules("hub", "datasets", what=f"{self.name} is read as a Hugging Face data set")
+        from datasets import load_dataset
+
         try:
             dataset = load_dataset(self.name, self.subset, split=self.split)
         except (OSError, ValueError) as error:

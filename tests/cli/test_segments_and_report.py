@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -150,6 +151,21 @@ def test_entries_are_shown_with_what_a_cut_keeps_and_drops(tokenizer, capsys):
     assert "100.0% by the starting policy" in stats
     openings = len({tuple(e.response.token_ids[:16].tolist()) for e in cache})
     assert f"distinct openings     {openings} of 6" in stats
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["import", "--path", "owner/traces"], "owner/traces is read as a Hugging Face data set"),
+        (["export", "--path", "c.parquet", "--out", "rows"], "rows is a folder, not a .parquet or .jsonl file"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_told_with_the_extra_that_has_it(arguments, what, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not there
+    with pytest.raises(SystemExit):
+        main(["cache", arguments[0], *SMALL, *arguments[1:]])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "datasets" in line]
+    assert line == f"rpo-lightning: error: {what}: datasets is not installed: pip install 'rpo-lightning[hub]'"
 
 
 @pytest.mark.parametrize("out", ["texts.parquet", "texts.jsonl", "texts"])

@@ -59,22 +59,14 @@ def write_rows(rows: Iterable[Mapping[str, Any]], out: str | Path) -> None:
     """Write rows to a ``.parquet`` or ``.jsonl`` file, or to a folder of ``datasets``.
 
     JSON Lines are written row by row; the others hold all rows in memory.
-
-    Raises:
-        CacheError: ``out`` is a folder, and ``datasets`` is not installed.
     """
     path = Path(out)
     if path.suffix == ".parquet":
         return write_parquet(list(rows), path)
     if path.suffix in (".jsonl", ".json"):
         return write_json_lines(rows, path)
-    try:
-        from datasets import Dataset
-    except ImportError as error:
-        raise CacheError(
-            f"{out}: a folder needs datasets, which is not installed: pip install 'rpo-lightning[hub]', or name a "
-            ".parquet or .jsonl file"
-        ) from error
+    from datasets import Dataset
+
     Dataset.from_list([dict(row) for row in rows]).save_to_disk(str(path))
 
 

@@ -14,7 +14,7 @@ from rpo_lightning.cli.cache.exchange import exported_rows, import_responses, wr
 from rpo_lightning.cli.cache.show import summary
 from rpo_lightning.cli.commands import CACHE_COMMANDS
 from rpo_lightning.cli.tool_cli import ToolCLI
-from rpo_lightning.core.errors import CacheError
+from rpo_lightning.core.errors import CacheError, require_modules
 from rpo_lightning.data.datamodule import RPODataModule
 from rpo_lightning.data.prompts import QUESTION_COLUMNS
 from rpo_lightning.data.sources import as_source
@@ -33,19 +33,22 @@ class ExportSettings:
 
     Raises:
         CacheError: ``out`` is a file of another kind.
+        ConfigurationError: It is a folder, and ``datasets`` is not installed.
     """
 
     path: str
     out: str
 
     def __post_init__(self) -> None:
-        """Check the ending before a large cache is read."""
+        """Check the ending, and what it needs, before a large cache is read."""
         suffix = Path(self.out).suffix
         # Letters only: a folder's name may end in a version.
         if suffix[1:].isalpha() and suffix not in (".parquet", ".jsonl", ".json"):
             raise CacheError(
                 f"{self.out}: tables are written as .parquet or .jsonl, or as a folder, whose name has no ending"
             )
+        if suffix not in (".parquet", ".jsonl", ".json"):
+            require_modules("hub", "datasets", what=f"{self.out} is a folder, not a .parquet or .jsonl file")
 
 
 @dataclass
