@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from rpo_lightning.cache.cache import ExperienceCache
-from rpo_lightning.cache.parquet import write_cache
+from rpo_lightning.cache.parquet import read_cache, write_cache
+from rpo_lightning.callbacks import experience_cache
 from rpo_lightning.cli.main import main
 from rpo_lightning.cli.plan.estimates import Answers, ArmEstimate, Iteration, informative_probability
 from rpo_lightning.cli.plan.verdict import Advice, judge
@@ -211,7 +212,7 @@ def traces(operations: int, seed: int = 1, size: int = 6) -> None:
     Path("traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_questions_that_are_never_solved_need_traces_and_who_has_some_imitates_first(capsys):
+def test_questions_that_are_never_solved_need_traces_and_who_has_some_imitates_first(monkeypatch, capsys):
     unknown = [*UNKNOWN, "--kept_shares", "[0.9]"]
     assert plan(*unknown)["advice"] == Advice.NEITHER.value
     assert "\ncut: AnchoredCut: not sampled, since nothing is cached" in capsys.readouterr().out
@@ -230,7 +231,10 @@ def test_questions_that_are_never_solved_need_traces_and_who_has_some_imitates_f
             "c.parquet",
         ]
     )
+    files = []
+    monkeypatch.setattr(experience_cache, "read_cache", lambda *a: files.append(a[0]) or read_cache(*a))
     report = plan(*unknown, "--cache.path", "c.parquet")
+    assert files == ["c.parquet"]  # once for all arms
     assert report["advice"] == Advice.SUPERVISED_FIRST.value
     assert (report["questions_with_own_correct_response"], report["questions_with_trace"]) == (0, 6)
     assert arms_of(report)["keep 0.9"]["questions_with_prefix"] == 6

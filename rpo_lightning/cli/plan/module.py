@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rpo_lightning.cache.cache import ExperienceCache
+from rpo_lightning.cache.prefixes import CachedPrefixes
 from rpo_lightning.callbacks import ExperienceCacheCallback
 from rpo_lightning.callbacks.answer_progress import AnswerBar
 from rpo_lightning.cli.plan.arms import KeptShares, first_members, initialise
@@ -110,7 +111,9 @@ class PlanModule(RPOModule):
     def on_predict_epoch_end(self) -> None:
         """Answer the same questions in the other arms, time updates, and collect what all ranks have; a collective."""
         plain = [sampled.group for batch in self._plain for sampled in batch]
-        shares = KeptShares(self._starting_cache(), plain, self.max_response_tokens, self._steps)
+        start = self._starting_prefixes()
+        traces = ExperienceCache(tokenizer_fingerprint(self.tokenizer)) if start is None else start.cache
+        shares = KeptShares(traces, plain, self.max_response_tokens, None if start is None else start.steps)
         own, traced = zip(*self.ranks.gather((shares.own, shares.traced)), strict=True)
         groups = {NO_PREFIX: plain}
         with self.trainer.precision_plugin.train_step_context():
@@ -119,16 +122,15 @@ class PlanModule(RPOModule):
                 for share in self.settings.kept_shares:
                     arm = f"keep {share:g}"
                     groups[arm] = self._answer_again(arm, shares.cut_at(share).request, again)
-            if self.cut_arm is not None:
-                groups[self.cut_arm] = self._answer_with_cut(self.cut_arm)
+            if self.cut_arm is not None and start is not None:
+                groups[self.cut_arm] = self._answer_with_cut(self.cut_arm, start)
         rows = gather_rows([asdict(row) for row in self._rows], ("arm", "uid"))
         answers = [Answers(**row) for row in rows]
         self.found = Plan(answers, frozenset().union(*own), frozenset().union(*traced), self._timed(groups))
 
-    def _answer_with_cut(self, arm: str) -> list[Group]:
+    def _answer_with_cut(self, arm: str, prefixes: CachedPrefixes) -> list[Group]:
         """Answer with the config's cut, which learns from one iteration after the other, as in a run."""
         assert self.cache_settings is not None
-        prefixes = self.cache_settings.prefixes_of(self._starting_cache(), self)
         plain = [[sampled.group for sampled in batch] for batch in self._plain]
         initialise(prefixes, self.cache_settings, plain, self.group_size, self.ranks)
         cached = any(prefixes.cache.has_anchor(g.request.prompt.uid) for batch in plain for g in batch)
@@ -209,11 +211,8 @@ class PlanModule(RPOModule):
         self.engine.sleep()
         return {arm: seconds_per_response(self, self._loss, g[:TIMED_GROUPS]) for arm, g in groups.items() if g}
 
-    def _starting_cache(self) -> ExperienceCache:
+    def _starting_prefixes(self) -> CachedPrefixes | None:
+        """What a run with the config's cache would start from; ``None`` without one. Reads the file of a cache."""
         if self.cache_settings is None:
-            return ExperienceCache(tokenizer_fingerprint(self.tokenizer))
-        return self.cache_settings.starting_cache(self.trainer, self, self._data)
-
-    @property
-    def _steps(self) -> Any:
-        return None if self.cache_settings is None else self.cache_settings.step_ends(self)
+            return None
+        return self.cache_settings.prefixes_of(self.cache_settings.starting_cache(self.trainer, self, self._data), self)
