@@ -17,12 +17,20 @@ from rpo_lightning.cache.cache import ExperienceCache
 from rpo_lightning.cache.parquet import read_cache, write_cache
 from rpo_lightning.callbacks import experience_cache
 from rpo_lightning.cli.main import main
-from rpo_lightning.cli.plan.estimates import Answers, ArmEstimate, Iteration, informative_probability
+from rpo_lightning.cli.plan import update
+from rpo_lightning.cli.plan.estimates import (
+    Answers,
+    ArmEstimate,
+    Iteration,
+    UpdateSeconds,
+    informative_probability,
+)
 from rpo_lightning.cli.plan.verdict import Advice, judge
 from rpo_lightning.data.arithmetic import ArithmeticProblem, draw_problem
 from rpo_lightning.module import RPOModule
 from rpo_lightning.policy.load import load_policy
 from rpo_lightning.policy.tokenizer import tokenizer_fingerprint
+from rpo_lightning.update.loss import PolicyLoss
 from tests.conftest import REASONER
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +127,35 @@ def test_the_table_is_computed_from_what_was_sampled(monkeypatch, capsys):
     assert set(report["sentences"]) <= set(printed.splitlines())
 
 
+@pytest.mark.parametrize(("settings", "needs_old"), [([], False), (["--model.update.passes_per_rollout", "2"], True)])
+def test_old_logprobs_of_every_group_are_timed_where_the_update_needs_them(settings, needs_old, monkeypatch, capsys):
+    computed = []
+    store = PolicyLoss.store_old_logprobs
+
+    def counting(loss, groups):
+        computed.append(sum(group.old_logprobs is None for group in groups))
+        store(loss, groups)
+
+    monkeypatch.setattr(PolicyLoss, "store_old_logprobs", counting)
+    monkeypatch.setattr(update, "TIMED_GROUPS", 2)
+    report = plan("--cache", "null", "--kept_shares", "[]", "--samples", "4", *settings)
+    assert computed == ([1, 6] if needs_old else [])  # one to get ready, and all six that are timed
+    arm = arms_of(report)["no prefix"]
+    assert (arm["old_logprobs_seconds"] > 0) == needs_old == ("old log-probs of all groups" in capsys.readouterr().out)
+    parts = arm["rollout_seconds"]["value"], arm["old_logprobs_seconds"], arm["update_seconds"]
+    assert arm["seconds"]["value"] == pytest.approx(sum(parts))
+
+
+def test_seconds_of_the_update_are_those_of_the_responses_that_are_trained_on():
+    rows = [Answers("a", str(i), (i < 2, False), (10, 10), 0, 0, 1.0) for i in range(4)]  # half of the groups teach
+    for drops, old, passes in ((False, 0.5 * 8, 2.0 * 8), (True, 0.5 * 4, 2.0 * 4)):
+        iteration = Iteration(groups=8, group_size=2, ranks=2, drops_groups=drops)
+        estimate = ArmEstimate.of(rows, iteration, UpdateSeconds(0.5, 2.0))
+        assert (estimate.old_logprobs_seconds, estimate.update_seconds) == (old, passes)
+        assert estimate.seconds.value == pytest.approx(estimate.rollout_seconds.value + old + passes)
+    assert ArmEstimate.of(rows, iteration).old_logprobs_seconds is None
+
+
 def test_an_estimate_holds_for_the_run_that_follows():
     """Eight questions against a run on all 32: three visits of each, the first without a prefix (lazy)."""
     size = ["--data.train.size", "32", "--data.batch_size", "8"]
@@ -157,7 +194,7 @@ def arm(name: str, rates: list[float], tokens: int = 100, prefix: int = 0) -> Ar
     counts = [round(8 * rates[i % len(rates)]) for i in range(40)]
     rows = [Answers(name, str(i), tuple(j < c for j in range(8)), (tokens,) * 8, prefix, 100, 1.0)
             for i, c in enumerate(counts)]  # fmt: skip
-    return ArmEstimate.of(rows, Iteration(groups=16, group_size=8), 0.01)
+    return ArmEstimate.of(rows, Iteration(groups=16, group_size=8), UpdateSeconds(0.0, 0.01))
 
 
 NEVER, RARELY, OFTEN, MOSTLY = [0.0], [0.125, 0.0, 0.0, 0.0], [0.375], [1.0, 1.0, 0.875]

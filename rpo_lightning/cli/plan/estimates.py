@@ -66,6 +66,19 @@ class Iteration:
 
 
 @dataclass(frozen=True)
+class UpdateSeconds:
+    """Seconds of an iteration's update for each response that it trains on.
+
+    Attributes:
+        old_logprobs: Seconds of the old log-probs; 0 if the update needs none.
+        passes: Seconds of all forward and backward passes over it.
+    """
+
+    old_logprobs: float
+    passes: float
+
+
+@dataclass(frozen=True)
 class ArmEstimate:
     """What an iteration of one arm is estimated to be like. Intervals are over questions.
 
@@ -78,6 +91,7 @@ class ArmEstimate:
         informative: Share of groups with right and wrong members.
         tokens: Decoded tokens of an iteration.
         rollout_seconds: Seconds of decoding and grading in an iteration.
+        old_logprobs_seconds: Seconds of an iteration's old log-probs, 0 if it needs none; ``None`` if not measured.
         update_seconds: Seconds of the forward and backward passes of an iteration; ``None`` if not measured.
     """
 
@@ -89,10 +103,13 @@ class ArmEstimate:
     informative: Estimate
     tokens: Estimate
     rollout_seconds: Estimate
+    old_logprobs_seconds: float | None
     update_seconds: float | None
 
     @classmethod
-    def of(cls, rows: Sequence[Answers], iteration: Iteration, response_seconds: float | None = None) -> ArmEstimate:
+    def of(
+        cls, rows: Sequence[Answers], iteration: Iteration, response_seconds: UpdateSeconds | None = None
+    ) -> ArmEstimate:
         """Estimate an arm.
 
         Args:
@@ -115,13 +132,14 @@ class ArmEstimate:
             informative=informative,
             tokens=tokens,
             rollout_seconds=scaled(tokens, sum(row.seconds for row in rows) / max(decoded, 1) / iteration.ranks),
-            update_seconds=None if response_seconds is None else response_seconds * trained,
+            old_logprobs_seconds=None if response_seconds is None else response_seconds.old_logprobs * trained,
+            update_seconds=None if response_seconds is None else response_seconds.passes * trained,
         )
 
     @property
     def seconds(self) -> Estimate:
-        """Seconds of an iteration: rollout and update. The interval is that of the decoded tokens."""
-        added, rollout = self.update_seconds or 0.0, self.rollout_seconds
+        """Seconds of an iteration: rollout, old log-probs, update. The interval is that of the decoded tokens."""
+        added, rollout = (self.old_logprobs_seconds or 0.0) + (self.update_seconds or 0.0), self.rollout_seconds
         return Estimate(rollout.value + added, rollout.low + added, rollout.high + added, rollout.resampled + added)
 
     def tokens_per_informative_group(self, iteration: Iteration) -> float:
@@ -148,6 +166,7 @@ class ArmEstimate:
             "decoded_tokens": as_dict(self.tokens),
             "tokens_per_informative_group": None if per_group == inf else per_group,
             "rollout_seconds": as_dict(self.rollout_seconds),
+            "old_logprobs_seconds": self.old_logprobs_seconds,
             "update_seconds": self.update_seconds,
             "seconds": as_dict(self.seconds),
         }

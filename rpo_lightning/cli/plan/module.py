@@ -11,9 +11,9 @@ from rpo_lightning.cache.prefixes import CachedPrefixes
 from rpo_lightning.callbacks import ExperienceCacheCallback
 from rpo_lightning.callbacks.answer_progress import AnswerBar
 from rpo_lightning.cli.plan.arms import KeptShares, first_members, initialise
-from rpo_lightning.cli.plan.estimates import NO_PREFIX, Answers
+from rpo_lightning.cli.plan.estimates import NO_PREFIX, Answers, UpdateSeconds
 from rpo_lightning.cli.plan.settings import PlanSettings
-from rpo_lightning.cli.plan.update import TIMED_GROUPS, can_time, seconds_per_response
+from rpo_lightning.cli.plan.update import can_time, seconds_per_response
 from rpo_lightning.core.ranks import gather_rows
 from rpo_lightning.core.seeds import SeedPurpose, derive_generator, derive_seed
 from rpo_lightning.core.types import Batch, Group, Prompt, RolloutRequest, full_path_request
@@ -47,7 +47,7 @@ class Plan:
     answers: list[Answers]
     own: frozenset[str]
     traced: frozenset[str]
-    update_seconds: dict[str, float]
+    update_seconds: dict[str, UpdateSeconds]
 
 
 class PlanModule(RPOModule):
@@ -204,12 +204,12 @@ class PlanModule(RPOModule):
                 )
             )
 
-    def _timed(self, groups: dict[str, list[Group]]) -> dict[str, float]:
+    def _timed(self, groups: dict[str, list[Group]]) -> dict[str, UpdateSeconds]:
         if not can_time(self):
             return {}
         assert self._loss is not None
         self.engine.sleep()
-        return {arm: seconds_per_response(self, self._loss, g[:TIMED_GROUPS]) for arm, g in groups.items() if g}
+        return {arm: seconds_per_response(self, self._loss, g) for arm, g in groups.items() if g}
 
     def _starting_prefixes(self) -> CachedPrefixes | None:
         """What a run with the config's cache would start from; ``None`` without one. Reads the file of a cache."""

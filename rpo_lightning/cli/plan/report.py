@@ -137,10 +137,15 @@ class PlanReport:
         iteration, found = self.iteration, self._found
         notes = []
         if found.update_seconds:
-            seconds = ", ".join(f"{arm.name} {arm.update_seconds:.1f}" for arm in self.arms.values())
+            arms = self.arms.values()
+            seconds = ", ".join(f"{arm.name} {arm.update_seconds:.1f}" for arm in arms)
+            old = ""
+            if any(arm.old_logprobs_seconds for arm in arms):
+                of_arms = ", ".join(f"{arm.name} {arm.old_logprobs_seconds:.1f}" for arm in arms)
+                old = f"old log-probs of all groups ({of_arms}), "
             notes.append(
-                "seconds: decoding, grading, and forward and backward passes without an optimizer step, of which at "
-                f"most {TIMED_GROUPS} groups were timed ({seconds}); syncs are left out"
+                f"seconds: decoding, grading, {old}and forward and backward passes without an optimizer step, of which "
+                f"at most {TIMED_GROUPS} groups were timed ({seconds}); syncs are left out"
             )
         else:
             notes.append(
