@@ -1,9 +1,8 @@
 """Reading and writing experience caches as Parquet files.
 
-A file has a row for each question, with what slot 0 holds and the cut strategy's notes on the question, and one for
-each response in a further slot. The schema's metadata hold the format version, the tokenizer fingerprint, and the
-strategy's notes on all questions. Files are read and written in batches of rows: besides the cache itself, only one
-batch is in memory.
+A file has a row for each question, with what slot 0 holds, and one for each response in a further slot. The schema's
+metadata hold the format version, the tokenizer fingerprint, and the cut strategy's notes on all questions. Files are
+read and written in batches of rows: besides the cache itself, only one batch is in memory.
 """
 
 from __future__ import annotations

@@ -8,11 +8,9 @@ drawn.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from rpo_lightning.cache.budgets import SuffixBudget
@@ -23,12 +21,10 @@ from rpo_lightning.cache.draws import drawn_prefix, question_generator
 from rpo_lightning.cache.refresh import RefreshRule
 from rpo_lightning.cache.spans import cut_spans
 from rpo_lightning.cache.steps import StepEnds
-from rpo_lightning.core.errors import CacheError, ConfigurationError
+from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.ranks import Ranks
 from rpo_lightning.core.seeds import SeedPurpose
 from rpo_lightning.core.types import Group, Prompt, RolloutRequest, full_path_request
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -227,24 +223,3 @@ def visit_statistics(outcomes: Sequence[GroupOutcome]) -> dict[str, float]:
     plain = [outcome.success for outcome in outcomes if not outcome.prefix_length]
     means = {"kept_share": kept, "unprefixed_success": plain}
     return {name: sum(values) / len(values) if values else math.nan for name, values in means.items()}
-
-
-def require_same_questions(cache: ExperienceCache, prompts: list[Prompt], where: str | Path) -> None:
-    """Check that a cache belongs to the training questions. Logs how many it knows, if not all.
-
-    Args:
-        cache: The cache.
-        prompts: The training questions.
-        where: What to call the cache in messages.
-
-    Raises:
-        CacheError: The cache has entries, and none is of these questions.
-    """
-    known = sum(p.uid in cache for p in prompts)
-    if len(cache) and not known:
-        raise CacheError(
-            f"{where}: made for another data set, none of its {len(cache)} questions is among the {len(prompts)} "
-            "training questions: build a new cache, or set data.uid_column as for the run that made it"
-        )
-    if known < len(prompts):
-        log.info(f"{where}: has entries for {known} of {len(prompts)} training questions")

@@ -19,7 +19,8 @@ from rpo_lightning.cache.budgets import FullBudget, SuffixBudget
 from rpo_lightning.cache.cache import FORMAT_VERSION, ExperienceCache
 from rpo_lightning.cache.cuts import CutStrategy, FractionOfShortestCut
 from rpo_lightning.cache.parquet import read_cache, write_cache
-from rpo_lightning.cache.prefixes import CachedPrefixes, require_same_questions
+from rpo_lightning.cache.prefixes import CachedPrefixes
+from rpo_lightning.cache.questions import require_same_questions, tell_of_second_answers
 from rpo_lightning.cache.refresh import EpsilonGreedyRefresh, RefreshRule
 from rpo_lightning.cache.steps import StepEnds
 from rpo_lightning.callbacks.answer_progress import AnswerBar
@@ -190,7 +191,10 @@ class ExperienceCacheCallback(FinalFilesCallback):
             return cache
         if trainer.global_step == 0:  # otherwise the same trainer continues to count its updates
             cache.forget_updates()
-        require_same_questions(cache, data.read("train", "", module.tokenizer, module.grader.verifier), where)
+        prompts = data.read("train", "", module.tokenizer, module.grader.verifier)
+        require_same_questions(cache, prompts, where)
+        if trainer.is_global_zero:
+            tell_of_second_answers(cache, prompts, where)
         return cache
 
     def on_train_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
@@ -199,7 +203,8 @@ class ExperienceCacheCallback(FinalFilesCallback):
         if self._is_restored:
             require_same_questions(self.cache, data.prompts["train"], "the checkpoint's cache")
         elif self.initialisation == "eager":
-            missing = [p for p in data.prompts["train"] if not self.cache.has_anchor(p.uid)]
+            known = {entry.uid for entry in self.cache if entry.has_anchor}
+            missing = [p for p in data.prompts["train"] if p.uid not in known]
             if missing:
                 sync_engine(trainer)
                 with trainer.precision_plugin.train_step_context():  # the precision of later rollouts

@@ -119,6 +119,12 @@ def test_the_table_is_computed_from_what_was_sampled(monkeypatch, capsys):
         correct = [r for r in responses[g.request.prompt.uid] if len(r) == whole and r[: len(prefix)] == prefix]
         assert (len(prefix) == whole // 2 and correct) or (not prefix and not responses[g.request.prompt.uid])
     assert report["questions_with_own_correct_response"] == sum(bool(r) for r in responses.values())
+    for name, of_arm in (("keep 0.5", kept), ("cut: AnchoredCut", cut)):
+        again = [g.request.prompt.uid for g in of_arm if not g.request.prefix_ids]
+        assert sorted(report["answered_again"][name]) == sorted(again)
+        assert (f"{len(again)} in {name}" in printed) == bool(again)
+    assert any(report["answered_again"].values())
+    assert list(report["answered_again"]) == ["keep 0.5", "cut: AnchoredCut"]
     # The policy is as it was, and the run has left nothing behind but the file that was asked for.
     before = load_policy(REASONER).state_dict()
     assert all(torch.equal(value, before[name]) for name, value in modules[0].policy.state_dict().items())

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rpo_lightning import ExperienceCacheCallback
-from rpo_lightning.cache import AnchoredCut, CorrectMemberRefresh
+from rpo_lightning.cache import AnchoredCut, CorrectMemberRefresh, write_cache
 from rpo_lightning.callbacks import RunSummaryCallback
 from rpo_lightning.rewards import LengthAwareAccuracyReward
 from rpo_lightning.update.dynamic_sampling import DynamicSampling
@@ -78,3 +78,26 @@ def test_a_run_that_began_without_counting_idle_tokens_does_not_tell_their_share
     assert resumed.decoded_tokens > summary.decoded_tokens
     assert (resumed.idle_tokens, resumed.state_dict()["idle_tokens"], share) == (None, None, None)
     assert re.search(r"decoding that taught nothing +not measured", capsys.readouterr().out)
+
+
+def test_a_run_names_the_questions_that_it_answers_again_to_fill_its_cache(tmp_path, caplog):
+    """Too short a limit leaves entries without a response, as a cache file of an earlier run may have them."""
+    first = ExperienceCacheCallback()
+    make_trainer(tmp_path / "first", max_steps=1, callbacks=[first]).fit(
+        make_module(max_response_tokens=191), datamodule=make_data()
+    )
+    lacking = [entry.uid for entry in first.cache if not entry.has_anchor]
+    assert 0 < len(lacking) < 16
+    path = str(tmp_path / "start.parquet")
+    write_cache(first.cache, path)
+    again = ExperienceCacheCallback(path=path)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        module, data = make_module(max_response_tokens=32), make_data()
+        make_trainer(tmp_path / "again", max_steps=1, callbacks=[again]).fit(module, datamodule=data)
+    (told,) = [line for line in caplog.messages if "answered again" in line]
+    named = told.removeprefix(
+        f"{path}: has no response to {len(lacking)} of its questions, which are answered again: "
+    ).split(", ")
+    assert set(named) - {"…"} <= set(lacking)
+    assert len(named) == min(len(lacking), 6)

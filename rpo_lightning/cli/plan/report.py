@@ -25,6 +25,7 @@ class PlanReport:
 
     Attributes:
         arms: The estimates by name of the arm, the one without a prefix first.
+        answered_again: By arm, the questions that had no prefix there either, so they were answered without one again.
         unused_cut: Why the config's cut is not among them; empty if it is, or if there is none.
         verdict: The advice.
     """
@@ -43,6 +44,10 @@ class PlanReport:
             for arm in dict.fromkeys(row.arm for row in self._found.answers)
         }
         self.unused_cut = self._leave_out_an_unused_cut()
+        plain = [row for row in self._found.answers if not row.prefix_tokens]
+        self.answered_again = {
+            arm: [row.uid for row in plain if row.arm == arm] for arm in self.arms if arm != NO_PREFIX
+        }
         cut = self.arms.get(module.cut_arm or "")
         shares = [arm for arm in self.arms.values() if arm.name not in (NO_PREFIX, module.cut_arm)]
         self.verdict: Verdict = judge(self.arms[NO_PREFIX], shares, cut, len(self._found.traced))
@@ -115,6 +120,12 @@ class PlanReport:
             )
         if len(self.arms) > 1 + (module.cut_arm in self.arms):
             notes.append("'keep' cuts a correct response; questions without one start without a prefix")
+        if any(self.answered_again.values()):
+            counts = ", ".join(f"{len(uids)} in {arm}" for arm, uids in self.answered_again.items() if uids)
+            shared = "; the 'keep' arms share these answers" if len(self.arms) > 2 else ""
+            notes.append(
+                f"questions without a prefix in an arm are answered again ({counts}; --out lists them){shared}"
+            )
         notes += self._notes_on_the_cut() + self._notes_on_seconds()
         return notes
 
@@ -174,6 +185,7 @@ class PlanReport:
             "questions_with_trace": len(found.traced),
             "success": as_dict(self.arms[NO_PREFIX].success),
             "arms": [arm.as_dict(self.iteration) for arm in self.arms.values()],
+            "answered_again": self.answered_again,
             "unused_cut": self.unused_cut,
             "advice": self.verdict.advice.value,
             "sentences": list(self.verdict.sentences),
