@@ -69,7 +69,7 @@ class RPOModule(EvaluationModule):
         rewards: Terms of the reward.
         tokenizer: The policy's tokenizer, where ``policy`` is a model.
         verifier: Decides what is right; math equivalence if not given.
-        objective: The loss; :class:`~rpo_lightning.update.objectives.DAPO` if not given.
+        objective: The loss; ``DAPO`` if not given.
         engine: Generates rollouts; the transformers engine if not given.
         group_size: Responses per question (G), at least 2.
         max_response_tokens: Limit of a whole response, prefix included.
@@ -294,7 +294,7 @@ class RPOModule(EvaluationModule):
         checkpoint["rpo"] = gathered_state(self.iteration, self.guard, self.buffer, self.watch, self.ranks)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what :meth:`on_save_checkpoint` added, for whatever number of ranks; evaluation needs none of it."""
+        """Restore what ``on_save_checkpoint`` added, for whatever number of ranks; evaluation needs none of it."""
         require_same_policy(checkpoint, self.loaded_policy, trained_only=self.adapter is not None)
         self.policy_version += 1  # the policy is about to be another one
         if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING:

@@ -8,10 +8,10 @@ A cut strategy keeps its notes on a question in the entry's ``state``, and those
 ``shared``. Both are saved with the cache.
 
 Data is held in columns: a million questions take little more memory than their token ids
-(:mod:`rpo_lightning.cache.token_blocks`). Every slot has columns of its own (:mod:`rpo_lightning.cache.responses`), so
-slots that nobody uses cost nothing. :class:`CacheEntry` and :class:`CachedResponse` are views of one row.
+(``rpo_lightning.cache.token_blocks``). Every slot has columns of its own (``rpo_lightning.cache.responses``), so
+slots that nobody uses cost nothing. ``CacheEntry`` and ``CachedResponse`` are views of one row.
 
-On disk a cache is a Parquet file with a row for each question and further slot (:mod:`rpo_lightning.cache.parquet`). In
+On disk a cache is a Parquet file with a row for each question and further slot (``rpo_lightning.cache.parquet``). In
 a checkpoint it is a dictionary of tensors and primitives.
 """
 
@@ -49,7 +49,7 @@ class CacheEntry:
 
     @property
     def response(self) -> CachedResponse | None:
-        """The response in slot 0, or ``None``. :meth:`ExperienceCache.remember` replaces it."""
+        """The response in slot 0, or ``None``. ``ExperienceCache.remember`` replaces it."""
         columns = self._cache._slots[0]
         return columns.get(self._number)
 
@@ -74,7 +74,7 @@ class CacheEntry:
         return next((anchor for anchor in self.anchors if anchor.correct), None)
 
     def remember(self, response: CachedResponse, slot: int = 0) -> None:
-        """Cache a response; see :meth:`ExperienceCache.remember`."""
+        """Cache a response; see ``ExperienceCache.remember``."""
         self._cache.remember(self.uid, response, slot)
 
     @property
@@ -106,7 +106,7 @@ class CacheEntry:
 
     @property
     def shared(self) -> dict[str, Any]:
-        """The cut strategy's notes on all questions: :attr:`ExperienceCache.shared`."""
+        """The cut strategy's notes on all questions: ``ExperienceCache.shared``."""
         return self._cache.shared
 
 

@@ -1,8 +1,8 @@
 """Cut strategies: which cached response is cut, and how many of its tokens become the prefix.
 
-To write one, subclass :class:`CutStrategy` and return the prefix length for a question's entry. To learn from scored
+To write one, subclass ``CutStrategy`` and return the prefix length for a question's entry. To learn from scored
 groups, override ``observe``. Keep notes on a question in ``entry.state`` and notes on all questions in
-``entry.shared``. Both are saved with the cache. The caller (:mod:`rpo_lightning.cache.prefixes`) clamps the length,
+``entry.shared``. Both are saved with the cache. The caller (``rpo_lightning.cache.prefixes``) clamps the length,
 moves it to the end of a step, sets the suffix budget and restarts questions.
 
 Paper (eqs. 3, 4): the last m ~ U{0, …, L} tokens are dropped. Deviation: at least one token is always sampled again,
@@ -72,7 +72,7 @@ class CutStrategy(ABC):
 
         Args:
             entry: The question's entry.
-            rng: As in :meth:`prefix_length`, which draws after it.
+            rng: As in ``prefix_length``, which draws after it.
         """
         return entry.response
 
@@ -82,7 +82,7 @@ class CutStrategy(ABC):
 
         Args:
             entry: The question's entry, with the strategy's notes in ``state`` and ``shared``.
-            response: What :meth:`anchor` returned, never ``None``.
+            response: What ``anchor`` returned, never ``None``.
             rng: Seeded by run, question and visit: a visit draws the same on every rank and after a resume.
         """
 

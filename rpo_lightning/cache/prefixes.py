@@ -1,6 +1,6 @@
 """RPO's use of the experience cache: prefixes from cached responses, cached responses from scored groups.
 
-:class:`CachedPrefixes` is all that RPO adds to GRPO or DAPO. ``request`` turns a prompt into a rollout request with a
+``CachedPrefixes`` is all that RPO adds to GRPO or DAPO. ``request`` turns a prompt into a rollout request with a
 prefix. ``record`` refreshes the cache from a scored group. Draws are seeded by run, question and visit. They depend
 neither on the order of the questions nor on the rank, and a resumed run draws what the uninterrupted run would have
 drawn.
@@ -115,7 +115,7 @@ class CachedPrefixes:
         self.apply(self.update_from(group))
 
     def update_from(self, group: Group) -> CacheUpdate:
-        """The change that a scored group makes to its question's entry. Does not make it; see :meth:`apply`."""
+        """The change that a scored group makes to its question's entry. Does not make it; see ``apply``."""
         request, uid = group.request, group.request.prompt.uid
         entry = self.cache.get(uid)
         visits = 0 if entry is None else entry.visits
@@ -154,7 +154,7 @@ class CachedPrefixes:
         """Apply the updates of an iteration, those of all ranks in rank order.
 
         Returns:
-            What the visits were like; see :func:`visit_statistics`.
+            What the visits were like; see ``visit_statistics``.
         """
         outcomes = []
         for update in updates:
@@ -167,7 +167,7 @@ class CachedPrefixes:
         """Refresh the cache from an iteration's groups, those of all ranks in rank order; a collective.
 
         Returns:
-            What the visits were like; see :func:`visit_statistics`.
+            What the visits were like; see ``visit_statistics``.
         """
         updates = ranks.gather([self.update_from(group) for group in groups])
         return self.apply_iteration(update for of_rank in updates for update in of_rank)

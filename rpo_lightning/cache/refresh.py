@@ -40,7 +40,7 @@ class RefreshRule(ABC):
     def slot(self, anchors: Sequence[CachedResponse | None], response: CachedResponse, prefer_own: bool) -> int | None:
         """The slot in which a response is cached; ``None`` if it is not.
 
-        Asked for every response that :meth:`choose` picks, whatever its group's rewards are. This one knows one slot,
+        Asked for every response that ``choose`` picks, whatever its group's rewards are. This one knows one slot,
         whose response is always replaced, a trace only with ``prefer_own``.
 
         Args:

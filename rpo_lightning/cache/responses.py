@@ -1,6 +1,6 @@
 """Cached responses, and the columns that hold them: at most one response for each row number.
 
-Facts lie in a structured array, token ids in blocks (:mod:`rpo_lightning.cache.token_blocks`). A cache has a set of
+Facts lie in a structured array, token ids in blocks (``rpo_lightning.cache.token_blocks``). A cache has a set of
 columns for each of its slots.
 """
 

@@ -58,6 +58,6 @@ def flat_spans(many: Sequence[Spans]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nested_spans(counts: np.ndarray, runs: np.ndarray) -> list[Spans]:
-    """The inverse of :func:`flat_spans`."""
+    """The inverse of ``flat_spans``."""
     left = iter(runs.tolist())
     return [tuple((step, count) for step, count in (next(left) for _ in range(n))) for n in counts.tolist()]

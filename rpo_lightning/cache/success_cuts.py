@@ -19,7 +19,7 @@ class TargetSuccessCut(CutStrategy):
     """Keep the share of a correct response after which a group is expected to succeed half of the time.
 
     The share comes from a predictor over all questions, which every group of every rank updates
-    (:mod:`rpo_lightning.cache.success_predictor`), with a correction for the question. A question's first prefix is
+    (``rpo_lightning.cache.success_predictor``), with a correction for the question. A question's first prefix is
     therefore near its point already. Questions that succeed more often without a prefix take the full path. Not in the
     paper; sources are named in the predictor's module. Use it with ``CorrectMemberRefresh`` or ``AnchorsRefresh``.
 

@@ -1,6 +1,6 @@
 """The exceptions of the package.
 
-Whatever a user can get wrong raises a subclass of :class:`RPOError`. Its message is one line: what is wrong, where
+Whatever a user can get wrong raises a subclass of ``RPOError``. Its message is one line: what is wrong, where
 (file, row or key), and what to do. The command line prints that line and no traceback.
 """
 

@@ -20,7 +20,7 @@ PHASES = (
 
 
 class PhaseTimer:
-    """Adds up wall-clock seconds by phase until :meth:`take` returns them."""
+    """Adds up wall-clock seconds by phase until ``take`` returns them."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
@@ -62,7 +62,7 @@ class PhaseTimer:
         self._paused = self.take()
 
     def resume(self) -> None:
-        """Drop the seconds since :meth:`pause` and continue from the seconds set aside."""
+        """Drop the seconds since ``pause`` and continue from the seconds set aside."""
         self._since = time.perf_counter() - sum(self._paused.values())
         self._paused.pop("rest")
         self._seconds = self._paused

@@ -5,32 +5,32 @@ Token ids are kept from end to end. Text is made once, for rewards and logs.
 
 One word a thing:
 
-============== ========================================================================================
-prompt         the question as the policy sees it, chat template included
-anchor         a cached response, from which prefixes are cut
-prefix         the tokens of a cached response that a cut keeps; empty on the full path
-context        prompt + prefix: what all members of a group share
-suffix         what is sampled after the context
-completion     a sampled suffix with its log-probs
-response       prefix + suffix: what is scored and cached
-group          the G responses to one request
-member         one response of a group
-row            what is computed in one line of a forward pass: a response, or a group that shares its context
-iteration      one ``training_step``: a rollout and the updates made on it
-update         one optimizer step
-============== ========================================================================================
+| word | meaning |
+| --- | --- |
+| prompt | the question as the policy sees it, chat template included |
+| anchor | a cached response, from which prefixes are cut |
+| prefix | the tokens of a cached response that a cut keeps; empty on the full path |
+| context | prompt + prefix: what all members of a group share |
+| suffix | what is sampled after the context |
+| completion | a sampled suffix with its log-probs |
+| response | prefix + suffix: what is scored and cached |
+| group | the G responses to one request |
+| member | one response of a group |
+| row | what is computed in one line of a forward pass: a response, or a group that shares its context |
+| iteration | one ``training_step``: a rollout and the updates made on it |
+| update | one optimizer step |
 
 Shape suffixes used throughout the package:
 
-====== =====================================================================
-``B``  rows (responses) of a micro-batch
-``T``  tokens of a padded row
-``S``  positions of a row in the loss scope, padded (suffix or response)
-``G``  group size
-``V``  vocabulary
-``N``  sequences being decoded at once
-``R``  requests whose sequences they are
-====== =====================================================================
+| letter | size |
+| --- | --- |
+| ``B`` | rows (responses) of a micro-batch |
+| ``T`` | tokens of a padded row |
+| ``S`` | positions of a row in the loss scope, padded (suffix or response) |
+| ``G`` | group size |
+| ``V`` | vocabulary |
+| ``N`` | sequences being decoded at once |
+| ``R`` | requests whose sequences they are |
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Batch(Generic[T]):
 class GoldAnswer(str):
     """A gold answer as text, with the tolerance of its numbers.
 
-    Args:
+    Attributes:
         parts: Its parts. A right answer has all of them; the text joins them by commas.
         tolerances: Absolute tolerance of each part, or one for all; empty means none.
     """
@@ -93,7 +93,7 @@ class Prompt:
         uid: Stable identifier: a content hash, or the value of a column of the data set.
         text: The question before the chat template, for logs and reward functions.
         token_ids: The tokenised prompt, chat template included.
-        answer: The gold answer that the verifier compares with, a :class:`GoldAnswer` where it was read from data.
+        answer: The gold answer that the verifier compares with, a ``GoldAnswer`` where it was read from data.
     """
 
     uid: str

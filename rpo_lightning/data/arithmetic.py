@@ -1,7 +1,7 @@
 """The embedded task: chains of arithmetic modulo 100.
 
 A question is a chain such as ``49a-1b*9c-8=``: start at 49, subtract 1 in step a, multiply by 9 in step b, and so on.
-The chain of thought writes out every step and ends with the answer::
+The chain of thought writes out every step and ends with the answer:
 
     a49-1=48b48*9=32c32-8=24#24
 

@@ -194,7 +194,7 @@ class RPODataModule(LightningDataModule):
             self._position.load_state_dict(state_dict)
 
     def adopt_position(self) -> None:
-        """Go on where the checkpoint's run stopped; see :class:`TrainingPosition`."""
+        """Go on where the checkpoint's run stopped; see ``TrainingPosition``."""
         assert self.trainer is not None
         self._position.adopt(self.trainer, self._questions_per_iteration(), self._prompts("train"))
 

@@ -20,7 +20,7 @@ def gold_answer(value: Any, tolerance: Any = None) -> GoldAnswer:
 
     Args:
         value: A number; a list of parts; or text, which is read as a response is
-            (:mod:`rpo_lightning.rewards.answers.extraction`): its last box, what follows ``####``, or all of it.
+            (``rpo_lightning.rewards.answers.extraction``): its last box, what follows ``####``, or all of it.
         tolerance: How far numbers may be from it: a number, or text such as ``1e-2`` or ``0.1,0.2`` (one a part).
 
     Raises:

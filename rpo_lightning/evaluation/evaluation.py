@@ -61,7 +61,7 @@ class Evaluation:
         n: Answers to each question.
         votes: Whether the verifier can group equivalent answers, as majority@k needs.
         device: The device on which ranks exchange metrics.
-        keeps_answers: Whether to collect :attr:`rows`. Validations of a training run do not need them.
+        keeps_answers: Whether to collect ``rows``. Validations of a training run do not need them.
 
     Attributes:
         questions: Number of questions answered on this rank.

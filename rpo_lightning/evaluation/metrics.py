@@ -24,7 +24,7 @@ from rpo_lightning.core.hashing import stable_hash
 class QuestionMetric(Metric):
     """Base class: stores a value for each question, and returns their mean.
 
-    Subclasses compute the values in ``update`` and pass them to :meth:`add`.
+    Subclasses compute the values in ``update`` and pass them to ``add``.
     """
 
     full_state_update = False

@@ -1,6 +1,6 @@
 """EvaluationModule: validates, tests and predicts with a policy. The data module's requests have no prefix then.
 
-:class:`~rpo_lightning.module.RPOModule` adds training.
+``RPOModule`` adds training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class EvaluationModule(PolicyModule):
 
     Args:
         evaluation: How evaluation answers are sampled.
-        **settings: Those of :class:`PolicyModule`.
+        **settings: Those of ``PolicyModule``.
 
     Attributes:
         evaluations: The current or last evaluation, one for each set of questions.
@@ -118,7 +118,7 @@ def require_requests(batch: Any) -> None:
     """Check the batch of a step.
 
     Raises:
-        ConfigurationError: It is not a :class:`Batch` of requests.
+        ConfigurationError: It is not a ``Batch`` of requests.
     """
     if not (isinstance(batch, Batch) and len(batch) and isinstance(batch[0], RolloutRequest)):
         raise ConfigurationError(

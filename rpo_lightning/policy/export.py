@@ -53,7 +53,7 @@ def export_policy(
 
 
 def require_room(policy: PreTrainedModel, folder: str | Path, merged: bool, ranks: Ranks) -> None:
-    """Check that :func:`export_policy` may write to a folder. All ranks must call this.
+    """Check that ``export_policy`` may write to a folder. All ranks must call this.
 
     Raises:
         ConfigurationError: The folder holds an adapter and a whole policy is to be saved, or the reverse.

@@ -48,7 +48,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a policy.
 
     Args:
-        name: As in :func:`~rpo_lightning.policy.load.resolve_policy`.
+        name: As in ``resolve_policy``.
 
     Raises:
         ConfigurationError: No tokenizer is found there.
@@ -90,7 +90,7 @@ class Continuations:
         self._prefix_ids = prefix_ids
 
     def text(self, suffix_ids: tuple[int, ...]) -> str:
-        """Text of the beginning and a suffix, as :func:`decode` gives it."""
+        """Text of the beginning and a suffix, as ``decode`` gives it."""
         if self._prefix_text is None:
             return decode(self._tokenizer, self._prefix_ids + suffix_ids)
         return self._prefix_text + decode(self._tokenizer, suffix_ids)

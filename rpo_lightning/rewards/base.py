@@ -20,7 +20,7 @@ class Verifier(ABC):
     """Decides whether a response is right.
 
     Attributes:
-        isolated: Whether :meth:`verify` may hang or crash and so runs in a worker process.
+        isolated: Whether ``verify`` may hang or crash and so runs in a worker process.
     """
 
     isolated: bool = True
@@ -43,7 +43,7 @@ class AnswerVerifier(Verifier):
 
     @abstractmethod
     def final_answer(self, response: str) -> Any:
-        """The final answer in a response, in whatever form :meth:`same` compares; ``None`` if there is none."""
+        """The final answer in a response, in whatever form ``same`` compares; ``None`` if there is none."""
 
     @abstractmethod
     def same(self, first: Any, second: Any) -> bool:

@@ -47,7 +47,7 @@ class Grader:
         return Grading(self.verifier, self.rewards, self.pool)
 
     def grade(self, groups: Sequence[Sequence[Sample]]) -> list[GradedGroup]:
-        """Verdicts and rewards of several groups; see :meth:`Grading.finish`."""
+        """Verdicts and rewards of several groups; see ``Grading.finish``."""
         grading = self.begin()
         for number, group in enumerate(groups):
             for member, sample in enumerate(group):

@@ -6,7 +6,7 @@ limit is killed, the call scores 0 and is counted.
 
 Calls are submitted as responses end and collected after decoding. The pool is Pebble's. Workers are forked, as a
 DataLoader's are, so that functions defined in a script work without an import guard. They are forked before decoding
-begins (:meth:`GradingPool.start`), while nothing else is computed. Only the successor of a killed worker is forked at
+begins (``GradingPool.start``), while nothing else is computed. Only the successor of a killed worker is forked at
 another time.
 """
 
@@ -52,7 +52,7 @@ class GradingPool:
     """A lazily started pool of killable workers.
 
     Args:
-        workers: Number of processes of each rank; if not given, as many as :meth:`use_cores` finds cores for, 1 to 8.
+        workers: Number of processes of each rank; if not given, as many as ``use_cores`` finds cores for, 1 to 8.
         timeout_seconds: Wall-clock limit of one call.
 
     Attributes:
@@ -153,7 +153,7 @@ class GradingPool:
             raise _failure(calls[0].function, error) from error
 
     def numbers(self, function: Callable[..., float], calls: Iterable[tuple[Any, ...]]) -> list[float]:
-        """Call ``function`` with each tuple of arguments, and wait; see :meth:`collect_numbers`."""
+        """Call ``function`` with each tuple of arguments, and wait; see ``collect_numbers``."""
         return self.collect_numbers([self.submit(function, *call) for call in calls])
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ _LONGEST_BARE_ANSWER = 120
 class MathVerifier(AnswerVerifier):
     r"""Mathematical equivalence; ``docs/answers.md`` says how answers are read and compared.
 
-    The same rules read the gold answer and the response (:mod:`rpo_lightning.rewards.answers.extraction`). Expressions
+    The same rules read the gold answer and the response (``rpo_lightning.rewards.answers.extraction``). Expressions
     that are more than numbers, words and lists are compared by ``math-verify``.
     """
 

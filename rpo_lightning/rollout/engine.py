@@ -1,12 +1,12 @@
 """The interface of rollout engines: token ids in, token ids and log-probs out.
 
 An engine is attached to a policy and gets the policy's weights after every change. vLLM copies them in
-:meth:`~RolloutEngine.load_weights`. The transformers engine shares them, and syncing costs nothing. The order of calls:
+``load_weights``. The transformers engine shares them, and syncing costs nothing. The order of calls:
 
     ``attach`` → (``load_weights`` or ``wake`` → ``generate``… → ``sleep``) → … → ``shutdown``
 
 The module calls ``attach`` and ``generate``, and ``sleep`` before it trains.
-:class:`~rpo_lightning.callbacks.WeightSyncCallback` makes the other calls.
+``WeightSyncCallback`` makes the other calls.
 """
 
 from __future__ import annotations
@@ -152,16 +152,16 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def prefill_share(self) -> float:
-        """Share of the last :meth:`generate`'s time that was spent on contexts, in [0, 1]."""
+        """Share of the last ``generate``'s time that was spent on contexts, in [0, 1]."""
 
     def sleep(self) -> None:  # noqa: B027 (optional)
         """Release memory while the policy trains. Engines that share the weights do nothing."""
 
     def wake(self) -> None:  # noqa: B027 (optional)
-        """Undo :meth:`sleep` if the weights have not changed since then."""
+        """Undo ``sleep`` if the weights have not changed since then."""
 
     def shutdown(self) -> None:  # noqa: B027 (optional)
-        """Release everything. The next :meth:`load_weights` starts the engine again."""
+        """Release everything. The next ``load_weights`` starts the engine again."""
 
     def require_version(self, version: int) -> None:
         """Check that the engine is in sync with the policy.

@@ -22,7 +22,7 @@ def generate(
     seed: int,
     on_finished: OnFinished | None = None,
 ) -> list[list[Completion]]:
-    """Sample ``n`` suffixes for each request; see :meth:`RolloutEngine.generate`."""
+    """Sample ``n`` suffixes for each request; see ``RolloutEngine.generate``."""
     return engine.generate(
         [GenerationRequest((*r.prompt.token_ids, *r.prefix_ids), n, r.max_new_tokens) for r in requests],
         sampling,

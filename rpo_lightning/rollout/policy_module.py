@@ -1,6 +1,6 @@
 """PolicyModule: a policy with its rollout engine and grader. It loads, rolls out and saves the policy.
 
-:class:`~rpo_lightning.evaluation.module.EvaluationModule` adds evaluation.
+``EvaluationModule`` adds evaluation.
 """
 
 from __future__ import annotations

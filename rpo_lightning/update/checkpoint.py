@@ -1,6 +1,6 @@
 """The module's part of a checkpoint: counters, and the waiting groups and generators of every rank.
 
-:class:`EpochRepair` mends the part of a checkpoint that Lightning misreads.
+``EpochRepair`` mends the part of a checkpoint that Lightning misreads.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class GroupBuffer:
     """Groups that wait for an update.
 
     Args:
-        settings: See :class:`DynamicSampling`.
+        settings: See ``DynamicSampling``.
         mask_truncated: Whether unfinished responses are left out of the loss.
     """
 

@@ -51,14 +51,14 @@ class PolicyLoss:
         policy: The model that is trained.
         reference: The reference policy of the KL penalty; ``None`` without one.
         objective: Loss of a token, and weight of a sequence.
-        settings: See :class:`UpdateSettings`.
+        settings: See ``UpdateSettings``.
         pad_id: Padding token.
         temperature: Sampling temperature of the rollouts.
         importance_correction: Weights that correct for differences between engine and trainer; ``None`` if the
             engine's log-probs are not comparable with the trainer's.
         timer: Gets the seconds of the reference's log-probs.
         ranks: The ranks that share the update.
-        holds_contexts: See :class:`~rpo_lightning.policy.parallel.base.Placement`.
+        holds_contexts: See ``Placement``.
 
     Attributes:
         processed_tokens: Tokens computed so far by phase, without padding: ``old_logprobs`` and ``reference_logprobs``

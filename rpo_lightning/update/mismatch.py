@@ -94,7 +94,7 @@ class MismatchGuard:
     """Stops a run whose engine does not sample from the trainer's policy.
 
     Args:
-        bound: See :class:`MismatchBound`.
+        bound: See ``MismatchBound``.
     """
 
     def __init__(self, bound: MismatchBound) -> None:

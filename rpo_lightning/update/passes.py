@@ -47,7 +47,7 @@ def passes_of(
     Args:
         rows: The rows.
         max_tokens: Most tokens of a micro-batch.
-        longest_shared: See :class:`RowCost`.
+        longest_shared: See ``RowCost``.
         gradient: Whether gradients go through contexts.
         has_reference: Whether a reference policy computes the same rows.
     """

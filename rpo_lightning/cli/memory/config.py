@@ -1,4 +1,4 @@
-"""Reads the settings of ``fit`` into a :class:`Plan`, without making a trainer, a policy or an engine."""
+"""Reads the settings of ``fit`` into a ``Plan``, without making a trainer, a policy or an engine."""
 
 from __future__ import annotations
 

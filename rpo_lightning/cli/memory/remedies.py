@@ -15,7 +15,7 @@ def remedies(found: Estimate, quantization: str | None = None) -> list[tuple[str
 
     Args:
         found: The estimate to improve.
-        quantization: As in :func:`estimate`.
+        quantization: As in ``estimate``.
 
     Returns:
         Pairs of a change, in words, and the estimate with it.

@@ -4,15 +4,13 @@ P is the number of parameters that train, F of those that do not, N of ranks. *h
 number (``Precision``). *reduce* is bytes of a number as gradients are reduced. S is bytes of optimizer states for a
 parameter.
 
-====================  ==================  ======================================  ==============
-strategy              weights             gradients                               states
-====================  ==================  ======================================  ==============
-one device, DDP       held (P + F)        held P; DDP's buckets as much again     S P
-FSDP2                 held (P + F) / N    held P / N; in the backward pass reduce P   S P / N
-ZeRO-1                computed (P + F)    computed P                              (4 + S) P / N
-ZeRO-2                computed (P + F)    computed P / N + buckets                (4 + S) P / N
-ZeRO-3                computed (P+F) / N  computed P / N + buckets                (4 + S) P / N
-====================  ==================  ======================================  ==============
+| strategy | weights | gradients | states |
+| --- | --- | --- | --- |
+| one device, DDP | held (P + F) | held P; DDP's buckets as much again | S P |
+| FSDP2 | held (P + F) / N | held P / N; in the backward pass reduce P | S P / N |
+| ZeRO-1 | computed (P + F) | computed P | (4 + S) P / N |
+| ZeRO-2 | computed (P + F) | computed P / N + buckets | (4 + S) P / N |
+| ZeRO-3 | computed (P+F) / N | computed P / N + buckets | (4 + S) P / N |
 
 Sources: FSDP2's gradients are whole until the last micro-batch (``ShardedAccumulation``), in the dtype of their
 reduction (``torch/distributed/fsdp/_fully_shard/_fsdp_param.py``). ZeRO's partitions are from Rajbhandari et al.,

@@ -36,7 +36,7 @@ def seconds_per_response(module: RPOModule, loss: PolicyLoss, groups: Sequence[G
         module: The module, with its policy loaded.
         loss: Its loss.
         groups: All sampled groups of an arm. The old log-probs of every one are timed, and the passes over the first
-            :data:`TIMED_GROUPS`.
+            ``TIMED_GROUPS``.
     """
     policy = module.loaded_policy
     was_training = policy.training

@@ -10,7 +10,7 @@ A GPU takes four minutes, a CPU most of an hour. Hardware rounds differently, so
 ``--operations N`` makes a reasoner for chains of other lengths. ``--start FOLDER`` continues from another one, with
 new step names and larger distances to learn if its chains are shorter. ``--success P`` makes one that solves about that
 share of its problems. ``--also N ...`` adds shorter chains to imitate. ``--foreign S`` lets that share of the chains
-begin in a style that it only has to continue (:meth:`~rpo_lightning.data.arithmetic.ArithmeticProblem.solution`).
+begin in a style that it only has to continue (``solution``).
 """
 
 from __future__ import annotations

@@ -26,10 +26,10 @@ class SegmentAnalysis(RPOModule):
     """A policy whose ``predict`` makes a segment analysis.
 
     Args:
-        *args: See :class:`~rpo_lightning.module.RPOModule`.
+        *args: See ``RPOModule``.
         continuations: Continuations of each prefix (n), at least 2.
         points: Prefixes of each first answer, at equal distances from the empty one. The whole answer is added.
-        **kwargs: See :class:`~rpo_lightning.module.RPOModule`.
+        **kwargs: See ``RPOModule``.
     """
 
     def __init__(self, *args: Any, continuations: int = 8, points: int = 8, **kwargs: Any) -> None:

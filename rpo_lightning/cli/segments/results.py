@@ -81,7 +81,7 @@ def draw(rows: Sequence[dict[str, Any]], alike: Sequence[Sequence[float]], title
 
     Args:
         rows: All records.
-        alike: Similarities, see :func:`similarities`.
+        alike: Similarities, see ``similarities``.
         title: Title of the picture.
         path: Where to save it.
     """

@@ -22,7 +22,7 @@ class TextSimilarity(ABC):
         """
 
     def fit(self, texts: Sequence[str]) -> None:  # noqa: B027 (optional)
-        """Learn from typical texts how common features are. Called before :meth:`embed`."""
+        """Learn from typical texts how common features are. Called before ``embed``."""
 
     @abstractmethod
     def embed(self, texts: Sequence[str]) -> np.ndarray:

@@ -1,9 +1,9 @@
 """What the policy needs from a strategy, and the classes for one device and for DDP.
 
-A :class:`Placement` says where a policy is loaded and how it is spread over the ranks. A policy is whole while it is
+A ``Placement`` says where a policy is loaded and how it is spread over the ranks. A policy is whole while it is
 loaded, inspected (which attention it allows) and copied as the reference. It is sharded after that.
 
-A :class:`GradientAccumulation` says how an update's gradient is accumulated, reduced over ranks, clipped and applied.
+A ``GradientAccumulation`` says how an update's gradient is accumulated, reduced over ranks, clipped and applied.
 An update is several backward passes and one optimizer step. Under manual optimisation the module makes them, not
 Lightning. Every class must ensure three things:
 

@@ -151,7 +151,7 @@ class DeepSpeedAccumulation(GradientAccumulation):
     last pass).
 
     The engine counts passes by calls of its ``forward``. Without a call for every pass, ZeRO-3 would overwrite the
-    gradients of the pass before. This is why :meth:`forward` runs the loss inside the engine.
+    gradients of the pass before. This is why ``forward`` runs the loss inside the engine.
     """
 
     def __init__(self, module: Any) -> None:
@@ -179,7 +179,7 @@ class DeepSpeedAccumulation(GradientAccumulation):
 
         Args:
             optimizer: The optimizer that DeepSpeed wraps.
-            max_norm: Not used: :func:`prepare_settings` gives it to the engine.
+            max_norm: Not used: ``prepare_settings`` gives it to the engine.
 
         Raises:
             UpdateError: The norm is not finite; no parameter was changed.

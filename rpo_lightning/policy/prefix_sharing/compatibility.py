@@ -58,7 +58,7 @@ def row_cost(model: Any, shares: bool, full_logits: bool) -> RowCost:
     Args:
         model: The policy.
         shares: Whether sharing is wanted (``model.update.share_prefixes``).
-        full_logits: See :func:`needs_full_logits`.
+        full_logits: See ``needs_full_logits``.
     """
     longest = _longest_short_sequence(model.config.get_text_config())
     if not shares:

@@ -81,5 +81,5 @@ def _together(x: Tensor) -> Tensor:
 
 
 def _apart(x: Tensor, members: int) -> Tensor:
-    """The inverse of :func:`_together`."""
+    """The inverse of ``_together``."""
     return x[0].unflatten(1, (members, -1)).transpose(0, 1)

@@ -21,7 +21,7 @@ class BatchLayout:
     """Places the rows of a micro-batch.
 
     If no row is shared, rows are stacked and padded on the right. Otherwise they are concatenated without padding, as
-    :class:`Arrangement` says.
+    ``Arrangement`` says.
 
     Args:
         batch: The rows.

@@ -1,6 +1,6 @@
 """Arranges responses in rows and rows in micro-batches; a row computes the context of a group once.
 
-A :class:`SharedRow` is one row of a forward pass: a context, then the suffixes of several members of a group. With one
+A ``SharedRow`` is one row of a forward pass: a context, then the suffixes of several members of a group. With one
 member it is a plain row. Every suffix sees the context and itself only. Each member's log-probs and gradients are
 therefore those of a plain row, to rounding. The context stays on the autograd graph and gets the sum of the members'
 gradients.
@@ -173,7 +173,7 @@ def micro_batches(
     Args:
         rows: The rows to compute, none of which continues a context.
         max_tokens: Most tokens of a micro-batch, padding included.
-        longest_shared: See :class:`RowCost`. Longer rows and shorter ones are never in the same micro-batch: all its
+        longest_shared: See ``RowCost``. Longer rows and shorter ones are never in the same micro-batch: all its
             rows would be computed without a window, or with the rotary embedding of the longest row.
     """
     ordered = sorted(rows, key=lambda r: (-len(r), r.members[0].group, r.members[0].member))

@@ -190,7 +190,7 @@ def agree(model: Any, first: Tensor, second: Tensor, noise: float = 0.0) -> bool
         model: The policy; its coarsest parameters decide.
         first: Log-probs.
         second: The same, computed otherwise.
-        noise: See :func:`rounding`.
+        noise: See ``rounding``.
     """
     if _is_precise(model):
         tolerance = max(_AGREEMENT[p.dtype] for p in model.parameters())

@@ -1,6 +1,6 @@
 r"""One spelling for the many ways of writing the same: characters, spaces, LaTeX's variants, Python's operators.
 
-Nothing here knows which answer is gold. Two texts that are equal after :func:`clean` are the same answer.
+Nothing here knows which answer is gold. Two texts that are equal after ``clean`` are the same answer.
 """
 
 from __future__ import annotations

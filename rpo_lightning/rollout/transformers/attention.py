@@ -139,7 +139,7 @@ def attended(
 def attended_by_products(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attended` by matrix products, for devices without a kernel that returns log-sum-exps.
+    """``attended`` by matrix products, for devices without a kernel that returns log-sum-exps.
 
     It holds all scores; with one token a sequence these are few.
     """
@@ -163,7 +163,7 @@ def _products(query: Tensor, key: Tensor) -> Tensor:
 
 @contextmanager
 def decoding_attention(policy: PreTrainedModel) -> Iterator[bool]:
-    """Within this context a model decodes with :func:`decode_attention`, if it used SDPA or shared rows before.
+    """Within this context a model decodes with ``decode_attention``, if it used SDPA or shared rows before.
 
     Yields:
         Whether sequences may share a context: True for a model that passed the trial of shared rows.

@@ -246,7 +246,7 @@ def _inference(policy: PreTrainedModel) -> Iterator[bool]:
     Ranks decode for different numbers of steps, and therefore cannot gather parameters step by step.
 
     Yields:
-        Whether the policy passed the trial of shared rows; see :func:`decoding_attention`.
+        Whether the policy passed the trial of shared rows; see ``decoding_attention``.
     """
     was_training = policy.training
     policy.eval()

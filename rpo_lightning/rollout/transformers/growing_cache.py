@@ -62,7 +62,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:
-    """A ``DynamicCache`` for a model, with a :class:`GrowingLayer` for each layer of full attention."""
+    """A ``DynamicCache`` for a model, with a ``GrowingLayer`` for each layer of full attention."""
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

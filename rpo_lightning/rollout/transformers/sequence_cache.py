@@ -119,7 +119,7 @@ class OneContextEach(SequenceCache):
 
     @override
     def inputs(self) -> dict[str, Any]:
-        """See :meth:`SequenceCache.inputs`. The mask is for contexts; a sequence sees all of its own tokens."""
+        """See ``SequenceCache.inputs``. The mask is for contexts; a sequence sees all of its own tokens."""
         return {
             "past_key_values": self._own,
             "attention_mask": self._mask_R11T,

@@ -204,7 +204,7 @@ class VLLMEngine(RolloutEngine):
     # -- generation ------------------------------------------------------------------------------
 
     def logprob_caveat(self, sampling: Sampling) -> str | None:
-        """See :meth:`RolloutEngine.logprob_caveat`. vLLM gives log-probs after top-p and top-k."""
+        """See ``RolloutEngine.logprob_caveat``. vLLM gives log-probs after top-p and top-k."""
         if sampling.top_p < 1 or sampling.top_k:
             return (
                 f"with top_p={sampling.top_p} and top_k={sampling.top_k} vLLM's log-probs are those of the truncated "
@@ -221,7 +221,7 @@ class VLLMEngine(RolloutEngine):
         return {"rollout/prefix_cache_hit_share": (now[1] - seen[1]) / max(now[0] - seen[0], 1)}
 
     def prefill_share(self) -> float:
-        """See :meth:`RolloutEngine.prefill_share`. An estimate: vLLM counts time by request, and requests overlap."""
+        """See ``RolloutEngine.prefill_share``. An estimate: vLLM counts time by request, and requests overlap."""
         if self._llm is None:
             return 0.0
         seen, self._seen_seconds = self._seen_seconds, vllm_platform.request_seconds(self._llm)

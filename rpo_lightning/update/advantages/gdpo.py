@@ -18,7 +18,7 @@ class GDPO(AdvantageEstimator):
     """Group reward-Decoupled Normalization Policy Optimization (arXiv 2601.05242).
 
     With term k of the reward, its weight ``w_k``, and mean and deviation over the group in the first line, over the
-    whole batch in the second::
+    whole batch in the second:
 
         a_i = Σ_k w_k · (r_ki - mean r_k) / std r_k
         A_i = (a_i - mean a) / std a

@@ -35,7 +35,7 @@ class ReinforcePlusPlusBaseline(AdvantageEstimator):
     """REINFORCE++ with a baseline (arXiv 2501.03262): ``c_i = r_i - mean r`` over the group, then ``c_i / std C``.
 
     C are the centred rewards of the whole batch. Their mean is zero. Moments are over responses, see
-    :class:`ReinforcePlusPlus`.
+    ``ReinforcePlusPlus``.
     """
 
     def advantages(self, groups: Sequence[Group], reward_weights: Mapping[str, float], ranks: Ranks) -> list[Tensor]:

@@ -15,7 +15,7 @@ class RLOO(AdvantageEstimator):
     """REINFORCE Leave-One-Out (arXiv 2402.14740): ``r_i - 1/(G-1) · Σ_{j≠i} r_j``.
 
     A response's baseline does not depend on its own reward, so the gradient is unbiased. The advantages are G/(G-1)
-    times those of :class:`~rpo_lightning.update.advantages.Unscaled`. The KL penalty is in the loss
+    times those of ``Unscaled``. The KL penalty is in the loss
     (``model.objective.beta``), not in the reward as in the paper.
     """
 

@@ -29,7 +29,7 @@ class GroupScaled(AdvantageEstimator):
 class BatchScaled(AdvantageEstimator):
     """``(r_i - mean r) / std R``: the mean over the group, the deviation over the rewards R of the whole batch.
 
-    :class:`~rpo_lightning.update.advantages.ReinforcePlusPlusBaseline` divides by the deviation of centred rewards
+    ``ReinforcePlusPlusBaseline`` divides by the deviation of centred rewards
     instead, which is smaller where questions differ in difficulty.
     """
 

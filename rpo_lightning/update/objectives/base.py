@@ -31,10 +31,10 @@ class LossInputs:
             sample, and where the two cannot be compared.
         advantages_BS: Advantage of each token. Estimators give all tokens of a sequence the same.
         mask_BS: True at loss tokens.
-        weights_B: Weight of every token of a sequence, from :meth:`Objective.sequence_weights`.
+        weights_B: Weight of every token of a sequence, from ``Objective.sequence_weights``.
         entropy_BS: Entropy of the policy before each token; with gradient if the objective has an entropy bonus.
         reference_logprobs_BS: Their log-probs under the reference policy; ``None`` without a KL penalty.
-        importance_BS: Importance weights of the tokens (:mod:`rpo_lightning.update.importance`); ``None`` for 1.
+        importance_BS: Importance weights of the tokens (``rpo_lightning.update.importance``); ``None`` for 1.
     """
 
     logprobs_BS: Tensor
@@ -56,7 +56,7 @@ class LossOutput:
         loss: Scalar with gradient. The losses of an update's micro-batches add up to the update's.
         policy_loss: The loss without KL penalty and entropy bonus.
         kl_sum: Sum of the k3 estimates over loss tokens.
-        clipped_sum: Number of loss tokens that :meth:`Objective.token_losses` reports as clipped.
+        clipped_sum: Number of loss tokens that ``Objective.token_losses`` reports as clipped.
         ratio_deviation_max: Largest |ratio - 1| of the loss tokens.
     """
 

@@ -14,8 +14,8 @@ class ClippedObjective(Objective):
     Args:
         clip_low: The ratio is clipped at ``1 - clip_low``.
         clip_high: The ratio is clipped at ``1 + clip_high``.
-        beta: See :class:`Objective`.
-        entropy_bonus: See :class:`Objective`.
+        beta: See ``Objective``.
+        entropy_bonus: See ``Objective``.
     """
 
     def __init__(self, clip_low: float, clip_high: float, beta: float = 0.0, entropy_bonus: float = 0.0) -> None:

@@ -18,7 +18,7 @@ class DPPO(Objective):
     """Divergence Proximal Policy Optimization with the binary TV divergence (arXiv 2602.04879, eqs. 11 to 13).
 
     With the policy π, the policy μ that sampled the tokens, and the ratio ``r = π/μ`` of a token, its loss is
-    ``-M · r · A``. The mask M is 0 where the update would move the token further away than the threshold allows::
+    ``-M · r · A``. The mask M is 0 where the update would move the token further away than the threshold allows:
 
         M = 0  if A > 0, r > 1 and D > threshold, or A < 0, r < 1 and D > threshold;  else M = 1
         D = |π - μ|    (total variation of the distributions {this token, any other token})
@@ -37,8 +37,8 @@ class DPPO(Objective):
 
     Args:
         threshold: Largest divergence.
-        beta: See :class:`Objective`.
-        entropy_bonus: See :class:`Objective`.
+        beta: See ``Objective``.
+        entropy_bonus: See ``Objective``.
     """
 
     normalisation: ClassVar[Normalisation] = "token"
@@ -69,12 +69,12 @@ class DPPO(Objective):
 class DPPOKL(DPPO):
     """DPPO with the binary KL divergence (arXiv 2602.04879, eq. 14).
 
-    As :class:`DPPO`, with ``D = μ log(μ/π) + (1 - μ) log((1 - μ)/(1 - π))``.
+    As ``DPPO``, with ``D = μ log(μ/π) + (1 - μ) log((1 - μ)/(1 - π))``.
 
     Args:
         threshold: Largest divergence, in nats.
-        beta: See :class:`Objective`.
-        entropy_bonus: See :class:`Objective`.
+        beta: See ``Objective``.
+        entropy_bonus: See ``Objective``.
     """
 
     def __init__(self, threshold: float = 0.05, beta: float = 0.0, entropy_bonus: float = 0.0) -> None:

@@ -55,10 +55,10 @@ class DrGRPO(GRPO):
 
     Args:
         normaliser: The constant, in tokens. As published, it is the response limit.
-        clip_low: See :class:`GRPO`.
-        clip_high: See :class:`GRPO`.
-        beta: See :class:`GRPO`.
-        entropy_bonus: See :class:`GRPO`.
+        clip_low: See ``GRPO``.
+        clip_high: See ``GRPO``.
+        beta: See ``GRPO``.
+        entropy_bonus: See ``GRPO``.
     """
 
     default_advantages: ClassVar[type[AdvantageEstimator]] = Unscaled

@@ -13,7 +13,7 @@ class GSPOToken(GSPO):
     """GSPO-token (arXiv 2507.18071, section 4.3).
 
     The ratio of token t of sequence i has the value of GSPO's sequence ratio ``s_i`` and the gradient of its own token,
-    where ``sg`` stops gradients::
+    where ``sg`` stops gradients:
 
         s_it = sg[s_i] · π(y_it) / sg[π(y_it)]
 

@@ -14,7 +14,7 @@ from rpo_lightning.update.objectives.base import LossInputs, Normalisation, Obje
 class SAPO(Objective):
     """Soft Adaptive Policy Optimization (arXiv 2511.20347).
 
-    With the ratio ``r_t`` of a token, the loss is ``-f(r_t) · A`` with the gate::
+    With the ratio ``r_t`` of a token, the loss is ``-f(r_t) · A`` with the gate:
 
         f(r) = 4/τ · σ(τ · (r - 1)),    τ = tau_pos where A > 0, tau_neg elsewhere
 
@@ -25,8 +25,8 @@ class SAPO(Objective):
     Args:
         tau_pos: Temperature of tokens with a positive advantage; the higher, the narrower the gate.
         tau_neg: Temperature of all other tokens. As published, it is the higher one.
-        beta: See :class:`Objective`.
-        entropy_bonus: See :class:`Objective`.
+        beta: See ``Objective``.
+        entropy_bonus: See ``Objective``.
     """
 
     normalisation: ClassVar[Normalisation] = "sequence"
