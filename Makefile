@@ -13,7 +13,7 @@ PIP_INSTALL := $(RUN)/python -m pip install -q -c constraints.txt
 INSTALL_VLLM := $(PIP_INSTALL) -e '.[vllm]'
 endif
 
-.PHONY: install quickstart test test-slow test-gpu lint format smollm2 reasoner clean
+.PHONY: install quickstart test test-slow test-gpu lint docs format smollm2 reasoner clean
 
 install: $(VENV)/.installed-dev  ## complete development environment
 
@@ -36,6 +36,12 @@ lint: $(VENV)/.installed-dev  ## what CI checks besides the tests
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports
+
+# The site's source is a folder of links, because MkDocs takes one folder, which must not hold the site.
+docs: $(VENV)/.installed-dev  ## the documentation as a site, in build/site; fails on a warning
+	mkdir -p build/pages
+	ln -sfn $(addprefix ../../,README.md CONTRIBUTING.md CHANGELOG.md docs benchmarks configs) build/pages
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
 format: $(VENV)/.installed-dev  ## let ruff mend what it can
 	$(RUN)/ruff check --fix .

@@ -1,16 +1,17 @@
-"""The documents and what is written in them: blocks, names in backticks, commands."""
+"""The documents and what is written in them: blocks, examples, names in backticks, commands."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rpo_lightning"
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "configs/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "configs").glob("*.yaml")),
 ]
 
@@ -25,8 +26,39 @@ def text_of(page: Path) -> str:
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """The code blocks of a language."""
-    return re.findall(rf"```{language}\n(.*?)```", text_of(page), re.DOTALL)
+    """The code blocks of a language, with a title or without."""
+    return re.findall(rf"^```{language}(?: [^\n]*)?\n(.*?)^```", text_of(page), re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A block of Python in a page.
+
+    Attributes:
+        code: The block.
+        file: The file that the blocks of this title make up; empty for a block that is run by itself.
+        not_run: What it needs to be run, where tests cannot: ``<!-- not run: a GPU -->`` above the block.
+    """
+
+    code: str
+    file: str
+    not_run: str
+
+
+def examples(page: Path) -> list[Example]:
+    """The blocks of Python in a page, in order."""
+    block = r'(?:<!-- not run: ([^\n]*) -->\n)?^```python(?: title="([^"]+)")?\n(.*?)^```'
+    found = re.findall(block, text_of(page), re.DOTALL | re.MULTILINE)
+    assert [code for _, _, code in found] == blocks(page, "python"), f"{page}: a block of Python has an unknown head"
+    return [Example(code, file, reason) for reason, file, code in found]
+
+
+def write_files(page: Path, folder: Path) -> None:
+    """Write the files that a page's examples make up into a folder."""
+    for example in examples(page):
+        if example.file:
+            with (folder / example.file).open("a", encoding="utf-8") as file:
+                file.write(example.code)
 
 
 def prose(page: Path) -> str:

@@ -28,6 +28,8 @@ from tests.known_settings import SECTIONS, is_setting, settings_of
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
+README, INDEX = ROOT / "README.md", ROOT / "docs" / "README.md"
+
 # What commands take besides settings.
 OPTIONS: dict[str, Any] = {
     "cache build": BuildCacheCallback,
@@ -40,25 +42,13 @@ OPTIONS: dict[str, Any] = {
     "report": write_report,
 }
 OF_EVERY_COMMAND = {"config", "print_config", "ckpt_path", "seed_everything", "help"}
-# Files that runs leave behind, with endings of the repository's.
-OF_RUNS = {"evaluation.md", "config.yaml"}
+# Files that runs leave behind, or that readers write, with endings of the repository's.
+OF_RUNS_AND_READERS = {"evaluation.md", "config.yaml", "my_parts.py"}
 FILE_ENDINGS = (".py", ".md", ".yaml", ".toml", ".jsonl", ".json", ".parquet", ".png", ".html", ".csv")
 # Words that stand for the reader's own, and what other libraries have.
 PLACEHOLDERS = {"CONFIG", "CHECKPOINT", "FOLDER", "LARGER", "NAME", "HOST", "COMMAND", "PATH"}
 OTHER_MODULES = ("lightning.pytorch", "lightning.pytorch.strategies", "lightning.pytorch.callbacks")
-OTHER_CLASSES = {"EngineArgs", *get_args(FlashAttention)}
-
-
-@every_page
-def test_python_examples_import_what_there_is(page):
-    for code in blocks(page, "python"):
-        for node in ast.walk(ast.parse(code)):
-            if isinstance(node, ast.ImportFrom):
-                module = importlib.import_module(str(node.module))
-                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
-            elif isinstance(node, ast.Import):
-                for alias in node.names:
-                    importlib.import_module(alias.name)
+OTHER_CLASSES = {"EngineArgs", "GRPOConfig", *get_args(FlashAttention)}
 
 
 @every_page
@@ -100,7 +90,7 @@ def test_metrics_are_logged(page):
 def test_paths_in_backticks_exist(page):
     folders = {path.name for path in (*ROOT.iterdir(), *PACKAGE.iterdir()) if path.is_dir()} - {"runs", "models"}
     for name in quoted(page):
-        if not re.fullmatch(r"[\w./*-]+", name) or Path(name).name in OF_RUNS:
+        if not re.fullmatch(r"[\w./*-]+", name) or Path(name).name in OF_RUNS_AND_READERS:
             continue
         in_a_folder = "/" in name and name.partition("/")[0] in folders and name.endswith(("/", *FILE_ENDINGS))
         if in_a_folder or name.endswith((".py", ".md", ".yaml", ".toml")):
@@ -127,10 +117,76 @@ def test_links_between_pages_lead_somewhere(page):
             assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target
 
 
-def test_the_index_lists_every_page():
-    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
-    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+@pytest.mark.parametrize(("folder", "pattern"), [("docs", "*.md"), ("docs/api", "*.md"), ("configs", "*.yaml")])
+def test_the_index_of_a_folder_lists_every_page(folder, pattern):
+    index = (ROOT / folder / "README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / folder).glob(pattern)} - {"README.md"}
     assert {name for name in pages if f"]({name})" not in index} == set()
+
+
+def test_the_readme_lists_the_pages_of_the_index():
+    listed, index = (set(re.findall(r"\]\(([\w/.-]+)\)", page.read_text())) for page in (README, INDEX))
+    there = {str((INDEX.parent / name).resolve().relative_to(ROOT)) for name in index}
+    assert there - listed == set()
+
+
+def test_the_menu_of_the_site_lists_every_page():
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2].partition("\nvalidation:")[0]
+    listed = re.findall(r": (\S+\.md)$", menu, re.MULTILINE)
+    pages = [str(page.relative_to(ROOT)) for page in PAGES if page.suffix == ".md"]
+    assert sorted(listed) == sorted([*pages, "CHANGELOG.md"])
+
+
+def test_the_api_pages_show_every_room_that_exports_something():
+    shown = set(re.findall(r"^::: ([\w.]+)", "\n".join(map(text_of, (ROOT / "docs/api").glob("*.md"))), re.MULTILINE))
+    exporting = [path.parent for path in PACKAGE.glob("*/**/__init__.py") if "__all__" in path.read_text("utf-8")]
+    rooms = {".".join(folder.relative_to(ROOT).parts) for folder in exporting if PACKAGE / "cli" not in folder.parents}
+    assert "rpo_lightning.update.objectives" in rooms
+    assert rooms - shown == set()
+
+
+# -- messages -------------------------------------------------------------------------------------
+
+
+@cache
+def messages() -> list[str]:
+    """The texts in the code, with ``…`` for what is filled in."""
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = (str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+                found.append("".join(parts))
+    return found
+
+
+def is_a_message(text: str) -> bool:
+    """Whether a text of the code has the parts between the ``…``, in order."""
+    return any(has_in_order(message, [part.strip() for part in text.split("…")]) for message in messages())
+
+
+def has_in_order(text: str, parts: list[str]) -> bool:
+    place = 0
+    for part in parts:
+        found = text.find(part, place)
+        if found < 0:
+            return False
+        place = found + len(part)
+    return True
+
+
+def test_messages_in_the_documents_are_those_of_the_code():
+    page = prose(ROOT / "docs" / "troubleshooting.md")
+    told = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(told) > 40
+    assert [message for message in told if not is_a_message(message)] == []
+
+
+def test_a_message_that_there_is_not_is_noticed():
+    assert is_a_message("grading was killed after … s, or died")
+    assert not is_a_message("grading was stopped after … s, or died")
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
@@ -143,9 +199,17 @@ def test_every_config_says_what_it_is_for_and_what_it_needs(config):
 # -- settings and commands ------------------------------------------------------------------------
 
 
+def without_others_settings(text: str) -> str:
+    """A page without its tables' columns of TRL's and verl's settings, and the sentences that name them."""
+    text = re.sub(r"(?:TRL|verl)'s `[^`]+`", "", text)
+    tables = re.split(r"\n(?=\| (?:TRL|verl) \|)", text)
+    others = (re.sub(r"^\|[^|\n]*\|", "|", table, flags=re.MULTILINE) for table in tables[1:])
+    return "\n".join([tables[0], *others])
+
+
 @every_page
 def test_settings_are_known_to_the_parser(page):
-    text = prose(page) + "\n".join(blocks(page, "bash"))
+    text = without_others_settings(prose(page)) + "\n".join(blocks(page, "bash"))
     sections = "|".join(SECTIONS)
     named = set(re.findall(rf"(?<![\w./-])(?:--)?((?:{sections})(?:\.[a-z]\w*)+)", text))
     named = {name for name in named if not name.endswith(FILE_ENDINGS)}
