@@ -145,6 +145,11 @@ def test_the_api_pages_show_every_room_that_exports_something():
     assert rooms - shown == set()
 
 
+def test_docstrings_name_things_as_markdown_does():
+    """The API pages are made from them."""
+    assert re.findall(r":(?:class|meth|func|mod|attr|data):`[^`]*`", source()) == []
+
+
 # -- messages -------------------------------------------------------------------------------------
 
 
