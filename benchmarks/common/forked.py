@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 
 def results_of(tasks: Sequence[tuple[Any, ...]], function: Callable[..., Any], processes: int) -> Iterator[Any]:
@@ -19,7 +19,8 @@ def results_of(tasks: Sequence[tuple[Any, ...]], function: Callable[..., Any], p
         SystemExit: A call failed.
     """
     context = multiprocessing.get_context("fork")
-    waiting, running = list(tasks), {}
+    waiting = list(tasks)
+    running: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
     while waiting or running:
         while waiting and len(running) < processes:
             task = waiting.pop(0)
@@ -28,10 +29,10 @@ def results_of(tasks: Sequence[tuple[Any, ...]], function: Callable[..., Any], p
             process.start()
             sender.close()
             running[receiver] = (process, task)
-        for receiver in wait(list(running)):
-            process, task = running.pop(receiver)  # type: ignore[index]
+        for ready in wait(list(running)):
+            process, task = running.pop(ready)
             try:
-                result = receiver.recv()  # type: ignore[union-attr]
+                result = cast(Any, ready).recv()
             except EOFError:
                 result = f"exit code {process.exitcode}"
             process.join()
