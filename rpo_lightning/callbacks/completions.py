@@ -65,7 +65,7 @@ class CompletionsCallback(RunFolderCallback):
     def _rows(self, group: Group, tokenizer: Any) -> list[dict[str, Any]]:
         order = sorted(range(len(group.rewards)), key=lambda i: group.rewards[i])
         alternating = [order[-1 - i // 2] if i % 2 == 0 else order[i // 2] for i in range(len(order))]
-        decoded = decode(tokenizer, group.request.prefix_ids)
+        decoded = group.request.prompt.opening + decode(tokenizer, group.request.prefix_ids)
         responses = [sample.response for sample in group.samples]
         # A character may begin in the prefix and end in the suffix: it belongs to the suffix.
         prefixes = [commonprefix((decoded, response)) for response in responses]  # noqa: RUF071 (these are texts)

@@ -94,12 +94,15 @@ class Prompt:
         text: The question before the chat template, for logs and reward functions.
         token_ids: The tokenised prompt, chat template included.
         answer: The gold answer that the verifier compares with, a ``GoldAnswer`` where it was read from data.
+        opening: The end of the prompt that belongs to the response: thoughts that the generation prompt opens
+            (``<think>``) or leaves empty. Graders read it before the response. Empty for most prompts.
     """
 
     uid: str
     text: str
     token_ids: tuple[int, ...]
     answer: str
+    opening: str = ""
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,8 @@ class Sample:
 
     Attributes:
         prompt: Question text.
-        response: Decoded response, prefix included. Special tokens that only frame a text are left out.
+        response: Decoded response, prefix included, after what the prompt opens of it (:attr:`Prompt.opening`). Special
+            tokens that only frame a text are left out.
         answer: Gold answer.
         length: Response length in tokens, prefix included.
         finished: Whether the response ended by itself.

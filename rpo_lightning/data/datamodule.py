@@ -9,7 +9,7 @@ the full path, and so does all evaluation.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from rpo_lightning.core.seeds import run_seed
 from rpo_lightning.core.types import Batch, Prompt, RolloutRequest, full_path_request
 from rpo_lightning.data.loader import ResumableLoader, batches_processed
 from rpo_lightning.data.position import TrainingPosition
+from rpo_lightning.data.prompt_format import few_shot_messages, read_chat_template
 from rpo_lightning.data.prompts import LoadReport, PromptBuilder
 from rpo_lightning.data.sources import DataSource, Row, as_source
 from rpo_lightning.rewards.base import Verifier
@@ -34,6 +35,8 @@ _MAX_MESSAGES = 5
 
 # What users write for a set of questions. ``Path`` comes last, since the command line takes anything for one.
 Questions = str | DataSource | Sequence[Row] | Path
+# Solved examples. Text comes first, so that the command line leaves "7" as it is.
+Examples = str | DataSource | Sequence[Mapping[str, str | int | float]] | Path
 # Several sets by name, for evaluation.
 NamedQuestions = str | DataSource | Sequence[Row] | dict[str, str | DataSource | Path] | Path
 
@@ -59,6 +62,10 @@ class RPODataModule(LightningDataModule):
         uid_column: Column of a stable identifier; a content hash if not given.
         system_prompt: System message of every prompt that does not bring its own.
         use_chat_template: Whether to apply the tokenizer's chat template; by default if it has one.
+        chat_template: A Jinja file with a chat template. It becomes the tokenizer's, also in exports; for base models.
+        chat_template_kwargs: Variables for the chat template, such as ``{enable_thinking: false}``.
+        few_shot: Solved examples between system prompt and question: rows with the texts ``question`` and ``answer``,
+            in the forms of ``train``. Each becomes a message of the user and one of the assistant, word for word.
         continue_final_message: Whether a conversation that ends with a message of the assistant is continued by the
             policy; otherwise its row is dropped and counted.
         shuffle: Whether to shuffle the training questions anew each epoch.
@@ -78,6 +85,9 @@ class RPODataModule(LightningDataModule):
         uid_column: str | None = None,
         system_prompt: str | None = None,
         use_chat_template: bool | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        few_shot: Examples = "",
         continue_final_message: bool = False,
         shuffle: bool = True,
     ) -> None:
@@ -97,7 +107,12 @@ class RPODataModule(LightningDataModule):
         self.answer_column = answer_column
         self.uid_column = uid_column
         self.system_prompt = system_prompt
+        if chat_template is not None and use_chat_template is False:
+            raise ConfigurationError("data.chat_template is not used with data.use_chat_template=false: drop one")
         self.use_chat_template = use_chat_template
+        self.chat_template = chat_template
+        self.chat_template_kwargs = chat_template_kwargs
+        self.few_shot = few_shot
         self.continue_final_message = continue_final_message
         self.shuffle = shuffle
         self.make_request: Callable[[Prompt], RolloutRequest] | None = None
@@ -130,7 +145,7 @@ class RPODataModule(LightningDataModule):
         Args:
             split: ``train``, ``val``, ``test`` or ``predict``.
             name: Its name, empty where the split has but one set.
-            tokenizer: The policy's.
+            tokenizer: The policy's. Gets the template of ``data.chat_template``.
             verifier: Says which gold answers can be used.
 
         Raises:
@@ -138,6 +153,8 @@ class RPODataModule(LightningDataModule):
         """
         if self._read_with is None or self._read_with[0] is not tokenizer or self._read_with[1] is not verifier:
             self.prompts, self.reports, self._read_with = {}, {}, (tokenizer, verifier)
+            if self.chat_template is not None:
+                tokenizer.chat_template = read_chat_template(self.chat_template)
         key = set_key(split, name)
         if key in self.prompts:
             return self.prompts[key]
@@ -154,6 +171,8 @@ class RPODataModule(LightningDataModule):
             system_prompt=self.system_prompt,
             use_chat_template=self.use_chat_template,
             continue_final_message=self.continue_final_message,
+            chat_template_kwargs=self.chat_template_kwargs,
+            few_shot=few_shot_messages(as_source(self.few_shot, "train")) if self.few_shot else (),
         )
         source = as_source(data, hub_split(split))
         self.prompts[key], report = builder.build(source)

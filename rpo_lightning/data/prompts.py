@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rpo_lightning.core.errors import DataError
@@ -15,6 +14,7 @@ from rpo_lightning.core.hashing import short_name
 from rpo_lightning.core.types import Prompt
 from rpo_lightning.data.conversations import last_user_text, read_messages
 from rpo_lightning.data.gold_answers import TOLERANCE_COLUMN, gold_answer, is_empty
+from rpo_lightning.data.prompt_format import Message, PromptFormat
 from rpo_lightning.data.sources import DataSource
 from rpo_lightning.rewards.base import Verifier
 
@@ -73,6 +73,8 @@ class PromptBuilder:
         use_chat_template: Whether to apply the tokenizer's chat template; by default if it has one.
         continue_final_message: Whether a conversation that ends with a message of the assistant is continued; otherwise
             its row is dropped.
+        chat_template_kwargs: Variables for the chat template.
+        few_shot: Solved examples, as messages before the question.
     """
 
     def __init__(
@@ -86,23 +88,16 @@ class PromptBuilder:
         system_prompt: str | None = None,
         use_chat_template: bool | None = None,
         continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        few_shot: Sequence[Message] = (),
     ) -> None:
-        self.tokenizer = tokenizer
         self.verifier = verifier
         self.max_prompt_tokens = max_prompt_tokens
         self.question_column = question_column
         self.answer_column = answer_column
         self.uid_column = uid_column
-        self.system_prompt = system_prompt
         self.continue_final_message = continue_final_message
-        has_template = getattr(tokenizer, "chat_template", None) is not None
-        self.use_chat_template = has_template if use_chat_template is None else use_chat_template
-        if self.use_chat_template and not has_template:
-            raise DataError("data.use_chat_template is true, but the tokenizer has no chat template")
-        if system_prompt and not self.use_chat_template:
-            raise DataError(
-                "data.system_prompt needs a chat template, and the tokenizer has none (or it is turned off)"
-            )
+        self.format = PromptFormat(tokenizer, system_prompt, use_chat_template, chat_template_kwargs, few_shot)
 
     def build(self, source: DataSource) -> tuple[list[Prompt], LoadReport]:
         """Read a source to its end.
@@ -132,7 +127,8 @@ class PromptBuilder:
             if problem is not None:
                 report.unusable.append(f"{where}: dropped, the gold answer {answer[:60]!r} cannot be used: {problem}")
                 continue
-            text, token_ids = self._tokenise(messages, where)
+            text = last_user_text(messages)
+            token_ids, opening = self.format.prompt(messages, text, where)
             if len(token_ids) > self.max_prompt_tokens:
                 report.overlong += 1
                 continue
@@ -142,7 +138,7 @@ class PromptBuilder:
                 continue
             if self.verifier.is_only_text(answer):
                 report.only_text.append(answer)
-            prompts[uid] = Prompt(uid=uid, text=text, token_ids=tuple(token_ids), answer=answer)
+            prompts[uid] = Prompt(uid, text, tuple(token_ids), answer, opening)
         report.kept = len(prompts)
         if not prompts:
             raise DataError(
@@ -176,49 +172,6 @@ class PromptBuilder:
                 "data.continue_final_message=true if the policy is to continue it"
             )
         return messages
-
-    def _tokenise(self, messages: list[Any], where: str) -> tuple[str, list[int]]:
-        """The question's text (without the template) and token ids of the whole prompt."""
-        text = last_user_text(messages)
-        if not self.use_chat_template:
-            if len(messages) > 1:
-                raise DataError(
-                    f"{where}: a conversation of {len(messages)} messages needs a chat template, and the tokenizer has "
-                    "none (or it is turned off)"
-                )
-            token_ids = list(self.tokenizer(text)["input_ids"])
-            while token_ids and token_ids[-1] == self.tokenizer.eos_token_id:
-                token_ids.pop()  # some tokenizers end every text with it
-            return text, token_ids
-        if self.system_prompt and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.system_prompt}, *messages]
-        token_ids = list(self.tokenizer(self._rendered(messages, where), add_special_tokens=False)["input_ids"])
-        if token_ids and token_ids[-1] == self.tokenizer.eos_token_id:
-            raise DataError(
-                f"{where}: the chat template ends the prompt with the end-of-sequence token "
-                f"{self.tokenizer.eos_token!r}, after which there is nothing to say: give the tokenizer a template "
-                "with a generation prompt"
-            )
-        return text, token_ids
-
-    def _rendered(self, messages: list[Any], where: str) -> str:
-        continues = messages[-1]["role"] == "assistant"
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=not continues,
-                    continue_final_message=continues,
-                )
-            )
-        except TemplateError as error:
-            reason = str(error).splitlines()[0]
-            remedy = (
-                "leave out data.system_prompt and system messages" if "system" in reason.lower()
-                else "change the conversation, or set data.use_chat_template=false"
-            )  # fmt: skip
-            raise DataError(f"{where}: the tokenizer's chat template refuses it ({reason}): {remedy}") from error
 
     def _uid(self, row: Mapping[str, Any], asked: str, answer: str, where: str) -> str:
         if self.uid_column is None:

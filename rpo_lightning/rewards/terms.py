@@ -9,10 +9,10 @@ from rpo_lightning.core.hashing import stable_hash
 from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards.base import Reward
 
-# The opening tag is optional: chat templates of reasoning models put it into the prompt.
+# A tag that the prompt has already is part of the response that rewards see.
 # Text without certain tags is matched from one "<" to the next, which is faster than character by character.
 _FORMAT = re.compile(
-    r"\s*(?:<think>)?[^<]*+(?:<(?!/?think>|/?answer>)[^<]*+)*</think>"
+    r"\s*<think>[^<]*+(?:<(?!/?think>|/?answer>)[^<]*+)*</think>"
     r"\s*<answer>[^<]*+(?:<(?!/?answer>)[^<]*+)*</answer>\s*"
 )
 
@@ -26,7 +26,10 @@ class AccuracyReward(Reward):
 
 
 class FormatReward(Reward):
-    """1 where the response is one ``<think>…</think>`` and one ``<answer>…</answer>``, else 0."""
+    """1 where the response is one ``<think>…</think>`` and one ``<answer>…</answer>``, else 0.
+
+    Thoughts that the prompt opens or leaves empty count as the response's.
+    """
 
     def score(self, group: Sequence[Sample]) -> list[float]:
         """Whether each response has the form."""

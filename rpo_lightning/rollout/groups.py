@@ -70,7 +70,7 @@ class Scoring:
             member,
             Sample(
                 prompt=request.prompt.text,
-                response=self._texts[index].text(completion.token_ids),
+                response=request.prompt.opening + self._texts[index].text(completion.token_ids),
                 answer=request.prompt.answer,
                 length=len(request.prefix_ids) + len(completion.token_ids),
                 finished=completion.finished,

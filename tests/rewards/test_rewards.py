@@ -74,7 +74,8 @@ def test_soft_overlong_penalty():
     ("response", "value"),
     [
         ("<think>a</think><answer>1</answer>", 1.0),
-        ("a\n</think>\n<answer>1</answer>\n", 1.0),  # the template opened the thoughts
+        ("<think>\n\n</think>\n<answer>1</answer>\n", 1.0),
+        ("a\n</think>\n<answer>1</answer>\n", 0.0),  # nobody opened the thoughts
         ("<answer>1</answer>", 0.0),
         ("<think>a</think> 1", 0.0),
         ("<think>a</think><answer>1</answer><answer>2</answer>", 0.0),

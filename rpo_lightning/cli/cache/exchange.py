@@ -130,7 +130,7 @@ def import_responses(
         if prompt is None:
             unmatched += 1
             continue
-        ids = _token_ids(row, response_column, tokenizer, f"{where}, row {number}")
+        ids = _token_ids(row, response_column, tokenizer, prompt.opening, f"{where}, row {number}")
         if len(ids) > response_limit:
             overlong += 1
             continue
@@ -153,14 +153,17 @@ _Response = tuple[Prompt, list[int], bool]
 def _graded(
     found: Sequence[_Response], tokenizer: PreTrainedTokenizerBase, grader: Grader
 ) -> Iterator[tuple[Prompt, CachedResponse]]:
-    groups = [[Sample(p.text, decode(tokenizer, i), p.answer, len(i), finished)] for p, i, finished in found]
+    groups = [[Sample(p.text, p.opening + decode(tokenizer, i), p.answer, len(i), end)] for p, i, end in found]
     for (prompt, ids, _), graded in zip(found, grader.grade(groups) if groups else [], strict=True):
         sample, spans = graded.samples[0], ((IMPORTED_STEP, len(ids)),)
         array = np.asarray(ids, dtype=np.int32)
         yield prompt, CachedResponse(array, graded.rewards[0], sample.is_correct, sample.finished, spans)
 
 
-def _token_ids(row: Mapping[str, Any], column: str, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
+def _token_ids(
+    row: Mapping[str, Any], column: str, tokenizer: PreTrainedTokenizerBase, opening: str, where: str
+) -> list[int]:
+    """The response's token ids, without the thoughts that the prompt has opened (``opening``)."""
     text = row.get(column)
     if row.get("token_ids") is not None:
         ids = [int(i) for i in row["token_ids"]]
@@ -174,5 +177,8 @@ def _token_ids(row: Mapping[str, Any], column: str, tokenizer: PreTrainedTokeniz
         raise CacheError(
             f"{where}: has neither {column!r} nor token ids; name the column of the response with --response_column"
         )
-    ids = list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+    said = str(text).removeprefix(opening)
+    if opening.strip() == "<think>":  # whatever blanks follow the tag
+        said = said.removeprefix("<think>").lstrip() if said.startswith("<think>") else said
+    ids = list(tokenizer(said, add_special_tokens=False)["input_ids"])
     return [*ids, int(tokenizer.eos_token_id)] if tokenizer.eos_token_id is not None else ids
