@@ -73,6 +73,8 @@ class RPOModule(EvaluationModule):
         engine: Generates rollouts; the transformers engine if not given.
         group_size: Responses per question (G), at least 2.
         max_response_tokens: Limit of a whole response, prefix included.
+        stop: Texts and token ids that end a response, in training and evaluation, besides the end-of-sequence tokens of
+            tokenizer and generation config.
         sampling: How training rollouts are drawn.
         optimizer: Makes the optimizer from the parameters; AdamW at 1e-6 if not given.
         lr_schedule: Learning-rate schedule over the updates.
@@ -98,6 +100,7 @@ class RPOModule(EvaluationModule):
         engine: RolloutEngine | None = None,
         group_size: int = 6,
         max_response_tokens: int = 4096,
+        stop: list[str | int] | None = None,
         sampling: Sampling = Sampling(),
         optimizer: OptimizerCallable | None = None,
         lr_schedule: LearningRateSchedule = LearningRateSchedule(),
@@ -125,6 +128,7 @@ class RPOModule(EvaluationModule):
             grader=Grader(verifier or MathVerifier(), rewards, grading or GradingPool()),
             engine=engine or TransformersEngine(),
             max_response_tokens=max_response_tokens,
+            stop=stop or (),
             sampling=sampling,
             evaluation=evaluation,
             adapter=adapter,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 
 from tokenizers.decoders import ByteLevel
@@ -42,6 +42,19 @@ def stop_token_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
             "eos_token_id in generation_config.json"
         )
     return ids
+
+
+def require_stop(stop: Iterable[str | int], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check what is to end a response besides end-of-sequence tokens.
+
+    Raises:
+        ConfigurationError: A text is empty, or a token id is not in the vocabulary.
+    """
+    for part in stop:
+        if part == "" or (isinstance(part, int) and not 0 <= part < len(tokenizer)):
+            raise ConfigurationError(
+                f"model.stop has {part!r}: give texts, or token ids from 0 to {len(tokenizer) - 1}"
+            )
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -51,20 +51,32 @@ class GenerationRequest:
 class Sampling:
     """How the next token is drawn.
 
-    ``top_p`` and ``top_k`` sample from another distribution than the policy's, which biases the clipped ratio. Both are
-    off by default.
+    ``top_p``, ``top_k`` and ``min_p`` sample from another distribution than the policy's, which biases the clipped
+    ratio. They are off by default.
 
     Attributes:
         temperature: Divides the logits; 0 is greedy.
         top_p: Sample from the likeliest tokens that together have this probability; 1 is off.
         top_k: Sample from the k likeliest tokens; 0 is off.
+        min_p: Sample from the tokens that are at least this share as likely as the likeliest; 0 is off.
+        repetition_penalty: 1, which is off. Other values are refused: a penalty makes a token's log-prob depend on
+            which tokens came before, and the update would not compute that.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.min_p <= 1:
+            raise ConfigurationError(f"sampling needs 0 <= min_p <= 1, got min_p={self.min_p}")
+        if self.repetition_penalty != 1:
+            raise ConfigurationError(
+                f"repetition_penalty={self.repetition_penalty} is refused: sampled tokens would have log-probs that no "
+                "update computes, so ratios would mean nothing: leave it at 1, and give repetition a negative reward"
+            )
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigurationError(
                 f"sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0: got temperature={self.temperature}, "
@@ -83,6 +95,8 @@ class EngineSetup:
         rank: Rank of this process among all that train.
         local_rank: Rank of this process among those of its node.
         world_size: Number of processes that train.
+        stop: What ends a response besides the end-of-sequence tokens: token ids, and texts. A text is part of the
+            response that it ends, and is looked for in what is sampled, never in the context.
     """
 
     max_length: int | None = None
@@ -91,6 +105,17 @@ class EngineSetup:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    stop: tuple[str | int, ...] = ()
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Token ids in ``stop``."""
+        return {part for part in self.stop if isinstance(part, int)}
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """Texts in ``stop``."""
+        return [part for part in self.stop if isinstance(part, str)]
 
 
 class RolloutEngine(ABC):

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +32,7 @@ from rpo_lightning.policy.prefix_sharing.flash_choice import (
     require_flash_attention,
     use_flash_attention,
 )
-from rpo_lightning.policy.tokenizer import load_tokenizer
+from rpo_lightning.policy.tokenizer import load_tokenizer, require_stop
 from rpo_lightning.policy.weights import require_plain_names
 from rpo_lightning.rewards import Grader
 from rpo_lightning.rollout.engine import EngineSetup, RolloutEngine, Sampling
@@ -54,6 +54,7 @@ class PolicyModule(LightningModule):
         adapter: A low-rank adapter that is trained instead of the policy's weights.
         elementwise_kernels: Which kernels compute norms, gated MLPs and rotary embeddings.
         flash_attention: Which implementation of flash attention computes on a GPU.
+        stop: Texts and token ids that end a response besides end-of-sequence tokens.
 
     Attributes:
         decoded_tokens: Tokens sampled so far, in training and evaluation.
@@ -70,6 +71,7 @@ class PolicyModule(LightningModule):
         adapter: LoRA | None = None,
         elementwise_kernels: ElementwiseKernels = "auto",
         flash_attention: FlashAttention | None = None,
+        stop: Sequence[str | int] = (),
     ) -> None:
         super().__init__()
         require_choice(elementwise_kernels)
@@ -78,7 +80,9 @@ class PolicyModule(LightningModule):
             tokenizer = load_tokenizer(policy)
         elif tokenizer is None:
             raise ConfigurationError("model.policy is a model, not a name: give model.tokenizer too")
+        require_stop(stop, tokenizer)
         self.tokenizer = tokenizer
+        self.stop = tuple(stop)
         self.policy: PreTrainedModel | None = None
         self.engine = engine
         self.grader = grader
@@ -169,7 +173,7 @@ class PolicyModule(LightningModule):
     def _engine_setup(self) -> EngineSetup:
         trainer: Any = self._trainer
         if trainer is None:
-            return EngineSetup(seed=run_seed())
+            return EngineSetup(seed=run_seed(), stop=self.stop)
         longest = getattr(getattr(trainer, "datamodule", None), "longest_prompt", None)
         return EngineSetup(
             max_length=None if longest is None else longest + self.max_response_tokens,
@@ -178,6 +182,7 @@ class PolicyModule(LightningModule):
             rank=trainer.global_rank,
             local_rank=trainer.local_rank,
             world_size=trainer.world_size,
+            stop=self.stop,
         )
 
     @override

@@ -18,10 +18,16 @@ from transformers import (
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from rpo_lightning.core.errors import ConfigurationError, EngineError
 from rpo_lightning.data.arithmetic import draw_problem
-from rpo_lightning.rollout import GenerationRequest, Sampling, TransformersEngine
+from rpo_lightning.rollout import EngineSetup, GenerationRequest, Sampling, TransformersEngine
 from rpo_lightning.rollout.transformers import attention as decode_attention
 from rpo_lightning.rollout.transformers import engine as transformers_engine
 from rpo_lightning.rollout.transformers import sequence_cache
@@ -224,6 +230,60 @@ def test_sequences_end_at_the_end_token_or_at_their_own_budget(engine, tokenizer
     assert all(c.finished for c in outputs[0])
 
 
+def until(text, stop):
+    """What is left of a text up to the end of the first stop text in it, and whether there is one."""
+    ends = [text.index(part) + len(part) for part in stop if part in text]
+    return text[: min(ends, default=len(text))], bool(ends)
+
+
+def assert_ends_at(stop, plain, stopped, tokenizer, eos):
+    """Greedy sequences end at the first stop text, however many tokens it has; those without one end as ever."""
+    told = []
+    for before, after in zip(plain, stopped, strict=True):
+        (ids,), (completion,) = [c.token_ids for c in before], after
+        texts = [tokenizer.decode([i]) for i in ids]
+        expected, is_cut = until("".join(texts), stop)
+        assert "".join(texts[: len(completion.token_ids)]) == expected
+        assert ids[: len(completion.token_ids)] == completion.token_ids
+        assert len(completion.logprobs) == len(completion.token_ids)
+        assert completion.finished == (is_cut or completion.token_ids[-1] == eos)
+        told.append(is_cut)
+    assert any(told)
+
+
+# A chain has a step g, results that begin with 4, and "#" before the answer.
+@pytest.mark.parametrize("stop", [("=4",), ("g",), ("g", "=4", "#"), ("never",), ("7=", "g")])
+def test_sequences_end_at_a_stop_text_of_any_number_of_tokens(policy, tokenizer, stop):
+    engine = TransformersEngine()
+    asked = requests(tokenizer, samples=1)
+    outputs = []
+    for setup in (EngineSetup(), EngineSetup(stop=stop)):
+        engine.attach(policy, tokenizer, setup)
+        engine.load_weights(policy, version=0)
+        outputs.append(engine.generate(asked, Sampling(temperature=0), seed=0))
+    if stop == ("never",):
+        assert outputs[0] == outputs[1]
+    else:
+        assert_ends_at(stop, *outputs, tokenizer, tokenizer.eos_token_id)
+
+
+def test_a_stop_id_ends_as_the_token_does_and_the_context_ends_nothing(policy, tokenizer):
+    engine = TransformersEngine()
+    asked = requests(tokenizer, samples=1)  # their questions have every step name
+    outputs = []
+    for stop in ((tokenizer.convert_tokens_to_ids("g"),), ("g",)):
+        engine.attach(policy, tokenizer, EngineSetup(stop=stop))
+        engine.load_weights(policy, version=0)
+        outputs.append(engine.generate(asked, Sampling(temperature=0), seed=0))
+    assert outputs[0] == outputs[1]
+    assert all(len(c.token_ids) > 10 and c.finished for (c,) in outputs[0])
+
+
+def test_a_text_that_the_policy_cannot_write_is_refused(policy, tokenizer):
+    with pytest.raises(ConfigurationError, match=r"model\.stop=\['☃'\]: .* cannot write it"):
+        TransformersEngine().attach(policy, tokenizer, EngineSetup(stop=("☃",)))
+
+
 def test_same_seed_same_rollouts_and_another_seed_others(engine, tokenizer):
     first, again, other = (engine.generate(requests(tokenizer), Sampling(), seed=s) for s in (3, 3, 4))
     assert first == again
@@ -311,6 +371,27 @@ def test_top_k_and_top_p_exclude_what_they_should():
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.04, rtol=0)
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_k": 40}, {"top_p": 0.8}, {"temperature": 0.7}])
+def test_min_p_leaves_the_tokens_that_transformers_leaves(settings):
+    torch.manual_seed(1)
+    logits = 3 * torch.randn(20, 100)
+    sampling = Sampling(min_p=0.1, **settings)
+    expected = TemperatureLogitsWarper(sampling.temperature)(None, logits)
+    for warper in [TopKLogitsWarper(40)] * ("top_k" in settings) + [TopPLogitsWarper(0.8)] * ("top_p" in settings):
+        expected = warper(None, expected)
+    expected = MinPLogitsWarper(0.1)(None, expected).softmax(-1)
+    assert (expected > 0).sum(-1).unique().numel() > 3  # the number of tokens that stay is another for each row
+    draws = 3000
+    generator = torch.Generator().manual_seed(0)
+    for row, shares in zip(logits, expected, strict=True):
+        tokens, logprobs = draw(row.expand(draws, -1), sampling, generator)
+        drawn = torch.bincount(tokens, minlength=100) / draws
+        assert drawn[shares == 0].sum() == 0
+        torch.testing.assert_close(drawn, shares, atol=0.04, rtol=0)  # over four standard deviations of a share
+        policys = (row / sampling.temperature).log_softmax(-1)
+        torch.testing.assert_close(logprobs, policys[tokens])  # the trainer's
+
+
 def test_tokens_are_drawn_as_often_as_they_are_likely_however_large_the_vocabulary():
     generator = torch.Generator().manual_seed(0)
     likely, draws = [0, 70_000, 149_999], 3000
@@ -343,3 +424,7 @@ def test_misuse_is_told(policy, tokenizer, engine):
         GenerationRequest((1,), 1, 0)
     with pytest.raises(ConfigurationError, match="top_p"):
         Sampling(top_p=0)
+    with pytest.raises(ConfigurationError, match=r"min_p=1\.5"):
+        Sampling(min_p=1.5)
+    with pytest.raises(ConfigurationError, match=r"repetition_penalty=1\.1 is refused: .* log-probs that no update"):
+        Sampling(repetition_penalty=1.1)

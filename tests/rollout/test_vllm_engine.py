@@ -14,7 +14,7 @@ from rpo_lightning.core.errors import ConfigurationError, EngineError
 from rpo_lightning.rollout import EngineSetup, GenerationRequest, Sampling, VLLMEngine
 from rpo_lightning.rollout.vllm import platform as vllm_platform
 from tests.policy.prefix_sharing.test_logprobs import reference_logprobs
-from tests.rollout.test_transformers_engine import QUESTIONS
+from tests.rollout.test_transformers_engine import QUESTIONS, assert_ends_at
 
 pytestmark = pytest.mark.long
 
@@ -124,6 +124,7 @@ def test_log_probs_are_those_at_the_sampling_temperature(start, policy, tokenize
     assert largest_difference(engine, policy, tokenizer, temperature=0.6) < FP32
     assert engine.logprob_caveat(Sampling(0.6)) is None
     assert "top_p=0.9" in engine.logprob_caveat(Sampling(1.0, top_p=0.9))
+    assert "min_p=0.1" in engine.logprob_caveat(Sampling(1.0, min_p=0.1))
 
 
 def test_greedy_samples_of_a_group_are_all_the_same(start, policy, tokenizer):
@@ -143,6 +144,21 @@ def test_sequences_end_at_the_end_token_or_at_their_own_budget(start, policy, to
         assert all(len(c.token_ids) == len(c.logprobs) == budget and not c.finished for c in group)
     with pytest.raises(EngineError, match=r"vLLM failed while it was generating: .*512"):
         engine.generate([GenerationRequest(tuple(range(3, 30)) * 20, 1, 4)], Sampling(), seed=0)
+
+
+def test_texts_and_ids_end_sequences_and_min_p_excludes_tokens_as_in_the_transformers_engine(policy, tokenizer, start):
+    engine = start(policy)
+    asked = requests(tokenizer, samples=1, budget=256)
+    plain = engine.generate(asked, Sampling(0.0), seed=0)
+    for stop in (("g", "=4"), (tokenizer.convert_tokens_to_ids("g"),)):
+        engine.attach(policy, tokenizer, EngineSetup(max_length=512, stop=stop))
+        stopped = engine.generate(asked, Sampling(0.0), seed=0)
+        texts = ("g",) if len(stop) == 1 else stop
+        assert_ends_at(texts, plain, stopped, tokenizer, tokenizer.eos_token_id)
+    # A token that is less likely than the likeliest is excluded at min_p=1, so samples are greedy.
+    assert [c.token_ids for (c,) in engine.generate(asked, Sampling(1.0, min_p=1.0), seed=1)] == [
+        c.token_ids for (c,) in stopped
+    ]
 
 
 def test_the_same_seed_gives_the_same_rollouts_and_another_seed_others(start, policy, tokenizer):

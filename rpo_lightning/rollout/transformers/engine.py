@@ -33,6 +33,7 @@ from rpo_lightning.rollout.transformers.sequence_cache import (
     SequenceCache,
     contexts_can_be_shared,
 )
+from rpo_lightning.rollout.transformers.stopping import Stopping
 
 # A finished sequence costs time at every step until the batch is rebuilt, and rebuilding copies the cache. Rebuild when
 # this share of the sequences has ended.
@@ -54,7 +55,7 @@ class TransformersEngine(RolloutEngine):
         self.max_sequences = max_sequences
         self._policy: PreTrainedModel | None = None
         self._contexts_can_be_shared: bool | None = None
-        self._stop_ids: Tensor = torch.tensor([])
+        self._stopping: Stopping | None = None
         self._pad_id = 0
         self._prefill_seconds = 0.0
         self._generate_seconds = 0.0
@@ -62,10 +63,11 @@ class TransformersEngine(RolloutEngine):
     def attach(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setup: EngineSetup = EngineSetup()
     ) -> None:
-        """Bind to the policy and learn which tokens end a sequence.
+        """Bind to the policy and learn what ends a sequence.
 
         Raises:
-            ConfigurationError: The policy does not decode with transformers' caches (``past_key_values``).
+            ConfigurationError: The policy does not decode with transformers' caches (``past_key_values``), or cannot
+                write a text that is to end a sequence.
         """
         model = underlying_model(policy)
         if "past_key_values" not in signature(model.forward).parameters:
@@ -76,7 +78,7 @@ class TransformersEngine(RolloutEngine):
         if policy is not self._policy:
             self._contexts_can_be_shared = None
         self._policy = policy
-        self._stop_ids = torch.tensor(sorted(stop_token_ids(policy, tokenizer)))
+        self._stopping = Stopping(stop_token_ids(policy, tokenizer) | setup.stop_ids, setup.stop_strings, tokenizer)
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
     @override
@@ -91,7 +93,7 @@ class TransformersEngine(RolloutEngine):
         seed: int,
         on_finished: OnFinished | None = None,
     ) -> list[list[Completion]]:
-        if self._policy is None or self._weights_version is None:
+        if self._policy is None or self._stopping is None or self._weights_version is None:
             raise EngineError("the engine was used before it was attached and synced: call attach and load_weights")
         start, self._prefill_seconds = time.perf_counter(), 0.0
         generator = torch.Generator(device=self._policy.device).manual_seed(seed)
@@ -99,7 +101,7 @@ class TransformersEngine(RolloutEngine):
         with _inference(self._policy) as may_share:
             shares = self._shares_contexts if may_share else lambda: False
             for chunk in self._chunks(requests):
-                batch = _DecodingBatch(self._policy, self._stop_ids, self._pad_id, sampling, generator, shares)
+                batch = _DecodingBatch(self._policy, self._stopping, self._pad_id, sampling, generator, shares)
                 ended: dict[tuple[int, int], Completion] = {}
                 for index, member, completion in batch.run([requests[i] for i in chunk]):
                     ended[chunk[index], member] = completion
@@ -143,7 +145,7 @@ class _DecodingBatch:
     def __init__(
         self,
         policy: PreTrainedModel,
-        stop_ids: Tensor,
+        stopping: Stopping,
         pad_id: int,
         sampling: Sampling,
         generator: torch.Generator,
@@ -151,7 +153,7 @@ class _DecodingBatch:
     ) -> None:
         self.policy = policy
         self.device = policy.device
-        self.stop_ids = stop_ids.to(self.device)
+        self.stopping = stopping.to(self.device)
         self.pad_id = pad_id
         self.sampling = sampling
         self.generator = generator
@@ -212,7 +214,7 @@ class _DecodingBatch:
             token_N, logprob_N = draw(logits_NV, self.sampling, self.generator)
             tokens_NT[rows, step] = token_N
             logprobs_NT[rows, step] = logprob_N
-            stopped = torch.isin(token_N, self.stop_ids)
+            stopped = self.stopping.ended(tokens_NT[rows, max(step + 1 - self.stopping.reach, 0) : step + 1])
             was_live, live = live, live & ~stopped & (budgets_N[rows] > step + 1)
             before, remaining = remaining, int(live.sum())
             if remaining < before:

@@ -17,8 +17,8 @@ def draw(logits_NV: Tensor, sampling: Sampling, generator: torch.Generator) -> t
         generator: Source of randomness.
 
     Returns:
-        Tokens [N] and their log-probs [N] under the temperature-scaled policy, before ``top_p`` and ``top_k``. The
-        trainer computes the same log-probs.
+        Tokens [N] and their log-probs [N] under the temperature-scaled policy, before ``top_p``, ``top_k`` and
+        ``min_p``. The trainer computes the same log-probs.
     """
     logits_NV = logits_NV.float()
     if sampling.temperature == 0:
@@ -27,19 +27,24 @@ def draw(logits_NV: Tensor, sampling: Sampling, generator: torch.Generator) -> t
         return token_N, logprobs_NV.gather(1, token_N[:, None]).squeeze(1)
     logprobs_NV = (logits_NV / sampling.temperature).log_softmax(-1)
     probs_NV = logprobs_NV.exp()
-    if sampling.top_k or sampling.top_p < 1:
+    if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
         probs_NV = _truncate(probs_NV, sampling)
     token_N = _pick(probs_NV, generator)
     return token_N, logprobs_NV.gather(1, token_N[:, None]).squeeze(1)
 
 
 def _truncate(probs_NV: Tensor, sampling: Sampling) -> Tensor:
-    """Set excluded tokens to 0: top-k first, then top-p, as in transformers and vLLM. The likeliest token stays."""
+    """Set excluded tokens to 0: top-k first, then top-p, as in transformers and vLLM. The likeliest token stays.
+
+    ``min_p`` compares with the likeliest token, which always stays, so its order matters only together with top-p. It
+    comes last, as in transformers; in vLLM it comes first.
+    """
     ordered_NV, index_NV = probs_NV.sort(-1, descending=True)
     if sampling.top_k:
         ordered_NV[:, sampling.top_k :] = 0.0
         ordered_NV /= ordered_NV.sum(-1, keepdim=True)
     excluded_NV = ordered_NV.cumsum(-1) - ordered_NV >= sampling.top_p
+    excluded_NV |= ordered_NV < sampling.min_p * ordered_NV[:, :1]
     return torch.zeros_like(probs_NV).scatter(1, index_NV, ordered_NV.masked_fill(excluded_NV, 0.0))
 
 

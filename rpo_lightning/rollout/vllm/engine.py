@@ -98,7 +98,7 @@ class VLLMEngine(RolloutEngine):
         """
         vllm_platform.import_vllm()  # fails early if it is not installed
         self._policy, self._tokenizer = policy, tokenizer
-        self._stop_ids = sorted(stop_token_ids(policy, tokenizer))
+        self._stop_ids = sorted(stop_token_ids(policy, tokenizer) | setup.stop_ids)
         needed = (setup.max_length or 0) > (self._setup.max_length or 0)
         self._setup = setup
         if needed and "max_model_len" not in self.settings:
@@ -204,13 +204,12 @@ class VLLMEngine(RolloutEngine):
     # -- generation ------------------------------------------------------------------------------
 
     def logprob_caveat(self, sampling: Sampling) -> str | None:
-        """See ``RolloutEngine.logprob_caveat``. vLLM gives log-probs after top-p and top-k."""
-        if sampling.top_p < 1 or sampling.top_k:
-            return (
-                f"with top_p={sampling.top_p} and top_k={sampling.top_k} vLLM's log-probs are those of the truncated "
-                "distribution, not the policy's"
-            )
-        return None
+        """See ``RolloutEngine.logprob_caveat``. vLLM gives log-probs after top-p, top-k and min-p."""
+        is_used = {"top_p": sampling.top_p < 1, "top_k": sampling.top_k > 0, "min_p": sampling.min_p > 0}
+        used = " and ".join(f"{name}={getattr(sampling, name)}" for name in is_used if is_used[name])
+        return (
+            f"with {used} vLLM's log-probs are those of the truncated distribution, not the policy's" if used else None
+        )
 
     def metrics(self) -> dict[str, float]:
         """``rollout/prefix_cache_hit_share``: share of prompt tokens found in the prefix cache since the last call."""
@@ -273,12 +272,15 @@ class VLLMEngine(RolloutEngine):
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
+            min_p=sampling.min_p,
             max_tokens=request.max_new_tokens,
             stop_token_ids=self._stop_ids,
+            stop=self._setup.stop_strings,
             seed=seed,
             logprobs=0,  # for the sampled token only
             flat_logprobs=True,
-            detokenize=False,
+            detokenize=bool(self._setup.stop_strings),
+            skip_special_tokens=False,  # a text may be that of a special token
         )
 
 
