@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rpo_lightning.callbacks import LoneExceptionCallback, WeightSyncCallback
+from rpo_lightning.callbacks import LoneExceptionCallback, QuestionOutcomesCallback, WeightSyncCallback
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.seeds import SeedPurpose, derive_seed, set_generator_states
 from rpo_lightning.core.types import Batch, Group, RolloutRequest
@@ -179,9 +179,9 @@ class RPOModule(EvaluationModule):
         return reference.own_models if reference else []
 
     def configure_callbacks(self) -> list[Callback]:
-        """What every run needs, unless the trainer has its own: the engine's weights, and an end for failing ranks."""
+        """What runs need, unless the trainer has its own: engine weights, an end for failing ranks, outcomes told."""
         there = cast(Any, self.trainer).callbacks
-        kinds = (WeightSyncCallback, LoneExceptionCallback)
+        kinds = (WeightSyncCallback, LoneExceptionCallback, QuestionOutcomesCallback)
         return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in there)]
 
     def configure_optimizers(self) -> Any:

@@ -7,6 +7,7 @@ from rpo_lightning.callbacks.export import HuggingFaceExportCallback
 from rpo_lightning.callbacks.lone_exception import LoneExceptionCallback
 from rpo_lightning.callbacks.predictions import PredictionsCallback
 from rpo_lightning.callbacks.progress_lines import ProgressLinesCallback
+from rpo_lightning.callbacks.question_outcomes import QuestionOutcomesCallback
 from rpo_lightning.callbacks.run_progress import RunProgressBar
 from rpo_lightning.callbacks.run_summary import RunSummaryCallback
 from rpo_lightning.callbacks.weight_sync import WeightSyncCallback
@@ -19,6 +20,7 @@ __all__ = [
     "LoneExceptionCallback",
     "PredictionsCallback",
     "ProgressLinesCallback",
+    "QuestionOutcomesCallback",
     "RunProgressBar",
     "RunSummaryCallback",
     "WeightSyncCallback",

@@ -26,6 +26,7 @@ class SeedPurpose(IntEnum):
     CUT = 3
     REFRESH = 4
     INITIAL_CHOICE = 5
+    SELECTION = 6
 
 
 def run_seed() -> int:

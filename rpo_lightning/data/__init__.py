@@ -2,6 +2,7 @@
 
 from rpo_lightning.data.arithmetic import ArithmeticChain
 from rpo_lightning.data.datamodule import RPODataModule
+from rpo_lightning.data.selection import InformativeSelection, QuestionSelection
 from rpo_lightning.data.sources import DataSource
 
-__all__ = ["ArithmeticChain", "DataSource", "RPODataModule"]
+__all__ = ["ArithmeticChain", "DataSource", "InformativeSelection", "QuestionSelection", "RPODataModule"]

@@ -25,6 +25,7 @@ from rpo_lightning.data.loader import ResumableLoader, batches_processed
 from rpo_lightning.data.position import TrainingPosition
 from rpo_lightning.data.prompt_format import few_shot_messages, read_chat_template
 from rpo_lightning.data.prompts import LoadReport, PromptBuilder
+from rpo_lightning.data.selection import QuestionSelection, SelectedQuestions, SelectedSampler
 from rpo_lightning.data.sources import DataSource, Row, as_source
 from rpo_lightning.rewards.base import Verifier
 
@@ -69,6 +70,7 @@ class RPODataModule(LightningDataModule):
         continue_final_message: Whether a conversation that ends with a message of the assistant is continued by the
             policy; otherwise its row is dropped and counted.
         shuffle: Whether to shuffle the training questions anew each epoch.
+        selection: How often an epoch asks each training question; each of them once if not given.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class RPODataModule(LightningDataModule):
         few_shot: Examples = "",
         continue_final_message: bool = False,
         shuffle: bool = True,
+        selection: QuestionSelection | None = None,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -109,16 +112,20 @@ class RPODataModule(LightningDataModule):
         self.system_prompt = system_prompt
         if chat_template is not None and use_chat_template is False:
             raise ConfigurationError("data.chat_template is not used with data.use_chat_template=false: drop one")
+        if selection is not None and not shuffle:
+            raise ConfigurationError("data.selection asks questions in an order of its own: drop data.shuffle=false")
         self.use_chat_template = use_chat_template
         self.chat_template = chat_template
         self.chat_template_kwargs = chat_template_kwargs
         self.few_shot = few_shot
         self.continue_final_message = continue_final_message
         self.shuffle = shuffle
+        self.selection = selection
         self.make_request: Callable[[Prompt], RolloutRequest] | None = None
         self.prompts: dict[str, list[Prompt]] = {}
         self.reports: dict[str, LoadReport] = {}
         self._position = TrainingPosition()
+        self._selected: SelectedQuestions | None = None
         self._read_with: tuple[PreTrainedTokenizerBase, Verifier] | None = None
 
     def setup(self, stage: str) -> None:
@@ -204,13 +211,28 @@ class RPODataModule(LightningDataModule):
         return max((max(p.token_ids) for prompts in self.prompts.values() for p in prompts if p.token_ids), default=0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run is in its training questions."""
-        return self._position.state_dict(self._questions_per_iteration(), self.prompts.get("train", []))
+        """Where the run is in its training questions, and what a selection knows of them."""
+        state = self._position.state_dict(self._questions_per_iteration(), self.prompts.get("train", []))
+        return state if self.selected is None else {**state, "selection": self.selected.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember where the checkpoint's run was, if training resumes it."""
         if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._position.load_state_dict(state_dict)
+            if self.selected is not None and "selection" in state_dict:
+                self.selected.load_state_dict(state_dict["selection"])
+
+    @property
+    def selected(self) -> SelectedQuestions | None:
+        """The training questions as ``data.selection`` asks them; ``None`` without one."""
+        prompts = self.prompts.get("train")
+        if self.selection is None or prompts is None:
+            return None
+        if self._selected is None or self._selected.prompts is not prompts:
+            assert self.trainer is not None
+            module: Any = self.trainer.lightning_module
+            self._selected = SelectedQuestions(prompts, self.selection, module.group_size)
+        return self._selected
 
     def adopt_position(self) -> None:
         """Go on where the checkpoint's run stopped; see ``TrainingPosition``."""
@@ -226,13 +248,12 @@ class RPODataModule(LightningDataModule):
         prompts = self._prompts("train")
         assert self.trainer is not None
         trainer = self.trainer
-        sampler: DistributedSampler[Prompt] = DistributedSampler(
-            prompts,  # type: ignore[arg-type]
-            num_replicas=trainer.world_size,
-            rank=trainer.global_rank,
-            shuffle=self.shuffle,
-            seed=run_seed(),
-        )
+        sampler: DistributedSampler[Prompt]
+        ranks = (trainer.world_size, trainer.global_rank)
+        if self.selected is not None:
+            sampler = SelectedSampler(self.selected, *ranks)
+        else:
+            sampler = DistributedSampler(prompts, *ranks, shuffle=self.shuffle, seed=run_seed())  # type: ignore[arg-type]
         if len(sampler) < self.batch_size:
             raise DataError(
                 f"{len(prompts)} training questions on {trainer.world_size} rank(s) are fewer than "
