@@ -152,7 +152,7 @@ class Sample:
 
     Attributes:
         prompt: Question text.
-        response: Decoded response, prefix included, after what the prompt opens of it (:attr:`Prompt.opening`). Special
+        response: Decoded response, prefix included, after what the prompt opens of it (``Prompt.opening``). Special
             tokens that only frame a text are left out.
         answer: Gold answer.
         length: Response length in tokens, prefix included.

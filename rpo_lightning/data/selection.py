@@ -91,7 +91,7 @@ class InformativeSelection(QuestionSelection):
         self.decay = decay
 
     def weights(self, right: Floats, wrong: Floats, group_size: int) -> Floats:
-        """See :meth:`QuestionSelection.weights`."""
+        """See ``QuestionSelection.weights``."""
         return np.maximum(mixed_chance(right, wrong, group_size), self.floor)
 
 

@@ -37,7 +37,7 @@ class Stopping:
 
     @property
     def reach(self) -> int:
-        """The most tokens that :meth:`ended` looks at."""
+        """The most tokens that ``ended`` looks at."""
         return 1 if self._strings is None else int(self._strings.maximum_token_len)
 
     def to(self, device: torch.device) -> Stopping:
@@ -49,7 +49,7 @@ class Stopping:
         """Whether each sequence ends with its last token.
 
         Args:
-            tokens_NT: The last :attr:`reach` of the tokens that were sampled so far, or all of them, [N, T].
+            tokens_NT: The last ``reach`` of the tokens that were sampled so far, or all of them, [N, T].
 
         Returns:
             Flags, [N].
