@@ -37,6 +37,7 @@ class RunSummaryCallback(RunFolderCallback):
     def __init__(self) -> None:
         self.decoded_tokens = 0
         self.responses = 0
+        self.gradings_killed = 0
         self.idle_tokens: int | None = 0  # None: unknown, since the run began with a release that did not count them
         self.seconds = 0.0
         self.accuracies: list[tuple[int, float]] = []
@@ -69,6 +70,7 @@ class RunSummaryCallback(RunFolderCallback):
         record: IterationRecord = pl_module.record
         self.decoded_tokens += record.phase_tokens["decode"]
         self.responses += record.responses
+        self.gradings_killed += record.killed
         if self.idle_tokens is not None:
             self.idle_tokens += record.idle_tokens
         _add(self.phase_seconds, record.phase_seconds)
@@ -103,6 +105,7 @@ class RunSummaryCallback(RunFolderCallback):
             "accuracy_after": after,
             "updates": trainer.global_step,
             "samples": self.responses,
+            "gradings_killed": self.gradings_killed,
             "decoded_tokens_per_sample": self.decoded_tokens / max(self.responses, 1),
             "full_path_tokens_per_sample": (
                 sum(self.full_path_tokens) / len(self.full_path_tokens) if self.full_path_tokens else None
@@ -133,6 +136,7 @@ class RunSummaryCallback(RunFolderCallback):
         return {
             "decoded_tokens": self.decoded_tokens,
             "samples": self.responses,
+            "gradings_killed": self.gradings_killed,
             "idle_tokens": self.idle_tokens,
             "seconds": self._seconds_so_far(),
             "accuracies": self.accuracies,
@@ -145,6 +149,8 @@ class RunSummaryCallback(RunFolderCallback):
         """Restore the counts."""
         self.decoded_tokens = state_dict["decoded_tokens"]
         self.responses = state_dict["samples"]
+        # Checkpoints of earlier releases do not say what was lost, nor which tokens taught nothing.
+        self.gradings_killed = state_dict.get("gradings_killed", 0)
         self.idle_tokens = state_dict.get("idle_tokens")
         self.seconds = state_dict["seconds"]
         self.accuracies = [(int(step), float(accuracy)) for step, accuracy in state_dict["accuracies"]]

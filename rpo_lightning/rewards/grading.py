@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from rpo_lightning.core.errors import RewardError
+from rpo_lightning.core.errors import RewardError, RPOError, one_line
 from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards.base import Reward, Verifier
 from rpo_lightning.rewards.pool import Call, GradingPool
+from rpo_lightning.rewards.serving import told
 
 # The place of a response: its group, and its number there.
 _Place = tuple[int, int]
@@ -86,7 +87,7 @@ class Grading:
                 sum(reward.weight * of_group[reward.name][member] for reward in self._rewards)
                 for member in range(len(group))
             ]
-            graded.append(GradedGroup(group, totals, of_group))
+            graded.append(GradedGroup(group, _finite(totals, group, "the weighted sum of model.rewards"), of_group))
         return graded
 
     def cancel(self) -> None:
@@ -101,7 +102,7 @@ class Grading:
         if self._verifier.isolated:
             verdicts = self._pool.collect_numbers([self._verdicts[place] for place in places])
         else:
-            with _no_exit(type(self._verifier).__name__):
+            with _in_this_process(type(self._verifier).__name__):
                 verdicts = [self._verifier.verify(s.prompt, s.response, s.answer) for s in samples]
         groups: dict[int, list[Sample]] = {}
         numbers = _finite(verdicts, samples, type(self._verifier).__name__)
@@ -117,28 +118,30 @@ class Grading:
             numbers = iter(self._pool.collect_numbers([calls[place] for place in sorted(calls)]))
             values = [[next(numbers) for _ in group] for group in groups]
         else:
-            with _no_exit(source):
-                values = reward.score_groups(groups, self._pool)
+            with _in_this_process(source):
+                values = list(reward.score_groups(groups, self._pool))
         if len(values) != len(groups):
             raise RewardError(f"{source} returned values of {len(values)} groups for {len(groups)}")
         return [_finite(of_group, group, source) for of_group, group in zip(values, groups, strict=True)]
 
 
 @contextmanager
-def _no_exit(source: str) -> Iterator[None]:
-    """Turn ``exit()`` in a verifier or a reward into an error: it would end the trainer without a word."""
+def _in_this_process(source: str) -> Iterator[None]:
+    """Tell what a verifier or a reward raises with its name; ``exit()`` would end the trainer without a word."""
     try:
         yield
-    except SystemExit as error:
-        raise RewardError(f"{source} raised SystemExit: {error.code}") from error
+    except RPOError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise RewardError(f"{source} raised {told(error)}") from error
 
 
 def _finite(values: Sequence[float], samples: Sequence[Sample], source: str) -> list[float]:
     """Plain numbers, whatever a verifier or a reward is made of: samples and rewards travel in checkpoints."""
     try:
         numbers = [float(value) for value in values]
-    except (TypeError, ValueError) as error:
-        raise RewardError(f"{source} returned what is no number: {error}") from error
+    except Exception as error:
+        raise RewardError(f"{source} returned what is no number: {one_line(error)}") from error
     if len(numbers) != len(samples):
         raise RewardError(
             f"{source} returned {len(numbers)} values for {len(samples)} responses: return one number for each"

@@ -1,28 +1,29 @@
 """Grading in worker processes that can be killed.
 
-A verifier or a user's reward function can hang (a pathological expression) or crash. Each call has a hard wall-clock
-limit, counted from its start in a worker; waiting for a worker does not count. The process of a call that is over the
-limit is killed, the call scores 0 and is counted.
+A verifier or a user's reward function can hang (a pathological expression), crash, or take all memory. Each call has a
+hard wall-clock limit, counted from its start in a worker; waiting for a worker does not count. Its worker has a limit
+of memory. The process of a call that is over a limit is killed with all that it has started, the call scores 0 and is
+counted. So does a call whose process dies or is killed by somebody else.
 
-Calls are submitted as responses end and collected after decoding. The pool is Pebble's. Workers are forked, as a
-DataLoader's are, so that functions defined in a script work without an import guard. They are forked before decoding
-begins (``GradingPool.start``), while nothing else is computed. Only the successor of a killed worker is forked at
-another time.
+Calls are submitted as responses end and collected after decoding. Workers are forked before decoding begins
+(``GradingPool.start``), while nothing else is computed. Only the successor of a killed worker is forked at another
+time. The processes are this package's own (``rpo_lightning.rewards.workers``): those of Pebble and of the standard
+library share one connection, so one that is killed or does not listen breaks or delays the others.
 """
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
+import pickle
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as GradingTimeout
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from pebble import ProcessExpired, ProcessPool
-
-from rpo_lightning.core.errors import ConfigurationError, RewardError
+from rpo_lightning.core.errors import ConfigurationError, RewardError, one_line
+from rpo_lightning.rewards.serving import told
+from rpo_lightning.rewards.worker import Loss, LostCallError, RaisedError
+from rpo_lightning.rewards.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -52,27 +53,31 @@ class GradingPool:
     """A lazily started pool of killable workers.
 
     Args:
-        workers: Number of processes of each rank; if not given, as many as ``use_cores`` finds cores for, 1 to 8.
+        workers: Number of processes of each rank; if not given, as many as ``use_cores`` finds cores for, 1 to 8,
+            and one more that goes on while a call takes longer than a second.
         timeout_seconds: Wall-clock limit of one call.
+        memory_gib: How much memory a process may take beyond what it shares with the trainer; ``.inf`` for no limit.
 
     Attributes:
         beside_decoding: Whether to grade while others are decoded: only where a core would be idle. Elsewhere both
             would slow each other down, and grading has all cores afterwards.
-        killed: Calls that were over the limit or crashed their process, so far.
+        killed: Calls that were over a limit or whose process died, so far.
     """
 
-    def __init__(self, workers: int | None = None, timeout_seconds: float = 10.0) -> None:
-        if (workers is not None and workers < 1) or timeout_seconds <= 0:
+    def __init__(self, workers: int | None = None, timeout_seconds: float = 10.0, memory_gib: float = 4.0) -> None:
+        if (workers is not None and workers < 1) or not timeout_seconds > 0 or not memory_gib > 0:
             raise ConfigurationError(
-                f"grading needs at least 1 worker and a limit above 0 s; got workers={workers}, "
-                f"timeout_seconds={timeout_seconds}"
+                "model.grading needs at least 1 worker and limits above 0; got "
+                f"workers={workers}, timeout_seconds={timeout_seconds}, memory_gib={memory_gib}"
             )
         self.workers = workers
         self.timeout_seconds = timeout_seconds
+        self.memory_gib = memory_gib
         self.killed = 0
         self.beside_decoding = True
         self._cores = 1
-        self._pool: ProcessPool | None = None
+        self._told: set[Loss] = set()
+        self._workers: Workers | None = None
 
     def use_cores(self, cores: int, decoding: int) -> None:
         """Learn what there is to grade with. A pool that runs already keeps its workers.
@@ -85,11 +90,16 @@ class GradingPool:
         self._cores = cores - decoding if self.beside_decoding else cores
 
     def start(self) -> None:
-        """Start the workers, unless they run already."""
-        if self._pool is None:
-            workers = self.workers or min(max(self._cores, 1), _MOST_WORKERS)
-            self._pool = ProcessPool(max_workers=workers, context=multiprocessing.get_context("fork"))
-            self._pool.schedule(bool)  # Pebble forks its workers at the first call
+        """Start the workers, and replace those that have ended or have made many calls.
+
+        Raises:
+            RewardError: No process can be started.
+        """
+        if self._workers is not None:
+            self._workers.renew()
+            return
+        count, spare = (self.workers, 0) if self.workers else (min(max(self._cores, 1), _MOST_WORKERS), 1)
+        self._workers = Workers(count, spare, self.memory_gib * 2**30)
 
     def submit(self, function: Callable[..., T], *arguments: Any, limits: float = 1.0) -> Call[T]:
         """Have a worker call a function.
@@ -98,11 +108,20 @@ class GradingPool:
             function: What to call.
             arguments: Its arguments.
             limits: How many times the limit the call may take.
+
+        Raises:
+            RewardError: The function or an argument cannot be pickled.
         """
-        self.start()
-        assert self._pool is not None
+        if self._workers is None:
+            self.start()
+        assert self._workers is not None
         seconds = self.timeout_seconds * limits
-        return Call(function, seconds, self._pool.schedule(function, args=arguments, timeout=seconds))
+        try:
+            request = pickle.dumps((function, arguments))
+        except Exception as error:
+            self.close()
+            raise RewardError(f"{_name(function)} cannot be sent to a grading process: {told(error)}") from error
+        return Call(function, seconds, self._workers.submit(request, seconds))
 
     def collect(self, calls: Iterable[Call[T]], killed: K) -> list[T | K]:
         """Wait for submitted calls.
@@ -119,22 +138,17 @@ class GradingPool:
         """
         results: list[T | K] = []
         for call in calls:
-            # Asked for rather than raised: a worker's SystemExit or KeyboardInterrupt must not end the trainer.
             error = call.future.exception()
             if error is None:
                 results.append(call.future.result())
-            elif isinstance(error, GradingTimeout | ProcessExpired):
-                if not self.killed:
-                    log.warning(
-                        f"grading was killed after {call.seconds:g} s, or died: such responses count "
-                        "as wrong (reward/grading_killed has their number in training, model.grading.timeout_seconds "
-                        "is the limit)"
-                    )
-                self.killed += 1
+            elif isinstance(error, LostCallError):
+                self._count(call, error)
                 results.append(killed)
             else:
                 self.close()
-                raise _failure(call.function, error) from error
+                if isinstance(error, RaisedError):
+                    raise RewardError(f"{_name(call.function)} {error}") from error
+                raise error
         return results
 
     def collect_numbers(self, calls: Sequence[Call[float]]) -> list[float]:
@@ -146,11 +160,16 @@ class GradingPool:
         Raises:
             RewardError: A function raised or did not return a number.
         """
-        results = self.collect(calls, killed=0.0)
-        try:
-            return [float(result) for result in results]
-        except (TypeError, ValueError) as error:
-            raise _failure(calls[0].function, error) from error
+        numbers = []
+        for call, result in zip(calls, self.collect(calls, killed=0.0), strict=True):
+            try:
+                numbers.append(float(result))
+            except Exception as error:
+                self.close()
+                raise RewardError(
+                    f"{_name(call.function)} returned {type(result).__name__}, which is no number: {one_line(error)}"
+                ) from error
+        return numbers
 
     def numbers(self, function: Callable[..., float], calls: Iterable[tuple[Any, ...]]) -> list[float]:
         """Call ``function`` with each tuple of arguments, and wait; see ``collect_numbers``."""
@@ -158,16 +177,29 @@ class GradingPool:
 
     def close(self) -> None:
         """Stop the workers and cancel what they have not done; the next call starts new ones."""
-        if self._pool is not None:
-            pool, self._pool = self._pool, None
-            pool.stop()
-            pool.join()
+        if self._workers is not None:
+            workers, self._workers = self._workers, None
+            workers.close()
+
+    def _count(self, call: Call[Any], error: LostCallError) -> None:
+        """Count a call that was lost, and tell of the first of each kind."""
+        self.killed += 1
+        if error.loss in self._told:
+            return
+        self._told.add(error.loss)
+        what, remedy = {
+            "time": (f"was killed after {call.seconds:g} s", "model.grading.timeout_seconds is the limit"),
+            "memory": (f"took more than {self.memory_gib:g} GiB", "model.grading.memory_gib is the limit"),
+            "death": (f"ended with its process ({error.detail})", "call it by itself to see why"),
+        }[error.loss]
+        log.warning(
+            f"{_name(call.function)} {what}: such responses count as wrong, and reward/grading_killed has their number "
+            f"in training ({remedy})"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pool": None}
+        return {**self.__dict__, "_workers": None}
 
 
-def _failure(function: Callable[..., Any], error: BaseException) -> RewardError:
-    name = getattr(function, "__qualname__", repr(function))
-    said = f": {error}" if str(error) else ""
-    return RewardError(f"{name} raised {type(error).__name__}{said}")
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", repr(function))

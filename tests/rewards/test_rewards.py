@@ -199,7 +199,7 @@ def forget_to_return(prompt: str, response: str, answer: str) -> None:
 
 def test_a_reward_that_is_no_number_is_an_error_and_not_a_zero():
     pool = GradingPool()
-    with pytest.raises(RewardError, match="forget_to_return raised TypeError"):
+    with pytest.raises(RewardError, match="forget_to_return returned NoneType, which is no number"):
         pool.numbers(forget_to_return, [("q", "r", "a")])
     pool.close()
 
