@@ -54,7 +54,7 @@ from rpo_lightning.update.objectives import DAPO, Objective
 from rpo_lightning.update.reference import reference_of
 from rpo_lightning.update.schedule import LearningRateSchedule
 from rpo_lightning.update.settings import UpdateSettings
-from rpo_lightning.update.watch import LearningWatch
+from rpo_lightning.update.watch import LearningWatch, is_finite
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class RPOModule(EvaluationModule):
         caveat = self.engine.logprob_caveat(sampling)
         self._importance_correction = chosen_correction(update, self.objective, caveat)
         self.guard = MismatchGuard(update.mismatch_bound)
-        self.watch = LearningWatch(update.max_idle_iterations)
+        self.watch = LearningWatch(update.max_idle_iterations, update.max_skipped)
         self.groups: list[Group] = []
         self.record = IterationRecord({}, {}, {}, 0, 0)
         self.iteration = 0
@@ -201,7 +201,7 @@ class RPOModule(EvaluationModule):
         """Roll out, score, and update the policy unless dynamic sampling asks for more groups."""
         require_requests(requests)
         assert self._loss is not None
-        killed = self.grader.pool.killed
+        killed, skipped = self.grader.pool.killed, self.watch.skipped
         seed = derive_seed(SeedPurpose.TRAINING, self.global_rank, self.iteration)
         self.engine.metrics()  # those of validation are not this iteration's
         self.groups = self.roll_out(requests, self.group_size, self.sampling, seed)
@@ -214,9 +214,9 @@ class RPOModule(EvaluationModule):
         processed = {phase: n - before[phase] for phase, n in self._loss.processed_tokens.items()}
         tokens = rollout_tokens(self.groups) | {p: n for p, n in processed.items() if n or p == "update"}
         responses = sum(len(g.completions) for g in self.groups)
-        killed = self.grader.pool.killed - killed
+        killed, skipped = self.grader.pool.killed - killed, self.watch.skipped - skipped
         idle = tokens["decode"] - rollout_tokens(usable)["decode"]
-        record = IterationRecord(metrics, self.timer.take(), tokens, responses, killed, len(usable), idle)
+        record = IterationRecord(metrics, self.timer.take(), tokens, responses, killed, skipped, len(usable), idle)
         self.record = record.over(self.ranks)
         self._log(of_update, len(requests))
         self.watch.check(self.record, of_update.get("loss/advantage_max"))
@@ -234,14 +234,17 @@ class RPOModule(EvaluationModule):
         masked = self.update.mask_truncated
         here = any(has_loss(group, masked) for group in batch)
         if batch and not here:
-            log.warning("all responses of an iteration are unfinished, and model.update.mask_truncated leaves them out")
+            log.warning(
+                "no response of an iteration is in the loss: all are empty, or unfinished and left out by "
+                "model.update.mask_truncated"
+            )
         return bool(self.trainer.strategy.reduce_boolean_decision(here, all=False))
 
     def _collect(self, groups: list[Group], size: int) -> tuple[list[Group], list[Group], list[Group]]:
         """Groups to train on now (none: draw more first), those that wait, and the new ones that are usable."""
         if self.buffer is None:
-            learns_from_all = self._advantages.learns_from_equal_rewards
-            return groups, [], [g for g in groups if learns_from_all or g.has_variance]
+            learns_from_all, masked = self._advantages.learns_from_equal_rewards, self.update.mask_truncated
+            return groups, [], [g for g in groups if (learns_from_all or g.has_variance) and has_loss(g, masked)]
         usable = self.buffer.add(groups)
         self.log("rollout/buffered_groups", float(len(self.buffer.groups)), batch_size=size)
         ready = self.trainer.strategy.reduce_boolean_decision(self.buffer.is_ready(size), all=True)
@@ -272,20 +275,22 @@ class RPOModule(EvaluationModule):
         return metrics
 
     def _step(self, minibatch: list[tuple[Group, Tensor]]) -> dict[str, float]:
-        """One optimizer step on groups and their advantages."""
+        """One optimizer step on groups and their advantages, unless their loss or its gradient is not finite."""
         assert self._loss is not None
         assert self._accumulation is not None
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         groups, advantages = [g for g, _ in minibatch], [a for _, a in minibatch]
         metrics = self._loss.backward(groups, advantages, self._accumulation.backward, self._accumulation.forward)
-        if "mismatch/logprob_mean" in metrics:
+        is_usable = is_finite(metrics)
+        if is_usable and "mismatch/logprob_mean" in metrics:
             self.guard.check(metrics["mismatch/logprob_mean"], self.global_step)
-        norm = self._accumulation.step(optimizer, self.update.max_grad_norm)
-        self.policy_version += 1
+        norm = self._accumulation.step(optimizer, self.update.max_grad_norm, is_usable)
         scheduler: Any = self.lr_schedulers()
         metrics |= {"loss/grad_norm": norm, "loss/learning_rate": scheduler.get_last_lr()[0]}
-        scheduler.step()
+        if self.watch.count_update(metrics):
+            self.policy_version += 1
+            scheduler.step()
         return metrics
 
     # -- checkpoints -----------------------------------------------------------------------------

@@ -38,6 +38,7 @@ class RunSummaryCallback(RunFolderCallback):
         self.decoded_tokens = 0
         self.responses = 0
         self.gradings_killed = 0
+        self.skipped_updates = 0
         self.idle_tokens: int | None = 0  # None: unknown, since the run began with a release that did not count them
         self.seconds = 0.0
         self.accuracies: list[tuple[int, float]] = []
@@ -71,6 +72,7 @@ class RunSummaryCallback(RunFolderCallback):
         self.decoded_tokens += record.phase_tokens["decode"]
         self.responses += record.responses
         self.gradings_killed += record.killed
+        self.skipped_updates += record.skipped
         if self.idle_tokens is not None:
             self.idle_tokens += record.idle_tokens
         _add(self.phase_seconds, record.phase_seconds)
@@ -104,6 +106,7 @@ class RunSummaryCallback(RunFolderCallback):
             "accuracy_before": before,
             "accuracy_after": after,
             "updates": trainer.global_step,
+            "skipped_updates": self.skipped_updates,
             "samples": self.responses,
             "gradings_killed": self.gradings_killed,
             "decoded_tokens_per_sample": self.decoded_tokens / max(self.responses, 1),
@@ -137,6 +140,7 @@ class RunSummaryCallback(RunFolderCallback):
             "decoded_tokens": self.decoded_tokens,
             "samples": self.responses,
             "gradings_killed": self.gradings_killed,
+            "skipped_updates": self.skipped_updates,
             "idle_tokens": self.idle_tokens,
             "seconds": self._seconds_so_far(),
             "accuracies": self.accuracies,
@@ -151,6 +155,7 @@ class RunSummaryCallback(RunFolderCallback):
         self.responses = state_dict["samples"]
         # Checkpoints of earlier releases do not say what was lost, nor which tokens taught nothing.
         self.gradings_killed = state_dict.get("gradings_killed", 0)
+        self.skipped_updates = state_dict.get("skipped_updates", 0)
         self.idle_tokens = state_dict.get("idle_tokens")
         self.seconds = state_dict["seconds"]
         self.accuracies = [(int(step), float(accuracy)) for step, accuracy in state_dict["accuracies"]]

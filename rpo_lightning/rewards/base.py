@@ -25,6 +25,9 @@ class Verifier(ABC):
 
     isolated: bool = True
 
+    def prepare(self) -> None:
+        """Import what :meth:`verify` needs, in the trainer's process before workers are forked: each has it then."""
+
     @abstractmethod
     def verify(self, prompt: str, response: str, answer: str) -> float:
         """Verdict in [0, 1]; 1 is right. Must be picklable where ``isolated`` is true."""

@@ -53,6 +53,8 @@ class Grading:
         self._samples: dict[_Place, Sample] = {}
         self._verdicts: dict[_Place, Call[float]] = {}
         self._values: dict[str, dict[_Place, Call[float]]] = {r.name: {} for r in rewards if r.response_function}
+        if verifier.isolated:
+            verifier.prepare()
         if verifier.isolated or self._values:
             pool.start()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from typing import cast
 
@@ -29,6 +30,10 @@ class MathVerifier(AnswerVerifier):
     """
 
     isolated = True
+
+    def prepare(self) -> None:
+        """Import math-verify, which takes a second: the successor of a killed worker need not."""
+        importlib.import_module("math_verify")
 
     def verify(self, prompt: str, response: str, answer: str) -> float:
         """1.0 if the response's answer equals the gold one, or is within its tolerances."""

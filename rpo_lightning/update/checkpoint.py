@@ -33,6 +33,7 @@ def gathered_state(
         "seed": run_seed(),
         "guard": guard.state_dict(),
         "idle_iterations": watch.idle,
+        "skipped_updates": (watch.skipped, watch.skipped_in_a_row),
         "buffers": list(buffers),
         "generators": list(generators),
     }
@@ -57,7 +58,8 @@ def restore_state(
             "another order, some twice in this epoch and some not at all. To resume exactly, use the checkpoint's seed"
         )
     guard.load_state_dict(state["guard"])
-    watch.idle = state.get("idle_iterations", 0)  # not in checkpoints of earlier releases
+    watch.idle = state.get("idle_iterations", 0)  # neither is in checkpoints of earlier releases
+    watch.skipped, watch.skipped_in_a_row = state.get("skipped_updates", (0, 0))
     if buffer is not None and state["buffers"][0] is not None:
         buffer.load_state_dicts(state["buffers"], ranks.rank, ranks.size)
     generators: list[dict[str, Any]] = state["generators"]

@@ -102,8 +102,8 @@ class GroupBuffer:
 
 
 def has_loss(group: Group, mask_truncated: bool) -> bool:
-    """Whether any member of a group is in the loss."""
-    return not mask_truncated or any(c.finished for c in group.completions)
+    """Whether any member of a group is in the loss: one that has sampled something, and is not left out."""
+    return any(c.token_ids and (c.finished or not mask_truncated) for c in group.completions)
 
 
 def _state(group: Group) -> dict[str, Any]:

@@ -67,6 +67,7 @@ class IterationRecord:
         phase_tokens: Tokens of each phase.
         responses: Number of sampled responses.
         killed: Number of gradings whose process was killed or died.
+        skipped: Number of updates that were skipped, the same on all ranks.
         usable_groups: Number of sampled groups that this or a later update can learn from.
         idle_tokens: Decoded tokens of the other groups, which taught nothing.
     """
@@ -76,6 +77,7 @@ class IterationRecord:
     phase_tokens: dict[str, int]
     responses: int
     killed: int
+    skipped: int = 0
     usable_groups: int = 0
     idle_tokens: int = 0
 
@@ -97,6 +99,7 @@ class IterationRecord:
             phase_tokens={phase: sum(r.phase_tokens.get(phase, 0) for r in records) for phase in phases},
             responses=sum(r.responses for r in records),
             killed=sum(r.killed for r in records),
+            skipped=self.skipped,
             usable_groups=sum(r.usable_groups for r in records),
             idle_tokens=sum(r.idle_tokens for r in records),
         )
@@ -106,6 +109,7 @@ class IterationRecord:
         return {
             **self.metrics,
             "reward/grading_killed": float(self.killed),
+            "update/skipped": float(self.skipped),
             **{f"time/{phase}": seconds for phase, seconds in self.phase_seconds.items()},
             **{f"tokens/{phase}": float(tokens) for phase, tokens in self.phase_tokens.items()},
         }

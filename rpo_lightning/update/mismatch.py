@@ -105,18 +105,18 @@ class MismatchGuard:
         """Check an update before the optimizer's step.
 
         Args:
-            mean: Mean |difference| of its sampled tokens, in nats.
+            mean: Mean |difference| of its sampled tokens, in nats; finite (:mod:`rpo_lightning.update.watch` has an eye
+                on those that are not).
             step: Number of the update, for the message.
 
         Raises:
-            EngineError: The mean is above the bound, or is not a number.
+            EngineError: The mean is above the bound.
         """
         usual = median(self._means) if self._means else None
         limit = self.bound.largest
         if usual is not None:
             limit = min(limit, max(self.bound.smallest, self.bound.jump * usual))
-        # Not "mean > limit": NaN must stop the run too.
-        if not mean <= limit:
+        if mean > limit:
             before = "" if usual is None else f" (median so far {usual:.2g})"
             raise EngineError(
                 f"update {step}: the rollout engine's log-probs differ from the trainer's by {mean:.2g} nats a token "

@@ -37,6 +37,9 @@ class UpdateSettings:
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         max_idle_iterations: Stop the run with a diagnosis after this many iterations in a row that neither update the
             policy nor leave a group for the next update; 0 for never.
+        max_skipped: Stop the run with a diagnosis after this many updates in a row whose loss, log-probs or gradient
+            are not finite; 0 for never. Such an update changes nothing. One or two come from an odd batch; three in a
+            row from weights or kernels that are broken, which no further batch mends.
         accumulate_sharded: With FSDP2, reduce gradients after every micro-batch, not once an update: more traffic, but
             no rank holds a whole gradient.
     """
@@ -54,16 +57,18 @@ class UpdateSettings:
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
     max_idle_iterations: int = 16
+    max_skipped: int = 3
     accumulate_sharded: bool = False
 
     def __post_init__(self) -> None:
         for name in ("passes_per_rollout", "minibatches_per_pass", "micro_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"model.update.{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_idle_iterations < 0:
-            raise ConfigurationError(
-                f"model.update.max_idle_iterations must be at least 0 (0: never), got {self.max_idle_iterations}"
-            )
+        for name in ("max_idle_iterations", "max_skipped"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(
+                    f"model.update.{name} must be at least 0 (0: never), got {getattr(self, name)}"
+                )
         if self.loss_scope not in ("suffix", "response"):
             raise ConfigurationError(f"model.update.loss_scope must be suffix or response; got {self.loss_scope!r}")
         if not self.max_grad_norm > 0:

@@ -9,7 +9,7 @@ Lightning. Every class must ensure three things:
 
 * Gradients travel between ranks once an update, with the last pass.
 * The norm is that of the whole gradient, wherever its shards lie.
-* A gradient that is not finite changes no parameter.
+* A gradient that is not to be used, or is not finite, changes neither parameters nor the optimizer's state.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
-
-from rpo_lightning.core.errors import UpdateError
 
 
 class Placement:
@@ -68,26 +66,23 @@ class GradientAccumulation(ABC):
     def _synchronising(self, is_last: bool) -> AbstractContextManager[Any]:
         """A context in which to run a backward pass."""
 
-    def step(self, optimizer: Any, max_norm: float) -> float:
-        """Clip the gradient to ``max_norm``, make the step, and return the norm before clipping.
+    def step(self, optimizer: Any, max_norm: float, is_usable: bool = True) -> float:
+        """Clip the gradient to ``max_norm`` and make the step, unless the gradient is not usable or not finite.
 
-        Raises:
-            UpdateError: The norm is not finite; no parameter was changed.
+        Args:
+            optimizer: The optimizer.
+            max_norm: Limit of the norm.
+            is_usable: Whether to make the step at all; the same on all ranks.
+
+        Returns:
+            The norm before clipping, the same on all ranks.
         """
         total = clip_grad_norm_(self.module.policy.parameters(), max_norm)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        self._require_finite(norm)
-        optimizer.step()
+        if is_usable and math.isfinite(norm):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # the rollout needs the memory
         return norm
-
-    def _require_finite(self, norm: float, update: int | None = None) -> None:
-        if not math.isfinite(norm):
-            update = self.module.global_step if update is None else update
-            raise UpdateError(
-                f"update {update}: the gradient norm is {norm}, and no parameter was changed: lower the learning rate, "
-                "or resume from an earlier checkpoint"
-            )
 
 
 class SingleDeviceAccumulation(GradientAccumulation):

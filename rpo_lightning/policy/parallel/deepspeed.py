@@ -158,7 +158,7 @@ class DeepSpeedAccumulation(GradientAccumulation):
         super().__init__(module)
         self.engine = module.trainer.strategy.deepspeed_engine
         self.engine.basic_optimizer.register_step_pre_hook(self._before_step)
-        self._update = 0
+        self._is_usable = True
 
     def forward(self, compute: Callable[[], Tensor]) -> Tensor:
         """Call ``compute``, which returns the loss of a micro-batch, within the engine's forward pass."""
@@ -174,26 +174,44 @@ class DeepSpeedAccumulation(GradientAccumulation):
         self.engine.set_gradient_accumulation_boundary(is_last)
         return nullcontext()
 
-    def step(self, optimizer: Any, max_norm: float) -> float:
-        """Let the engine clip and make the step, and return the norm before clipping.
+    def step(self, optimizer: Any, max_norm: float, is_usable: bool = True) -> float:
+        """Let the engine clip and make the step, unless the gradient is not usable or not finite.
+
+        The engine is called in any case: it lets go of the gradients that it holds.
 
         Args:
             optimizer: The optimizer that DeepSpeed wraps.
             max_norm: Not used: ``prepare_settings`` gives it to the engine.
+            is_usable: Whether to make the step at all; the same on all ranks.
 
-        Raises:
-            UpdateError: The norm is not finite; no parameter was changed.
+        Returns:
+            The norm before clipping, the same on all ranks.
         """
-        self._update = self.module.global_step
+        self._is_usable = is_usable
         optimizer.step()
-        if not self.engine.was_step_applied():  # the engine found a value that is not finite, and skipped the step
-            self._require_finite(math.nan, self._update)
-        return float(self.engine.get_global_grad_norm())
+        norm = self._norm() if self.engine.was_step_applied() else math.nan
+        if not (is_usable and math.isfinite(norm)):
+            self._uncount()
+        return norm
 
-    def _before_step(self, *_: Any) -> None:
-        """Stop at a norm that is not finite. The engine knows it, as -1, and has changed no parameter here."""
+    def _norm(self) -> float:
+        """The norm that the engine has computed. One that is not finite it knows as -1."""
         norm = float(self.engine.optimizer._global_grad_norm)
-        self._require_finite(math.nan if norm < 0 else norm, self._update)
+        return math.nan if norm < 0 else norm
+
+    def _before_step(self, optimizer: Any, *_: Any) -> None:
+        """Take the gradient from the optimizer, which leaves a parameter without one as it is, and its state too."""
+        if not (self._is_usable and math.isfinite(self._norm())):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def _uncount(self) -> None:
+        """Take back that Lightning has counted an update."""
+        progress = self.module.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        for counts in (progress.total, progress.current):
+            counts.ready -= 1
+            counts.completed -= 1
 
 
 class DeepSpeedPlacement(Placement):

@@ -139,13 +139,14 @@ class RowCost:
 
 
 def rows_of(groups: Sequence[Group], scope: LossScope) -> list[Row]:
-    """One row a response, for all members of all groups."""
+    """One row a response, for all members of all groups; none for a response without a token in the scope."""
     rows = []
     for index, group in enumerate(groups):
         context = group.request.prompt.token_ids + group.request.prefix_ids
         for member, completion in enumerate(group.completions):
             in_scope = len(completion.token_ids) + (len(group.request.prefix_ids) if scope == "response" else 0)
-            rows.append(Row(index, member, context, completion.token_ids, in_scope))
+            if in_scope:
+                rows.append(Row(index, member, context, completion.token_ids, in_scope))
     return rows
 
 

@@ -45,6 +45,8 @@ _MARKUP = re.compile(r"\*\*(.+?)\*\*|`(.+?)`|__(.+?)__")
 _WRAPPERS = re.compile(
     r"\\(?:text|textbf|textit|textrm|texttt|textsf|mathrm|mathbf|mathit|mathsf|mbox|operatorname|bm|emph)\s*(?=\{)"
 )
+# Text commands that lie deeper in one another are left as they are: each layer costs a pass over the text.
+_DEEPEST_WRAPPERS = 20
 _ENDS = " \t\n.,;:!?\"'"
 
 
@@ -74,10 +76,10 @@ def same_text(first: str, second: str) -> bool:
 
 def unwrapped(text: str) -> str:
     r"""A text without its text commands: ``\text{ten} 5`` becomes ``ten 5``."""
-    previous = None
-    while previous != text:
-        previous = text
-        text = re.sub(_WRAPPERS.pattern + r"\{([^{}]*)\}", r" \1 ", text)
+    for _ in range(_DEEPEST_WRAPPERS):
+        text, found = re.subn(_WRAPPERS.pattern + r"\{([^{}]*)\}", r" \1 ", text)
+        if not found:
+            break
     return re.sub(r"\s+", " ", text).strip()
 
 

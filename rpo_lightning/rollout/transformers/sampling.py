@@ -18,7 +18,8 @@ def draw(logits_NV: Tensor, sampling: Sampling, generator: torch.Generator) -> t
 
     Returns:
         Tokens [N] and their log-probs [N] under the temperature-scaled policy, before ``top_p``, ``top_k`` and
-        ``min_p``. The trainer computes the same log-probs.
+        ``min_p``. The trainer computes the same log-probs. Where logits are not finite, any token is drawn, and its
+        log-prob is NaN: the update finds it.
     """
     logits_NV = logits_NV.float()
     if sampling.temperature == 0:
@@ -27,6 +28,9 @@ def draw(logits_NV: Tensor, sampling: Sampling, generator: torch.Generator) -> t
         return token_N, logprobs_NV.gather(1, token_N[:, None]).squeeze(1)
     logprobs_NV = (logits_NV / sampling.temperature).log_softmax(-1)
     probs_NV = logprobs_NV.exp()
+    broken_N1 = logprobs_NV[:, :1].isnan()  # a row is NaN as a whole
+    if broken_N1.device.type != "cpu" or broken_N1.any():  # asking costs nothing on a CPU, and a wait on a GPU
+        probs_NV = probs_NV.masked_fill(broken_N1, 1.0)
     if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
         probs_NV = _truncate(probs_NV, sampling)
     token_N = _pick(probs_NV, generator)

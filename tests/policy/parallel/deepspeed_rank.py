@@ -7,8 +7,10 @@ results to a folder of its name.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,17 +123,35 @@ def adapter(folder: Path, stage: int, rank: int) -> None:
 
 
 def not_finite(folder: Path, stage: int, rank: int) -> None:
-    """An update whose gradient is not a number."""
-    module = fixed_module(rank, 2, objective=GRPO())
-    module.objective.sequence_weights = lambda lengths, *_: torch.full((len(lengths),), torch.nan)  # type: ignore
-    start = {n: w.clone() for n, w in named_weights(make_loaded().policy)}
+    """Two updates with one between them whose log-probs are not finite, and then gradients that are not, to the end."""
+    settings: dict[str, Any] = {"objective": GRPO(), "lr_schedule": LearningRateSchedule()}
+    clean = fixed_module(rank, 2, **settings)
+    deepspeed_trainer(folder / "clean", stage, max_steps=2).fit(clean, datamodule=make_data(batch_size=1))
+    expected = {n: w.clone() for n, w in named_weights(clean.policy)}  # type: ignore[arg-type]
+    module = fixed_module(rank, 2, **settings)
+    sound, weigh = module.roll_out, module.objective.sequence_weights
+
+    def roll_out(*arguments: Any) -> list[Group]:
+        groups = sound(*arguments)
+        if module.iteration == 1 and rank == 0:
+            broken = [replace(c, logprobs=(-math.inf, *c.logprobs[1:])) for c in groups[0].completions]
+            return [replace(groups[0], completions=broken), *groups[1:]]
+        return groups
+
+    module.roll_out = roll_out  # type: ignore[method-assign]
+    module.objective.sequence_weights = (  # type: ignore[method-assign]
+        lambda *given: weigh(*given) * (math.nan if module.iteration > 2 else 1.0)
+    )
     try:
-        deepspeed_trainer(folder, stage).fit(module, datamodule=make_data(batch_size=1))
+        trainer = deepspeed_trainer(folder / "faulty", stage, max_steps=9)
+        trainer.fit(module, datamodule=make_data(batch_size=1))
         error = None
     except UpdateError as raised:
         error = str(raised)
-    same = all(torch.equal(start[n], w) for n, w in named_weights(module.policy))  # type: ignore[arg-type]
-    (folder / f"{rank}.json").write_text(json.dumps({"error": error, "same": same}))
+    found = dict(named_weights(module.policy))  # type: ignore[arg-type]
+    same = all(torch.equal(weight, found[name]) for name, weight in expected.items())
+    result = {"error": error, "same": same, "skipped": module.watch.skipped, "updates": trainer.global_step}
+    (folder / f"{rank}.json").write_text(json.dumps(result))
 
 
 def make_loaded() -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.policy.parallel.update_rank import CASES
+from tests.policy.parallel.update_rank import CASES, FAULTS
 
 pytestmark = pytest.mark.long
 
@@ -48,7 +48,7 @@ def test_two_processes_make_the_update_of_one_and_never_hang(tmp_path, one_proce
     run(strategy, 2, tmp_path)
     assert_rows_were_shared(strategy, 2, tmp_path)
     found = torch.load(tmp_path / f"{strategy}.pt")
-    assert list(found) == list(CASES)
+    assert list(found) == [*CASES, *FAULTS]
     for case, parameters in found.items():
         assert parameters.keys() == one_process[case].keys()
         for name, parameter in parameters.items():

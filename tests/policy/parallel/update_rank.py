@@ -1,14 +1,15 @@
 """One of the processes that update a policy on the same rollouts; run by torchrun from ``test_update_ranks.py``.
 
 Arguments: strategy (``single``, ``ddp``, ``fsdp2``), output folder. The first rank writes the parameters after every
-case of ``CASES``. Every rank writes the largest number of members in a row for each case, and its parameters after 50
-iterations in which groups are dropped at random.
+case of ``CASES`` and of ``FAULTS``. Every rank writes the largest number of members in a row for each case, and its
+parameters after 50 iterations in which groups are dropped at random.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from rpo_lightning.policy.prefix_sharing.logprobs import token_logprobs
 from rpo_lightning.rewards import AccuracyReward, ExactMatchVerifier
 from rpo_lightning.update.advantages import BatchScaled, ReinforcePlusPlus
 from rpo_lightning.update.dynamic_sampling import DynamicSampling
-from rpo_lightning.update.importance import NoCorrection
+from rpo_lightning.update.importance import NoCorrection, TokenTruncated
 from rpo_lightning.update.mismatch import MismatchBound
 from rpo_lightning.update.objectives import DAPO, GRPO
 from tests.conftest import make_data, make_group, make_trainer, with_update
@@ -38,6 +39,13 @@ CASES: dict[str, dict[str, Any]] = {
     "sharded accumulation": {"objective": DAPO(), "accumulate_sharded": True},
     "groups in several passes": {"objective": GRPO(beta=0.1), "micro_batch_tokens": 100},
     "adapter with KL": {"objective": GRPO(beta=0.1), "adapter": LoRA(rank=2)},
+}
+
+
+# An update of three is skipped on all ranks: all weights are those of the other two.
+FAULTS: dict[str, dict[str, Any]] = {
+    "reward": {"fault": "reward"},
+    "engine's log-prob": {"fault": "-inf", "importance_correction": TokenTruncated()},
 }
 
 
@@ -64,6 +72,26 @@ class GivenRollouts(RPOModule):
         """This rank's groups."""
         self.timer.move("decode", "prefill", 0.0)
         return uneven_groups(self.iteration)[self.ranks.rank :: self.ranks.size]
+
+
+class FaultyRollouts(GivenRollouts):
+    """Rollouts of which one response has an engine's log-prob, or a reward, that is not finite; in iteration 1 only."""
+
+    def __init__(self, fault: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.fault = fault
+
+    def roll_out(self, *_: Any, **__: Any) -> list[Group]:
+        """This rank's groups; the first rank's first one has the fault."""
+        groups = super().roll_out()
+        if self.iteration == 1 and self.ranks.rank == 0:
+            first = groups[0]
+            if self.fault == "reward":
+                first.rewards[0] = float("nan")
+            else:
+                values = (float(self.fault), *first.completions[0].logprobs[1:])
+                first.completions[0] = replace(first.completions[0], logprobs=values)
+        return groups
 
 
 class DroppedGroups(GivenRollouts):
@@ -145,6 +173,10 @@ def main() -> None:
         members.clear()
         found[case] = update(GivenRollouts(**settings), name, folder, 2)
         fullest[case] = max(members)
+    for case, settings in FAULTS.items():
+        module = FaultyRollouts(**{"mismatch_bound": MismatchBound(largest=1e9, jump=1e9), **settings})
+        found[case] = update(module, name, folder, 3)
+        assert (module.watch.skipped, module.watch.skipped_in_a_row, module.policy_version) == (1, 0, 2), case
     if rank == 0:
         torch.save(found, folder / f"{name}.pt")
     torch.save(fullest, folder / f"{name}-members-{rank}.pt")
