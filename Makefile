@@ -13,7 +13,7 @@ PIP_INSTALL := $(RUN)/python -m pip install -q -c constraints.txt
 INSTALL_VLLM := $(PIP_INSTALL) -e '.[vllm]'
 endif
 
-.PHONY: install quickstart test test-slow test-gpu lint docs format smollm2 reasoner clean
+.PHONY: install quickstart test test-slow soak test-gpu lint docs format smollm2 reasoner clean
 
 install: $(VENV)/.installed-dev  ## complete development environment
 
@@ -26,6 +26,9 @@ test: $(VENV)/.installed-dev  ## the tests
 
 test-slow: $(VENV)/.installed-dev  ## tests that take minutes (the whole quickstart)
 	$(RUN)/python -m pytest -m slow
+
+soak: $(VENV)/.installed-dev  ## faults for many minutes
+	$(RUN)/python -m pytest -m soak
 
 # The cheapest first, and no further than the first failure.
 test-gpu: $(VENV)/.installed-dev  ## what only a GPU can show

@@ -25,7 +25,7 @@ class Verifier(ABC):
 
     isolated: bool = True
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027  # most need nothing
         """Import what :meth:`verify` needs, in the trainer's process before workers are forked: each has it then."""
 
     @abstractmethod

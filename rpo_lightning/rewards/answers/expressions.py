@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import re
@@ -18,6 +19,10 @@ LONGEST = 600
 _LONGEST_PROSE = 4000
 _DECIMAL_POWER = re.compile(r"\^\s*\{\s*-?\d*\.\d+\s*\}")
 _BARE_EXPONENT = re.compile(r"\d*(?:\s*\^[\s{]*\d+)*")
+# Names of numbers, which count as 3.
+_CONSTANT = re.compile(r"\\pi(?![a-zA-Z])|(?<![\\a-zA-Z])e(?![a-zA-Z])")
+# Brackets that are nested deeper are no answer. Reading them takes time that grows exponentially.
+_DEEPEST = 24
 _HIGHEST_SIZE = math.log10(HIGHEST_POWER)
 
 # The pool enforces the time limit, so math-verify's own is off. It warns of that in every process.
@@ -42,7 +47,7 @@ def as_float(text: str) -> float | None:
 
 def parse(text: str) -> list[Any]:
     """What math-verify makes of an answer; empty if it cannot read it or if that could take for ever."""
-    if len(text) > LONGEST or _is_a_tower(text):
+    if len(text) > LONGEST or _is_deep(text) or _is_a_tower(text):
         return []
     from math_verify import parse as math_parse
 
@@ -84,11 +89,31 @@ def _small(expression: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _is_deep(text: str) -> bool:
+    """Whether brackets are so nested that reading them could take for ever."""
+    depths = itertools.accumulate((c in "([{") - (c in ")]}") for c in text)
+    return max(depths, default=0) > _DEEPEST
+
+
 def _is_a_tower(text: str) -> bool:
     """Whether powers and factorials are so high or so nested that computing them would not end."""
     if text.count("^") > 12 or text.count("!") > 3 or re.search(r"!\s*!", text):
         return True
-    return any(_size(part) > _HIGHEST_SIZE for part in _exponents(text) + _under_factorials(text))
+    text = _CONSTANT.sub("3", text)
+    parts = [_size(part) for part in _exponents(text) + _under_factorials(text)]
+    return max(parts + _powers_of_powers(text), default=0.0) > _HIGHEST_SIZE
+
+
+def _powers_of_powers(text: str) -> list[float]:
+    """For each ``^`` behind a group with powers in it, the decimal logarithm of how many digits that can have."""
+    opening = {end: start for pair in ("{}", "()", "[]") for start, end in closing_brackets(text, pair).items()}
+    found = []
+    for sign in re.finditer(r"[)}\]]\s*\^", text):
+        group = text[opening.get(sign.start(), 0) : sign.start()]
+        exponent = _exponents(text[sign.end() - 1 :])[0]
+        if "^" in group:
+            found.append(math.log10(max(_size(group), 1.0)) + _size(exponent))
+    return found
 
 
 def _exponents(text: str) -> list[str]:
