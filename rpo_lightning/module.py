@@ -51,6 +51,7 @@ from rpo_lightning.update.loss import PolicyLoss
 from rpo_lightning.update.metrics import IterationRecord, rollout_metrics, rollout_tokens
 from rpo_lightning.update.mismatch import MismatchGuard
 from rpo_lightning.update.objectives import DAPO, Objective
+from rpo_lightning.update.optimizer import make_optimizer, try_optimizer
 from rpo_lightning.update.reference import reference_of
 from rpo_lightning.update.schedule import LearningRateSchedule
 from rpo_lightning.update.settings import UpdateSettings
@@ -78,6 +79,8 @@ class RPOModule(EvaluationModule):
         sampling: How training rollouts are drawn.
         optimizer: Makes the optimizer from the parameters; AdamW at 1e-6 if not given.
         lr_schedule: Learning-rate schedule over the updates.
+        trust_remote_code: Whether Python code that comes with the policy's folder or hub repository may be executed, by
+            the tokenizer, the policy and the engine. Without it, a policy that needs such code is refused.
         adapter: Train a low-rank adapter instead of the policy's weights.
         elementwise_kernels: Which kernels compute norms, gated MLPs and rotary embeddings on a GPU: those of ``liger``,
             none but torch's own (``none``), or ``auto``: Liger's if they are installed and agree with the plain layers.
@@ -104,6 +107,7 @@ class RPOModule(EvaluationModule):
         sampling: Sampling = Sampling(),
         optimizer: OptimizerCallable | None = None,
         lr_schedule: LearningRateSchedule = LearningRateSchedule(),
+        trust_remote_code: bool = False,
         adapter: LoRA | None = None,
         elementwise_kernels: ElementwiseKernels = "auto",
         flash_attention: FlashAttention | None = None,
@@ -134,6 +138,7 @@ class RPOModule(EvaluationModule):
             adapter=adapter,
             elementwise_kernels=elementwise_kernels,
             flash_attention=flash_attention,
+            trust_remote_code=trust_remote_code,
         )
         self.automatic_optimization = False
         self.objective = objective or DAPO()
@@ -157,6 +162,12 @@ class RPOModule(EvaluationModule):
         self._epoch_repair = EpochRepair()
 
     # -- set-up ----------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Try the optimizer before the policy is loaded."""
+        super().setup(stage)
+        if stage == TrainerFn.FITTING:
+            try_optimizer(self.optimizer_factory, self.lr_schedule)
 
     def prepare_policy(self, placement: Placement) -> list[PreTrainedModel]:
         """Make the loss, and the reference policy where the objective needs one."""
@@ -186,7 +197,9 @@ class RPOModule(EvaluationModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer and the schedule over the run's updates."""
-        optimizer = self.optimizer_factory(p for p in self.loaded_policy.parameters() if p.requires_grad)
+        optimizer = make_optimizer(
+            self.optimizer_factory, (p for p in self.loaded_policy.parameters() if p.requires_grad)
+        )
         updates = self.lr_schedule.length(self.trainer, self.update.updates_per_rollout, self.buffer is not None)
         return {"optimizer": optimizer, "lr_scheduler": self.lr_schedule.build(optimizer, updates)}
 

@@ -20,6 +20,8 @@ PAGES = [
 def text_of(page: Path) -> str:
     """The text of a page; of a config its comments."""
     text = page.read_text(encoding="utf-8")
+    if page.name == "bad_input.md":  # what its tables name does not exist; they have a test of their own
+        return text.partition("\n### ")[0]
     if page.suffix != ".yaml":
         return text
     return "\n".join(line.partition("# ")[2] for line in text.splitlines() if "# " in line)

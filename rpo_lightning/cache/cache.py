@@ -25,13 +25,17 @@ import numpy as np
 import torch
 
 from rpo_lightning.cache.responses import IMPORTED_STEP, CachedResponse, ResponseColumns
+from rpo_lightning.cache.soundness import (
+    FORMAT_VERSION,
+    MOST_SLOTS,
+    array_of,
+    read_notes,
+    reading_state,
+    require_same_origin,
+)
 from rpo_lightning.core.errors import CacheError
 
 __all__ = ["FORMAT_VERSION", "IMPORTED_STEP", "CacheEntry", "CachedResponse", "ExperienceCache"]
-
-FORMAT_VERSION = 3
-# Format 2 has one response for each question, and nothing shared by all of them.
-READABLE_VERSIONS = (2, FORMAT_VERSION)
 
 # Columns of the questions.
 _VISITS = np.dtype([("visits", np.int64), ("restart", np.bool_)])
@@ -115,13 +119,15 @@ class ExperienceCache:
 
     Args:
         tokenizer_fingerprint: Identifies the tokenizer of the token ids.
+        vocabulary_size: Token ids that are loaded lie below it; ``None`` if that is not known.
 
     Attributes:
         shared: The cut strategy's notes on all questions: JSON values, saved with the cache.
     """
 
-    def __init__(self, tokenizer_fingerprint: str) -> None:
+    def __init__(self, tokenizer_fingerprint: str, vocabulary_size: int | None = None) -> None:
         self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.vocabulary_size = vocabulary_size
         self.shared: dict[str, Any] = {}
         self._numbers: dict[str, int] = {}  # row numbers 0, 1, 2, …
         self._visits = np.zeros(0, _VISITS)
@@ -152,7 +158,13 @@ class ExperienceCache:
         return CacheEntry(self, uid, self._number(uid))
 
     def remember(self, uid: str, response: CachedResponse, slot: int = 0) -> None:
-        """Cache a response in place of the one that the question had in the slot. Copies the tokens."""
+        """Cache a response in place of the one that the question had in the slot. Copies the tokens.
+
+        Raises:
+            CacheError: There is no such slot.
+        """
+        if not 0 <= slot < MOST_SLOTS:
+            raise CacheError(f"question {uid}: slot {slot}, slots are numbered from 0 to {MOST_SLOTS - 1}")
         number = self._number(uid)
         while slot >= len(self._slots):
             self._slots.append(ResponseColumns())
@@ -183,6 +195,10 @@ class ExperienceCache:
         """Mark all tokens as imported. Call it for a cache of another run, whose update numbers mean nothing here."""
         for columns in self._slots:
             columns.forget_updates()
+
+    def states(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The cut strategy's notes by question, of the questions that have any."""
+        return ((uid, self._states[number]) for uid, number in self._numbers.items() if self._states.get(number))
 
     def _number(self, uid: str) -> int:
         number = self._numbers.setdefault(uid, len(self._numbers))
@@ -215,39 +231,30 @@ class ExperienceCache:
         """Replace the contents by a saved state. Shares the state's tokens without a copy.
 
         Raises:
-            CacheError: The state has another format version or tokenizer.
+            CacheError: The state has another format version or tokenizer, or is damaged. The contents stay.
         """
-        self.require_same_origin(state["version"], state["tokenizer"], "the checkpoint's cache")
-        if state["version"] == 2:  # it names the columns of its only slot without one
-            state = {**state, "shared": "{}", "visits": state["facts"], "slots": [state]}
-        loaded = ExperienceCache(self.tokenizer_fingerprint)
-        loaded._numbers = {uid: number for number, uid in enumerate(json.loads(state["uids"]))}
-        loaded._states = {int(number): of_entry for number, of_entry in json.loads(state["states"]).items()}
-        loaded.shared = json.loads(state["shared"])
-        loaded._visits = np.zeros(len(loaded), _VISITS)
-        for name in _VISITS.names or ():
-            loaded._visits[name] = state["visits"][name].numpy()
-        loaded._slots = [ResponseColumns() for _ in state["slots"]]
-        for columns, of_slot in zip(loaded._slots, state["slots"], strict=True):
-            columns.load_state_dict(of_slot)
+        with reading_state():
+            loaded = self._loaded(state)
         vars(self).update(vars(loaded))
 
-    def require_same_origin(self, version: int, tokenizer: str, where: str) -> None:
-        """Check that a saved cache has a format that this release reads, and this policy's tokenizer.
-
-        Args:
-            version: Format version of what was saved.
-            tokenizer: Its tokenizer fingerprint.
-            where: What to call it in the message.
-
-        Raises:
-            CacheError: It has another format version or tokenizer.
-        """
-        if version not in READABLE_VERSIONS:
-            known = " and ".join(map(str, READABLE_VERSIONS))
-            raise CacheError(f"{where}: cache format {version}, this release reads formats {known}: build a new cache")
-        if tokenizer != self.tokenizer_fingerprint:
-            raise CacheError(
-                f"{where}: made with another tokenizer (fingerprint {tokenizer}, this policy's is "
-                f"{self.tokenizer_fingerprint}), so its token ids mean other text: build a new cache"
-            )
+    def _loaded(self, state: Mapping[str, Any]) -> ExperienceCache:
+        require_same_origin(state["version"], state["tokenizer"], self.tokenizer_fingerprint, "the checkpoint's cache")
+        if state["version"] == 2:  # it names the columns of its only slot without one
+            state = {**state, "shared": "{}", "visits": state["facts"], "slots": [state]}
+        loaded = ExperienceCache(self.tokenizer_fingerprint, self.vocabulary_size)
+        uids = json.loads(state["uids"])
+        loaded._numbers = {uid: number for number, uid in enumerate(uids)}
+        if len(loaded) != len(uids) or not all(isinstance(uid, str) for uid in uids):
+            raise ValueError("a question comes twice, or has no text as its uid")
+        of_entries = read_notes(state["states"]).items()
+        loaded._states = {int(number): read_notes(json.dumps(of_entry)) for number, of_entry in of_entries}
+        loaded.shared = read_notes(state["shared"])
+        loaded._visits = np.zeros(len(loaded), _VISITS)
+        for name in _VISITS.names or ():
+            loaded._visits[name] = array_of(state["visits"][name], _VISITS[name].type, (len(loaded),))
+        if loaded._visits["visits"].min(initial=0) < 0 or len(state["slots"]) > MOST_SLOTS:
+            raise ValueError("a question has fewer than 0 visits, or there are too many slots")
+        loaded._slots = [ResponseColumns() for _ in state["slots"]]
+        for columns, of_slot in zip(loaded._slots, state["slots"], strict=True):
+            columns.load_state_dict(of_slot, len(loaded), self.vocabulary_size)
+        return loaded

@@ -12,13 +12,16 @@ because nothing can follow an end-of-sequence token.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import numpy as np
 
 from rpo_lightning.cache.cache import CachedResponse, CacheEntry, ExperienceCache
-from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.cache.soundness import is_number
+from rpo_lightning.core.errors import CacheError, ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,35 @@ class CutStrategy(ABC):
     def end_iteration(self, cache: ExperienceCache) -> None:  # noqa: B027 (optional hook)
         """Learn from an iteration as a whole, after its groups have been observed."""
 
+    def state_problem(self, state: Mapping[str, Any]) -> str | None:
+        """Why saved notes on a question cannot be this strategy's; ``None`` if they can. Others' notes are ignored."""
+        return None
+
+    def shared_problem(self, shared: Mapping[str, Any]) -> str | None:
+        """Why saved notes on all questions cannot be this strategy's, like ``state_problem``."""
+        return None
+
+
+def require_usable_notes(cut: CutStrategy, cache: ExperienceCache, where: str) -> None:
+    """Check the notes of a saved cache. Those that a strategy cannot use would fail in the middle of a run.
+
+    Args:
+        cut: The run's strategy.
+        cache: The cache.
+        where: What to call it in the message.
+
+    Raises:
+        CacheError: The strategy cannot use its notes.
+    """
+    of_entries = ((f"question {uid}", cut.state_problem(state)) for uid, state in cache.states())
+    for whose, problem in chain([("all questions", cut.shared_problem(cache.shared))], of_entries):
+        if problem is not None:
+            name = type(cut).__name__
+            raise CacheError(
+                f"{where}: what {name} noted on {whose} cannot be used ({problem}): build a new cache, or use another "
+                "cache.cut"
+            )
+
 
 def a_correct_anchor(entry: CacheEntry, rng: np.random.Generator) -> CachedResponse | None:
     """A correct response of a question, a random one of several."""
@@ -158,6 +190,11 @@ class FractionOfShortestCut(CutStrategy):
     def observe(self, entry: CacheEntry, outcome: GroupOutcome) -> None:
         """Store ℓ in the entry's state."""
         entry.state["shortest_length"] = min(outcome.lengths)
+
+    def state_problem(self, state: Mapping[str, Any]) -> str | None:
+        """ℓ is a number of tokens."""
+        shortest = state.get("shortest_length", 0)
+        return None if is_number(shortest, 0) else f"shortest_length is {str(shortest)[:40]!r}"
 
 
 class AnchoredCut(CutStrategy):

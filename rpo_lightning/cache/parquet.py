@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rpo_lightning.cache.cache import FORMAT_VERSION, CachedResponse, CacheEntry, ExperienceCache
-from rpo_lightning.cache.spans import flat_spans, nested_spans
+from rpo_lightning.cache.cache import CachedResponse, CacheEntry, ExperienceCache
+from rpo_lightning.cache.file_rows import FileRows
+from rpo_lightning.cache.soundness import FORMAT_VERSION, read_notes, require_same_origin
+from rpo_lightning.cache.spans import flat_spans
+from rpo_lightning.core.declared_size import require_room
 from rpo_lightning.core.errors import CacheError
 from rpo_lightning.core.files import replacing
 
@@ -60,24 +62,28 @@ def write_cache(cache: ExperienceCache, path: str | Path) -> None:
     _give_memory_back()
 
 
-def read_cache(path: str | Path, tokenizer_fingerprint: str) -> ExperienceCache:
-    """Read a cache.
+def read_cache(path: str | Path, tokenizer_fingerprint: str, vocabulary_size: int | None = None) -> ExperienceCache:
+    """Read a cache. The file may come from elsewhere: all of it is checked.
 
     Args:
         path: The file.
         tokenizer_fingerprint: The fingerprint of the policy's tokenizer.
+        vocabulary_size: Token ids must lie below it; not checked if not given.
 
     Raises:
         CacheError: The file is missing or damaged, is not a cache, or has another format version or tokenizer.
     """
     path = Path(path)
     if not path.is_file():
-        raise CacheError(f"{path}: no such cache file")
-    cache = ExperienceCache(tokenizer_fingerprint)
+        is_folder = f"{path}: a folder: name the cache file in it"
+        raise CacheError(is_folder if path.is_dir() else f"{path}: no such cache file: check the path")
+    cache = ExperienceCache(tokenizer_fingerprint, vocabulary_size)
     try:
         _read_file(cache, path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CacheError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+    except (pa.ArrowException, OSError) as error:
+        raise CacheError(
+            f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}): name a whole cache file"
+        ) from error
     _give_memory_back()
     return cache
 
@@ -147,41 +153,22 @@ def _read_file(cache: ExperienceCache, path: Path) -> None:
                 f"{path}: not an experience cache (no tokenizer fingerprint in its metadata): name a file that this "
                 "package wrote"
             )
-        version = int(metadata[b"version"])
-        cache.require_same_origin(version, metadata[b"tokenizer"].decode(), str(path))
-        if not schema.equals(_SCHEMAS[version]):
+        version, fingerprint = (metadata[key].decode(errors="replace") for key in (b"version", b"tokenizer"))
+        number = int(version) if version.isdecimal() else version
+        require_same_origin(number, fingerprint, cache.tokenizer_fingerprint, str(path))
+        if not schema.equals(_SCHEMAS[int(version)]):
             raise CacheError(
                 f"{path}: its columns are not an experience cache's, which are {', '.join(SCHEMA.names)}: build a new "
                 "cache"
             )
-        cache.shared = json.loads(metadata.get(b"shared", b"{}"))
+        require_room(file.metadata, str(path), CacheError)
+        try:
+            cache.shared = read_notes(metadata.get(b"shared", b"{}"))
+        except ValueError as error:
+            raise CacheError(
+                f"{path}: its notes on all questions cannot be used ({error}): build a new cache"
+            ) from error
+        first = 1
         for batch in file.iter_batches(BATCH_ROWS):
-            _read_batch(cache, batch, str(path))
-
-
-def _read_batch(cache: ExperienceCache, batch: pa.RecordBatch, where: str) -> None:
-    column = {name: batch.column(name) for name in batch.schema.names}
-    tokens, spans = column["token_ids"], column["spans"]
-    for name, array in {**column, "token_ids": tokens.values, "spans": spans.values}.items():
-        if array.null_count:
-            raise CacheError(f"{where}: {array.null_count} empty values in its column {name!r}: build a new cache")
-    all_ids = tokens.values.to_numpy()
-    ranges = list(pairwise(tokens.offsets.to_pylist()))
-    all_spans = spans.values
-    runs = np.stack([all_spans.field("step").to_numpy(), all_spans.field("count").to_numpy()], axis=1)
-    starts = spans.offsets.to_numpy()
-    many_spans = nested_spans(np.diff(starts), runs[starts[0] : starts[-1]])
-    uids, visits, restarts, rewards, verdicts, finished, states = (
-        column[name].to_pylist() for name in ("uid", "visits", "restart", "reward", "correct", "finished", "state")
-    )
-    slots = column["slot"].to_pylist() if "slot" in column else [0] * len(uids)
-    for i, is_there in enumerate(tokens.is_valid().to_pylist()):
-        if slots[i] == 0:
-            entry = cache.entry(uids[i])
-            entry.visits, entry.restart = visits[i], restarts[i]
-            if states[i]:
-                entry.state = json.loads(states[i])
-        if is_there:
-            ids = all_ids[slice(*ranges[i])]
-            response = CachedResponse(ids, rewards[i], verdicts[i], finished[i], many_spans[i])
-            cache.remember(uids[i], response, slots[i])
+            FileRows(batch, first, str(path)).put_into(cache)
+            first += len(batch)

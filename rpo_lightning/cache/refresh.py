@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from rpo_lightning.cache.responses import CachedResponse
+from rpo_lightning.cache.soundness import MOST_SLOTS
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.types import Group
 
@@ -122,9 +123,10 @@ class AnchorsRefresh(RefreshRule):
     """
 
     def __init__(self, correct: int = 1, wrong: int = 1) -> None:
-        if correct < 1 or wrong < 0:
+        if correct < 1 or wrong < 0 or correct + wrong > MOST_SLOTS:
             raise ConfigurationError(
-                f"cache.refresh needs correct >= 1 and wrong >= 0 anchors, got correct={correct}, wrong={wrong}"
+                f"cache.refresh needs correct >= 1 and wrong >= 0 anchors, {MOST_SLOTS} at most in all; got "
+                f"correct={correct}, wrong={wrong}"
             )
         self.correct = correct
         self.wrong = wrong

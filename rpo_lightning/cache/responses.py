@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rpo_lightning.cache.soundness import array_of, response_problem
 from rpo_lightning.cache.spans import flat_spans, initial_tokens, nested_spans, newest_step
 from rpo_lightning.cache.token_blocks import TokenBlocks
 from rpo_lightning.core.types import Spans
@@ -141,12 +142,30 @@ class ResponseColumns:
             "spans": torch.from_numpy(spans),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replace the contents by a saved state. Shares the state's tokens without a copy."""
-        self._spans = nested_spans(state["span_counts"].numpy(), state["spans"].numpy())
-        self._tokens.load_state_dict(state["tokens"])
-        self._facts = np.zeros(len(self._spans), _FACTS)
+    def load_state_dict(self, state: Mapping[str, Any], most: int, vocabulary_size: int | None) -> None:
+        """Replace the contents by a saved state. Shares the state's tokens without a copy.
+
+        Args:
+            state: What ``state_dict`` returned.
+            most: How many rows there can be.
+            vocabulary_size: Token ids lie below it; ``None`` if that is not known.
+
+        Raises:
+            CacheError: Tokens are missing.
+            ValueError: A part cannot be one.
+        """
+        counts = array_of(state["span_counts"], np.int64, (None,))
+        runs = array_of(state["spans"], np.int64, (None, 2))
+        if len(counts) > most or counts.min(initial=0) < 0 or counts.sum() != len(runs):
+            raise ValueError("its spans are not those of its questions")
+        self._tokens.load_state_dict(state["tokens"], len(counts), vocabulary_size)
+        self._facts = np.zeros(len(counts), _FACTS)
         for name in _SAVED_FACTS:
-            self._facts[name] = state["facts"][name].numpy()
+            self._facts[name] = array_of(state["facts"][name], _FACTS[name].type, (len(counts),))
+        lengths = self._tokens.lengths(len(counts))
+        problem = response_problem(np.zeros(0, np.int32), lengths, self._facts["reward"], counts, runs)
+        if problem is not None:
+            raise ValueError(f"question number {problem[0] + 1}: {problem[1]}")
+        self._spans = nested_spans(counts, runs)
         self._facts["step"] = [newest_step(spans) for spans in self._spans]
         self._facts["initial_tokens"] = [initial_tokens(spans) for spans in self._spans]

@@ -5,13 +5,15 @@ A group teaches if it has right and wrong members: with probability 1 - p^G - (1
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from rpo_lightning.cache.cache import CachedResponse, CacheEntry, ExperienceCache
 from rpo_lightning.cache.cuts import CutStrategy, GroupOutcome, a_correct_anchor, one_of, require_plain_share
-from rpo_lightning.cache.success_predictor import SuccessPredictor
+from rpo_lightning.cache.soundness import is_number
+from rpo_lightning.cache.success_predictor import SuccessPredictor, memory_problem, question_problem
 from rpo_lightning.core.errors import ConfigurationError
 
 
@@ -81,6 +83,14 @@ class TargetSuccessCut(CutStrategy):
             members=len(outcome.correct),
         )
 
+    def state_problem(self, state: Mapping[str, Any]) -> str | None:
+        """Level and variance are finite numbers."""
+        return question_problem(state)
+
+    def shared_problem(self, shared: Mapping[str, Any]) -> str | None:
+        """The predictor's coefficients are finite numbers, as many as it has."""
+        return None if "success" not in shared else memory_problem(shared["success"])
+
     def _predictor(self, entry: CacheEntry) -> SuccessPredictor:
         return SuccessPredictor(entry.shared.setdefault("success", {}))
 
@@ -147,6 +157,18 @@ class BisectionCut(CutStrategy):
             ]
             shared["of_iteration"] = []
 
+    def state_problem(self, state: Mapping[str, Any]) -> str | None:
+        """An interval has two ends in [0, 1]."""
+        return _interval_problem(state["interval"]) if "interval" in state else None
+
+    def shared_problem(self, shared: Mapping[str, Any]) -> str | None:
+        """Likewise the interval of new questions, and those of an iteration."""
+        mine = shared.get("bisection", {"interval": [0, 1], "of_iteration": []})
+        if not isinstance(mine, Mapping) or not isinstance(mine.get("of_iteration"), list):
+            return "bisection is no object with interval and of_iteration"
+        intervals = [mine.get("interval"), *mine["of_iteration"]]
+        return next((problem for i in intervals if (problem := _interval_problem(i)) is not None), None)
+
     def _shared(self, notes: dict[str, Any]) -> dict[str, Any]:
         new: dict[str, Any] = {"interval": [0.0, self.highest], "of_iteration": []}
         mine: dict[str, Any] = notes.setdefault("bisection", new)
@@ -162,6 +184,11 @@ def require_highest(highest: float) -> float:
     if not 0 < highest < 1:
         raise ConfigurationError(f"cache.cut.highest must lie in (0, 1), got {highest}")
     return highest
+
+
+def _interval_problem(interval: Any) -> str | None:
+    is_one = isinstance(interval, list) and len(interval) == 2 and all(is_number(end, 0, 1) for end in interval)
+    return None if is_one else f"interval is {str(interval)[:40]!r}"
 
 
 def _correct_length(entry: CacheEntry) -> int | None:

@@ -27,8 +27,11 @@ Item-response fits of accuracy against hint length, solved for 1/2, come from SE
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping, Sequence
+import sys
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
+
+from rpo_lightning.cache.soundness import is_number
 
 # a, β, ω, γ before any group: p0 = 1/4, and the errors are spread evenly over a response, whatever its length.
 PRIOR_MEAN = (math.log(2 * math.log(2)), 1.0, 1.0, 0.0)
@@ -143,6 +146,31 @@ class SuccessPredictor:
     def _log_errors(self, x: Sequence[float], question: MutableMapping[str, Any]) -> float:
         """Log λ."""
         return _clipped(_dot(self._shared["mean"], x) + question.get("level", 0.0))
+
+
+def memory_problem(shared: Any) -> str | None:
+    """Why a saved memory of all questions cannot be a predictor's; ``None`` if it can."""
+    size = len(PRIOR_MEAN)
+    rows = [shared.get("mean"), *_rows(shared.get("covariance"))] if isinstance(shared, Mapping) else []
+    if len(rows) != 1 + size or not all(len(_rows(row)) == size for row in rows):
+        return f"success is no object with a mean of {size} numbers and their covariance"
+    if not all(is_number(value, -sys.float_info.max) for row in rows for value in row):
+        return "mean or covariance holds what is no finite number"
+    if not all(rows[1 + i][i] > 0 for i in range(size)):
+        return "a variance is not above 0"
+    length = shared.get("reference_length")
+    return None if length is None or is_number(length, 1) else f"reference_length is {str(length)[:40]!r}"
+
+
+def question_problem(question: Mapping[str, Any]) -> str | None:
+    """Why a saved memory of a question cannot be a predictor's; ``None`` if it can."""
+    level, variance = question.get("level", 0.0), question.get("level_variance", LEVEL_VARIANCE)
+    are_numbers = is_number(level, -sys.float_info.max) and is_number(variance, 0)
+    return None if are_numbers else f"level is {str(level)[:40]!r} and level_variance {str(variance)[:40]!r}"
+
+
+def _rows(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _posterior_change(expected: float, variance: float, successes: int, members: int) -> float:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rpo_lightning.cache.soundness import array_of
 from rpo_lightning.core.errors import CacheError
 
 # A new block has room for a 32nd of the live tokens, between 0.25 and 64 MiB. This bounds the unused end of the newest
@@ -107,20 +108,36 @@ class TokenBlocks:
             **{name: torch.from_numpy(places[name].copy()) for name in _PLACE.names or ()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any], most: int | None = None, vocabulary_size: int | None = None
+    ) -> None:
         """Share the blocks of a state without a copy. None of them is written to.
+
+        Args:
+            state: What ``state_dict`` returned.
+            most: How many numbers there can be; ``None`` for any.
+            vocabulary_size: Token ids lie below it; ``None`` if that is not known.
 
         Raises:
             CacheError: A position lies outside its block.
+            ValueError: A part cannot be one.
         """
-        blocks = {int(n): _Block(tokens.numpy(), len(tokens)) for n, tokens in state["blocks"].items()}
+        arrays = {int(n): array_of(tokens, np.int32, (None,)) for n, tokens in state["blocks"].items()}
+        blocks = {number: _Block(tokens, len(tokens)) for number, tokens in arrays.items()}
+        highest = max((int(tokens.max(initial=0)) for tokens in arrays.values()), default=0)
+        if min((int(tokens.min(initial=0)) for tokens in arrays.values()), default=0) < 0:
+            raise ValueError("a token id is negative")
+        if vocabulary_size is not None and highest >= vocabulary_size:
+            raise ValueError(f"token id {highest} is outside the policy's vocabulary of {vocabulary_size}")
+        if most is not None and len(state["block"]) > most:
+            raise ValueError("it has more responses than questions")
         places = np.zeros(len(state["block"]), _PLACE)
         for name in _PLACE.names or ():
-            places[name] = state[name].numpy()
+            places[name] = array_of(state[name], _PLACE[name].type, (len(places),))
         there = places[places["block"] != _NOWHERE]
         numbers, index = np.unique(there["block"], return_inverse=True)
-        ends = np.zeros(len(numbers), np.int64)
-        np.maximum.at(ends, index, there["start"] + there["length"])
+        ends = np.zeros(len(numbers), np.float64)  # which does not overflow, whatever a state says
+        np.maximum.at(ends, index, there["start"].astype(np.float64) + there["length"])
         live = np.zeros(len(numbers), np.int64)
         np.add.at(live, index, there["length"])
         if min(there["start"].min(initial=0), there["length"].min(initial=0)) < 0:

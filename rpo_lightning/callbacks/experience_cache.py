@@ -16,12 +16,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from rpo_lightning.cache.budgets import FullBudget, SuffixBudget
-from rpo_lightning.cache.cache import FORMAT_VERSION, ExperienceCache
-from rpo_lightning.cache.cuts import CutStrategy, FractionOfShortestCut
+from rpo_lightning.cache.cache import ExperienceCache
+from rpo_lightning.cache.cuts import CutStrategy, FractionOfShortestCut, require_usable_notes
 from rpo_lightning.cache.parquet import read_cache, write_cache
 from rpo_lightning.cache.prefixes import CachedPrefixes
 from rpo_lightning.cache.questions import require_same_questions, tell_of_second_answers
 from rpo_lightning.cache.refresh import EpsilonGreedyRefresh, RefreshRule
+from rpo_lightning.cache.soundness import FORMAT_VERSION, require_same_origin
 from rpo_lightning.cache.steps import StepEnds
 from rpo_lightning.callbacks.answer_progress import AnswerBar
 from rpo_lightning.callbacks.run_folder import FinalFilesCallback
@@ -177,18 +178,17 @@ class ExperienceCacheCallback(FinalFilesCallback):
         """The cache of this callback's earlier run, or that of ``path``, or an empty one.
 
         Raises:
-            CacheError: The cache was made with another tokenizer, or for other questions.
+            CacheError: The cache was made with another tokenizer, or for other questions, or is damaged.
         """
-        cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer))
+        fingerprint, vocabulary_size = tokenizer_fingerprint(module.tokenizer), module.vocabulary_size
         if self._prefixes is not None:
-            where = "the cache of an earlier run"
-            cache.require_same_origin(FORMAT_VERSION, self.cache.tokenizer_fingerprint, where)
-            cache = self.cache
+            where, cache = "the cache of an earlier run", self.cache
+            require_same_origin(FORMAT_VERSION, cache.tokenizer_fingerprint, fingerprint, where)
         elif self.path is not None:
-            where = self.path
-            cache = read_cache(where, cache.tokenizer_fingerprint)
+            where, cache = self.path, read_cache(self.path, fingerprint, vocabulary_size)
         else:
-            return cache
+            return ExperienceCache(fingerprint, vocabulary_size)
+        require_usable_notes(self.cut, cache, where)
         if trainer.global_step == 0:  # otherwise the same trainer continues to count its updates
             cache.forget_updates()
         prompts = data.read("train", "", module.tokenizer, module.grader.verifier)
@@ -257,6 +257,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the cache. Lightning calls ``setup`` first."""
         self.cache.load_state_dict(state_dict["cache"])
+        require_usable_notes(self.cut, self.cache, "the checkpoint's cache")
         self.initialisation_tokens = state_dict["initialisation_tokens"]
         self.initialisation_seconds = state_dict["initialisation_seconds"]
         self._is_restored = True

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Trainer
 
 from rpo_lightning.callbacks.run_folder import FinalFilesCallback
+from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.run_files import POLICY_FOLDER
 from rpo_lightning.policy.export import require_room
 
@@ -26,6 +27,8 @@ class HuggingFaceExportCallback(FinalFilesCallback):
     """
 
     def __init__(self, every_n_steps: int | None = None, merged: bool = True) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ConfigurationError(f"export.every_n_steps must be at least 1 (null: never), got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self.merged = merged
         self._last_step = 0

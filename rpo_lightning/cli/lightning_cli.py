@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -27,10 +26,14 @@ from rpo_lightning.callbacks import (
     RunProgressBar,
     RunSummaryCallback,
 )
-from rpo_lightning.callbacks.run_folder import last_checkpoint, run_folder
+from rpo_lightning.callbacks.run_folder import run_folder
+from rpo_lightning.cli.checkpoints import found_checkpoint, reading
 from rpo_lightning.cli.commands import LIGHTNING_COMMANDS
+from rpo_lightning.cli.config_files import require_config_files, require_numbers
 from rpo_lightning.cli.lightning_parser import RPOArgumentParser
-from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.cli.parser import of_chosen_class
+from rpo_lightning.core.errors import ConfigurationError, one_line, own_cause
+from rpo_lightning.core.files import require_place
 from rpo_lightning.data.datamodule import RPODataModule
 from rpo_lightning.module import RPOModule
 
@@ -51,10 +54,15 @@ def run(arguments: list[str]) -> None:
         save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
         parser_kwargs={
             "prog": "rpo-lightning",
-            **{name: {"command": name, "description": text} for name, text in LIGHTNING_COMMANDS.items()},
+            **{name: {"command": name, "description": LIGHTNING_COMMANDS[name]} for name in _asked_for(arguments)},
         },
         args=arguments,
     )
+
+
+def _asked_for(arguments: list[str]) -> list[str]:
+    """The command that arguments begin with; all of Lightning's if they begin with an option."""
+    return [name for name in LIGHTNING_COMMANDS if name in arguments[:1]] or list(LIGHTNING_COMMANDS)
 
 
 class RPOCLI(LightningCLI):
@@ -63,7 +71,12 @@ class RPOCLI(LightningCLI):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if not sys.stderr.isatty():
             disable_progress_bar()  # of transformers, while weights are loaded
-        super().__init__(*args, **{"parser_class": RPOArgumentParser, **kwargs})
+        given = kwargs.get("args")
+        self._arguments: list[str] = given if isinstance(given, list) else []
+        self._checkpoint: str | None = None
+        # Nothing asks for the settings of a checkpoint: they come from the command line again.
+        without = {"load_from_checkpoint_support": False}
+        super().__init__(*args, **{"parser_class": RPOArgumentParser, **without, **kwargs})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``cache`` and the settings of the callbacks of every run."""
@@ -84,23 +97,65 @@ class RPOCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         # Lightning's warns of any arguments beside those of the process. Here they come from one place.
+        require_config_files(self._arguments)
         self.config = parser.parse_args(args)
+        require_numbers(self.config.as_dict().get(self.config.get("subcommand"), self.config.as_dict()))
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's, without the table that it prints of an evaluation: ``EvaluationResultsCallback`` prints one."""
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning's reads the whole checkpoint, and takes settings of the model from it."""
+
+    @override
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise ConfigurationError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}")
+        super()._set_seed()
+
+    def subcommands(self) -> dict[str, set[str]]:
+        """Lightning's; only the one that is asked for, since the parser of each takes time to make.
+
+        They lack the table that Lightning prints of an evaluation, since ``EvaluationResultsCallback`` prints one, and
+        the choice to run code that a checkpoint holds.
+        """
         skipped = LightningCLI.subcommands()
-        for name in ("validate", "test"):
-            skipped[name].add("verbose")
-        return skipped
+        return {name: {*skipped[name], "verbose", "weights_only"} for name in _asked_for(self._arguments)}
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train. Checkpoints are read without running what they hold, here and below."""
+        with reading(self._checkpoint):
+            self.trainer.fit(weights_only=True, **kwargs)
 
     def validate(self, **kwargs: Any) -> None:
         """Answer the validation questions, without Lightning's table."""
-        self.trainer.validate(verbose=False, **kwargs)
+        with reading(self._checkpoint):
+            self.trainer.validate(verbose=False, weights_only=True, **kwargs)
 
     def test(self, **kwargs: Any) -> None:
         """Answer the test questions, without Lightning's table."""
-        self.trainer.test(verbose=False, **kwargs)
+        with reading(self._checkpoint):
+            self.trainer.test(verbose=False, weights_only=True, **kwargs)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Answer questions."""
+        with reading(self._checkpoint):
+            self.trainer.predict(weights_only=True, **kwargs)
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Make the classes, and look at the policy's files before data is read.
+
+        Raises:
+            ConfigurationError: A class refuses its settings, or the policy cannot be loaded.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # The parser's own, which has tried all alternatives of a type and forgotten their errors.
+            if own_cause(error) is not None or "Given value" not in str(error):
+                raise
+            raise ConfigurationError(of_chosen_class(str(error))) from error
+        self.model.require_policy()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with the cache and the progress bar before its other callbacks.
@@ -122,13 +177,20 @@ class RPOCLI(LightningCLI):
                 )
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as error:
-            raise ConfigurationError(f"trainer: {str(error).splitlines()[0]}") from error
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise ConfigurationError(f"trainer: {one_line(error)}") from error
         _refuse_automatic_optimization(trainer)
+        for place in {trainer.default_root_dir, *(logger.save_dir for logger in trainer.loggers)} - {None}:
+            if "://" not in str(place):
+                require_place(str(place), "trainer.default_root_dir or the logger's save_dir", is_folder=True)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and cast(Any, trainer).fast_dev_run:
                 callback.save_last = False  # Lightning 2.6 saves it even after a trial run
-        self._find_checkpoint(trainer)
+        if self.subcommand is not None:
+            self._checkpoint = found_checkpoint(
+                trainer, self._get(self.config_init, "ckpt_path"), self.subcommand == "fit"
+            )
+            self.config_init[self.subcommand]["ckpt_path"] = self._checkpoint
         cache = self._get(self.config_init, "cache")
         if cache is not None:
             cast(Any, trainer).callbacks.insert(0, cache)
@@ -137,23 +199,6 @@ class RPOCLI(LightningCLI):
         elif not has_bar:
             _replace_bar(trainer)
         return trainer
-
-    def _find_checkpoint(self, trainer: Trainer) -> None:
-        """Find the newest last checkpoint of this experiment for ``last``, since each run has its own folder.
-
-        Raises:
-            ConfigurationError: There is no file at a given path.
-        """
-        path = self._get(self.config_init, "ckpt_path")
-        if path == "last":
-            found = last_checkpoint(trainer)
-            if found is None:
-                log.warning("--ckpt_path last: there is none yet, so no checkpoint is loaded")
-            else:
-                log.info(f"--ckpt_path last: {found}")
-            self.config_init[self.subcommand]["ckpt_path"] = None if found is None else str(found)
-        elif path not in (None, "best", "hpc", "registry") and "://" not in path and not Path(path).exists():
-            raise ConfigurationError(f"--ckpt_path {path}: no such file")
 
 
 class RunConfigCallback(SaveConfigCallback):
@@ -184,8 +229,12 @@ def _refuse_automatic_optimization(trainer: Trainer) -> None:
     """Refuse settings that only automatic optimisation reads, and name what to set instead.
 
     Raises:
-        ConfigurationError: One of them is set.
+        ConfigurationError: One of them is set, or one would stop the run in its first epoch.
     """
+    if trainer.check_val_every_n_epoch is not None and trainer.check_val_every_n_epoch < 1:
+        raise ConfigurationError(
+            f"trainer.check_val_every_n_epoch must be at least 1, got {trainer.check_val_every_n_epoch}"
+        )
     for name, unset, instead in (
         ("gradient_clip_val", (None, 0), "model.update.max_grad_norm"),
         (

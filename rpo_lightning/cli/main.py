@@ -9,6 +9,7 @@ import logging
 import os
 import select
 import sys
+import traceback
 from collections.abc import Callable
 from importlib import import_module
 from typing import TextIO, cast
@@ -66,7 +67,7 @@ def _main(arguments: list[str]) -> None:
         mendable = _find_mendable(error)
         if mendable is None:
             raise
-        print(f"rpo-lightning: error: {str(mendable).strip()}", file=sys.stderr)
+        print(f"rpo-lightning: error: {' '.join(str(mendable).split())}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
@@ -104,6 +105,14 @@ def _find_mendable(error: BaseException | None) -> BaseException | None:
 
 
 def _is_lightnings(error: BaseException) -> bool:
-    """Whether Lightning refuses a setting; if it was not imported, it did not."""
+    """Whether Lightning refuses a setting; if it was not imported, it did not.
+
+    It raises its own exception, or a plain ``ValueError`` from one of its modules.
+    """
     exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
-    return exceptions is not None and isinstance(error, cast(type, exceptions.MisconfigurationException))
+    if exceptions is None or error.__traceback__ is None:
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    by_lightning = str(frame.f_globals.get("__name__")).startswith("lightning.")
+    is_misconfigured = isinstance(error, cast(type, exceptions.MisconfigurationException))
+    return is_misconfigured or (by_lightning and type(error) is ValueError)

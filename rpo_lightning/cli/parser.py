@@ -11,7 +11,7 @@ from typing import NoReturn
 from jsonargparse import ArgumentParser
 
 from rpo_lightning.cli.commands import COMMANDS, TOOL_COMMANDS
-from rpo_lightning.core.errors import ConfigurationError, RPOError
+from rpo_lightning.core.errors import ConfigurationError, own_cause
 
 _OF_THE_UPDATE = (
     "loss_scope", "mask_truncated", "passes_per_rollout", "minibatches_per_pass", "micro_batch_tokens",
@@ -33,8 +33,41 @@ _RENAMED = re.compile(rf"(?<![\w.])({'|'.join(re.escape(name) for name in RENAME
 _OWN_CLASS = re.compile(r"rpo_lightning(?:\.\w+)*\.(\w+)'")
 # What jsonargparse says of the alternatives of a type, besides what is wrong.
 _NOISE = re.compile(
-    r"Does not validate against|Subtypes:|Errors:|Given value|- Expected a <class 'NoneType'>|Parser key "
+    r"(?:- )?(?:Does not validate against|Expected a path but|Expected a <class 'NoneType'>)"
+    r"|Subtypes:|Errors:|Given value|Parser key "
 )
+_UNKNOWN_SETTING = re.compile(r"(?:does not accept option '|unrecognized arguments: )([\w.-]+)")
+_REQUIRED = re.compile(
+    r"the following arguments are required: (?:(?:fit|validate|test|predict|show|stats)\.)?([\w.]+).*"
+)
+# The innermost value; those of classes and nested settings are their parser's objects.
+_GIVEN = re.compile(r"Given value: ((?!Namespace|NestedArg)[^\n]{1,60})")
+# How jsonargparse words what is expected, and plain words for it.
+_PLAIN = tuple(
+    (re.compile(unplain), plain)
+    for unplain, plain in (
+        (r"Type typing\.Callable\[.*\] expects a function or a callable class: ", ""),
+        (r"Expected a <class 'int'>", "a whole number is expected"),
+        (r"Expected a <class 'float'>", "a number is expected"),
+        (r"Expected a <class 'bool'>", "true or false is expected"),
+        (r"Expected a <class 'str'>", "text is expected"),
+        (r"Expected a <class '(?:list|collections\.abc\.\w+)'>", "a list is expected"),
+        (r"Expected a typing\.Literal\[([^]]*)\]", r"one of \1 is expected"),
+        (r"Import path does not correspond to a subclass of (\w+)", r"a subclass of \1 is expected"),
+        (r"Expected '([\w.]+)' to be a subclass of <class '(\w+)'>\.*", r"a subclass of \2 is expected"),
+        (
+            r"Expected a dot import path string: (\S+?)(?=\.? |\.?$)",
+            r"no class of this kind is called \1: name one of the package's, or your own by its import path",
+        ),
+        (r"is expected (?=a |one of|text|true|no class)", "is expected, or "),
+        (r"\.* Got value: Namespace.*", ""),
+        (r"\.* Got value: ", ", got "),
+    )
+)
+
+
+# Alternatives of a type that a value is not; a class that is one may have refused the value's settings.
+_NOT_MEANT = re.compile(r"Expected a|Not of type|Import path")
 
 
 class PlainArgumentParser(ArgumentParser):
@@ -48,12 +81,17 @@ class PlainArgumentParser(ArgumentParser):
         """
         if not self.exit_on_error:  # the parser of an alternative, which may fail
             super().error(message, ex)
-        cause: BaseException | None = ex
-        while cause is not None:
-            if isinstance(cause, RPOError):
-                raise cause
-            cause = cause.__cause__ or cause.__context__
+        own = own_cause(ex)
+        if own is not None:
+            raise own
         raise ConfigurationError(in_one_line(message)) from ex
+
+
+def of_chosen_class(message: str) -> str:
+    """What a class has said of its settings, in a message with what all alternatives of a type say; in one line."""
+    told = [line.strip(" -") for line in message.splitlines() if line.strip().startswith("- ")]
+    own = [line for line in told if not _NOT_MEANT.match(line)]
+    return in_one_line(own[-1] if own else message)
 
 
 def in_one_line(message: str) -> str:
@@ -71,11 +109,22 @@ def in_one_line(message: str) -> str:
     renamed = _RENAMED.search(message)
     if renamed:
         return f"{renamed[1]} is called {RENAMED[renamed[1]]} now"
+    unknown = _UNKNOWN_SETTING.search(message)
+    if unknown:
+        return f"{unknown[1].lstrip('-')}: no such setting: --help lists those that there are"
+    required = _REQUIRED.fullmatch(message.strip())
+    if required:
+        return f"{required[1]} is not set: give it in a config or as --{required[1]}"
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     told = re.sub(r'Parser key "[^"]+":', "\n", message).splitlines()
     told = [line.strip(" -") for line in told if line.strip() and not _NOISE.match(line.strip())]
     problems = [i for i, line in enumerate(told) if line.startswith("Problem with")]
     text = " ".join(told[problems[-1] :] if problems else told)
+    given = _GIVEN.search(message)
+    for unplain, plain in _PLAIN:
+        text = unplain.sub(plain, text)
+    if given and text.endswith("is expected"):
+        text += f", got {given[1]}"
     moved = _OWN_CLASS.search(text)
     if moved and ("has no attribute" in text or "No module named" in text):
         text += f"; write {moved[1]} alone, which is found wherever it is"

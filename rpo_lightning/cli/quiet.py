@@ -84,6 +84,10 @@ def silence_libraries() -> None:
     # It lists its backends for other hardware, which are not installed.
     logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; the last failure is an error
+    # A table of weights that are missing or of other shapes. The package refuses such a policy right after.
+    logging.getLogger("transformers.utils.loading_report").addFilter(_is_no_refused_policy)
+    # A kind of model that transformers does not know. Likewise.
+    logging.getLogger("transformers.configuration_utils").addFilter(_is_no_unknown_kind)
     # What a command prints, such as a config, may be piped into a file.
     logging.getLogger("DeepSpeed").addFilter(_to_stderr)
 
@@ -98,6 +102,14 @@ def _is_not_about_a_kernel(record: logging.LogRecord) -> bool:
 
 def _is_not_about_triton(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("Triton is installed, but doesn't include CPU backend")
+
+
+def _is_no_refused_policy(record: logging.LogRecord) -> bool:
+    return not any(status in str(record.msg) for status in ("MISSING", "MISMATCH"))
+
+
+def _is_no_unknown_kind(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("You are using a model of type")
 
 
 def _to_stderr(record: logging.LogRecord) -> bool:

@@ -26,6 +26,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def own_cause(error: BaseException | None) -> RPOError | None:
+    """The error of this package that led to an error, or that it is; ``None`` if there is none."""
+    while error is not None and not isinstance(error, RPOError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def require_modules(extra: str, *names: str, what: str = "") -> None:
     """Check that the modules of an extra are installed.
 

@@ -22,8 +22,10 @@ def read_messages(question: Any) -> list[dict[str, Any]]:
     Raises:
         ValueError: It is none of these.
     """
-    if not isinstance(question, list | tuple):
+    if isinstance(question, str | int | float) and not isinstance(question, bool):
         return [{"role": "user", "content": str(question)}]
+    if not isinstance(question, list | tuple):
+        raise ValueError(f"its question is no text and no conversation, but of type {type(question).__name__}")
     return [_message(message) for message in question]
 
 

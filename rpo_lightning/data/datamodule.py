@@ -133,11 +133,13 @@ class RPODataModule(LightningDataModule):
         stage = TrainerFn(stage).value
         if stage == TrainerFn.FITTING.value:
             self.make_request = None  # an earlier trainer's cache set it; this one's sets its own after this
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
         for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
-            for name in self._sets(split):
-                assert self.trainer is not None
-                module: Any = self.trainer.lightning_module
+            for name in self._sets(split) or ([""] if (stage, split) != ("fit", "val") else []):
                 self.read(split, name, module.tokenizer, module.grader.verifier)
+        if stage == TrainerFn.FITTING.value:
+            self._require_a_batch()
 
     def _sets(self, split: str) -> dict[str, Questions]:
         """The sets of a split by name; a single one has an empty name."""
@@ -254,11 +256,6 @@ class RPODataModule(LightningDataModule):
             sampler = SelectedSampler(self.selected, *ranks)
         else:
             sampler = DistributedSampler(prompts, *ranks, shuffle=self.shuffle, seed=run_seed())  # type: ignore[arg-type]
-        if len(sampler) < self.batch_size:
-            raise DataError(
-                f"{len(prompts)} training questions on {trainer.world_size} rank(s) are fewer than "
-                f"data.batch_size={self.batch_size}"
-            )
         return ResumableLoader(
             prompts,
             batches_done=lambda: batches_processed(trainer),
@@ -267,6 +264,17 @@ class RPODataModule(LightningDataModule):
             drop_last=True,
             collate_fn=Batch,
         )
+
+    def _require_a_batch(self) -> None:
+        """Check that every rank has questions for an iteration."""
+        assert self.trainer is not None
+        count, ranks = len(self._prompts("train")), self.trainer.world_size
+        most = -(-count // ranks)
+        if most < self.batch_size:
+            raise DataError(
+                f"data.train: {count} training questions on {ranks} rank(s) are fewer than data.batch_size="
+                f"{self.batch_size}: set it to {most} or less"
+            )
 
     def val_dataloader(self) -> list[DataLoader[Prompt]]:
         """Batches of validation prompts, a loader a set; none if a training run has nothing to validate on."""

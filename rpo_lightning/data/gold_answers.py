@@ -45,6 +45,10 @@ def _answer_text(value: Any) -> str:
             f"its gold answer is an object with the keys {keys}: name one of them, as in "
             "data.answer_column=reward_model.ground_truth"
         )
+    if isinstance(value, float) and math.isinf(value):
+        raise ValueError(f"its gold answer is {value}")
+    if not isinstance(value, str | int | float | Decimal):  # truth values are numbers
+        raise ValueError(f"its gold answer is of type {type(value).__name__}: give a text or a number")
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() else format(Decimal(repr(value)), "f")
     text = str(value)

@@ -140,9 +140,11 @@ class PromptBuilder:
                 report.only_text.append(answer)
             prompts[uid] = Prompt(uid, text, tuple(token_ids), answer, opening)
         report.kept = len(prompts)
+        if not prompts and not report.dropped:
+            raise DataError(f"{source!r}: no usable question in it: it has no rows")
         if not prompts:
             raise DataError(
-                f"{source!r}: no usable question in it ({report.overlong} over max_prompt_tokens="
+                f"{source!r}: no usable question in it ({report.overlong} over data.max_prompt_tokens="
                 f"{self.max_prompt_tokens}, {len(report.unusable)} without a usable question or gold answer)"
                 + "".join(f"; {message}" for message in report.unusable[:1])
             )

@@ -8,7 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rpo_lightning.core.errors import DataError, require_modules
+from rpo_lightning.core.declared_size import require_room
+from rpo_lightning.core.errors import DataError, one_line, require_modules
+
+# Rows that are held as Python objects at a time.
+_BATCH_ROWS = 512
 
 Row = Mapping[str, Any]
 
@@ -37,6 +41,8 @@ class FileSource(DataSource):
         Raises:
             DataError: There is none.
         """
+        if Path(self.path).is_dir():
+            raise DataError(f"{self.path}: a folder: name a file in it")
         if not Path(self.path).is_file():
             raise DataError(f"{self.path}: no such file: check the path")
         return Path(self.path)
@@ -75,6 +81,11 @@ class JsonLines(FileSource):
                     raise DataError(
                         f"{self.path}, line {number}: malformed JSON ({error.msg}): write one object a line"
                     ) from error
+                except (RecursionError, ValueError) as error:
+                    problem = (
+                        "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
+                    )
+                    raise DataError(f"{self.path}, line {number}: {problem}: mend the line or leave it out") from error
                 if not isinstance(row, dict):
                     raise DataError(
                         f"{self.path}, line {number}: expected a JSON object, found {type(row).__name__}: write one "
@@ -97,10 +108,14 @@ class Parquet(FileSource):
 
         path = self.existing()
         try:
-            table = pq.read_table(path)
-        except pa.ArrowInvalid as error:
-            raise DataError(f"{self.path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
-        yield from table.to_pylist()
+            with pq.ParquetFile(path) as file:
+                require_room(file.metadata, self.path, DataError)
+                for batch in file.iter_batches(_BATCH_ROWS):
+                    yield from batch.to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{self.path}: not a readable Parquet file ({str(error).splitlines()[0]}): copy or write it again"
+            ) from error
 
 
 class HubDataset(DataSource):
@@ -118,7 +133,7 @@ class HubDataset(DataSource):
         self.split = split
 
     def rows(self) -> Iterator[Row]:
-        """Yield the rows.
+        """Yield the rows as they are stored: a path in one of them, as of an image, is not opened.
 
         Raises:
             ConfigurationError: ``datasets`` is not installed.
@@ -126,12 +141,17 @@ class HubDataset(DataSource):
         """
         require_modules("hub", "datasets", what=f"{self.name} is read as a Hugging Face data set")
         from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
 
         try:
             dataset = load_dataset(self.name, self.subset, split=self.split)
-        except (OSError, ValueError) as error:
-            raise DataError(f"data set {self!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-        yield from dataset
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+            raise DataError(
+                f"data set {self!r} cannot be loaded ({one_line(error)}): check its name, or give a .jsonl or .parquet "
+                "file"
+            ) from error
+        for table in dataset.with_format("arrow").iter(_BATCH_ROWS):
+            yield from table.to_pylist()
 
     def __repr__(self) -> str:
         return ":".join(part for part in (self.name, self.subset, self.split) if part)

@@ -1,17 +1,24 @@
-"""Loading policies: Hugging Face folders, hub names, and the embedded reasoner."""
+"""Loading policies: Hugging Face folders, hub names, and the embedded reasoner.
+
+Nothing is executed that a folder or a hub repository brings, unless ``trust_remote_code`` allows it.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.core.errors import ConfigurationError, one_line
 
 EMBEDDED_PREFIX = "embedded:"
 _EMBEDDED_FOLDERS = {"arithmetic-reasoner": Path(__file__).parent / "arithmetic_reasoner"}
+_WEIGHTS, _INDEX, _GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
 
 
 def resolve_policy(name: str) -> str:
@@ -36,21 +43,126 @@ def resolve_policy(name: str) -> str:
     return str(Path(name).expanduser()) if is_folder_name else name
 
 
-def load_policy(name: str, **options: Any) -> PreTrainedModel:
+def load_configuration(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Load the configuration of a policy.
+
+    Args:
+        name: A folder, a hub name, or an embedded model.
+        trust_remote_code: Whether Python code that the folder brings may be executed.
+
+    Raises:
+        ConfigurationError: No configuration is found there.
+    """
+    folder = resolve_policy(name)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a bad value raises whatever its use raises
+        raise not_loaded(name, "configuration of a language model", error) from error
+
+
+def require_files(name: str) -> None:
+    """Check that the weights in a folder are there and whole. Only headers are read; a hub name is not looked at.
+
+    Args:
+        name: A folder, a hub name, or an embedded model.
+
+    Raises:
+        ConfigurationError: A file is missing or torn.
+    """
+    folder = Path(resolve_policy(name))
+    if not folder.is_dir():
+        return
+    if (folder / _GENERATION).exists():  # transformers would go on without it, and without its end-of-sequence tokens
+        _json_object(folder / _GENERATION)
+    if (folder / "adapter_config.json").exists() or list(folder.glob("pytorch_model*.bin")):
+        return
+    files = [folder / _WEIGHTS]
+    if (folder / _INDEX).exists():
+        shards = _json_object(folder / _INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+            raise _damaged(folder / _INDEX, ValueError("it has no weight_map of file names"))
+        files = [folder / Path(file).name for file in sorted(set(shards.values()))]
+    for file in files:
+        if not file.is_file():
+            raise ConfigurationError(f"model.policy={name}: {file.name} is missing: copy all files of the model")
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise _damaged(file, error) from error
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(file, error) from error
+    if not isinstance(found, dict):
+        raise _damaged(file, ValueError("it is no JSON object"))
+    return found
+
+
+def load_policy(name: str, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
     """Load a causal language model in torch's default dtype and in training mode.
 
     Args:
         name: A folder, a hub name, or an embedded model.
+        trust_remote_code: Whether Python code that the folder brings may be executed.
         **options: Passed to ``from_pretrained``, such as a quantisation.
 
     Raises:
-        ConfigurationError: No causal language model is found there.
+        ConfigurationError: No causal language model is found there, or its weights are not all there.
     """
+    require_files(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolve_policy(name), dtype=torch.get_default_dtype(), **options)
-    except (OSError, ValueError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            resolve_policy(name),
+            dtype=torch.get_default_dtype(),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # likewise
+        raise not_loaded(name, "causal language model", error) from error
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:  # transformers would draw them at random
         raise ConfigurationError(
-            f"model.policy={name}: no causal language model found; give a folder that holds one, or a hub name that "
-            "can be reached"
-        ) from error
+            f"model.policy={name}: its weights lack {missing[0]} and {len(missing) - 1} more that config.json asks "
+            "for: copy all files of the model"
+        )
     return model.train()
+
+
+def not_loaded(name: str, what: str, error: Exception) -> ConfigurationError:
+    """The error for what transformers could not load.
+
+    Args:
+        name: The policy.
+        what: What was looked for.
+        error: The error of transformers.
+    """
+    whose = f"model.policy={name}"
+    if "trust_remote_code" in str(error):
+        return ConfigurationError(
+            f"{whose}: needs Python code that comes with the model, and that is not executed: read the code, then set "
+            "model.trust_remote_code=true"
+        )
+    if isinstance(error, UnpicklingError):
+        return ConfigurationError(
+            f"{whose}: its weights hold Python objects, which could run code when they are read: use a copy with "
+            "safetensors"
+        )
+    if "ignore_mismatched_sizes" in str(error):
+        return ConfigurationError(
+            f"{whose}: its weights have other shapes than config.json says: use the files of one model"
+        )
+    return ConfigurationError(
+        f"{whose}: no {what} found ({one_line(error)}); give a folder that holds one, or a hub name that can be reached"
+    )
+
+
+def _damaged(file: Path, error: Exception) -> ConfigurationError:
+    return ConfigurationError(f"{file}: not a whole file ({one_line(error)}): copy it again")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from rpo_lightning.core.errors import ConfigurationError, require_modules
+from rpo_lightning.core.errors import ConfigurationError, one_line, require_modules
 
 Quantization = Literal["4bit", "8bit"]
 
@@ -38,9 +38,10 @@ class LoRA:
         quantization: Quantization | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
-        if rank < 1 or not 0 <= dropout < 1:
+        if rank < 1 or alpha < 1 or not 0 <= dropout < 1:
             raise ConfigurationError(
-                f"model.adapter needs rank >= 1 and 0 <= dropout < 1; got rank={rank}, dropout={dropout}"
+                f"model.adapter needs rank >= 1, alpha >= 1 and 0 <= dropout < 1; got rank={rank}, alpha={alpha}, "
+                f"dropout={dropout}"
             )
         self.rank = rank
         self.alpha = alpha
@@ -82,19 +83,24 @@ class LoRA:
         require_modules("lora", "peft")
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            target_modules=self.target_modules,
-            lora_dropout=self.dropout,
-            task_type="CAUSAL_LM",
-            **self.options,
-        )
+        try:
+            config = LoraConfig(
+                r=self.rank,
+                lora_alpha=self.alpha,
+                target_modules=self.target_modules,
+                lora_dropout=self.dropout,
+                task_type="CAUSAL_LM",
+                **self.options,
+            )
+        except (ValueError, TypeError) as error:
+            raise ConfigurationError(
+                f"model.adapter.options: {one_line(error)}; they are settings of peft.LoraConfig"
+            ) from error
         _keep_weights_unpacked(policy)
         try:
             adapted = get_peft_model(policy, config)
         except ValueError as error:
-            raise ConfigurationError(f"model.adapter: {str(error).splitlines()[0]}") from error
+            raise ConfigurationError(f"model.adapter: {one_line(error)}") from error
         _require_tied_weights(policy, self.options)
         return adapted
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.core.errors import ConfigurationError, EngineError
 from rpo_lightning.core.hashing import short_name
-from rpo_lightning.policy.load import resolve_policy
+from rpo_lightning.policy.load import not_loaded, resolve_policy
 
 # Frame tokens: those that a tokenizer names as such, and words that mark them in chat templates of published models.
 _FRAME_NAMES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
@@ -57,21 +57,21 @@ def require_stop(stop: Iterable[str | int], tokenizer: PreTrainedTokenizerBase) 
             )
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a policy.
 
     Args:
         name: As in ``resolve_policy``.
+        trust_remote_code: Whether Python code that the folder brings may be executed.
 
     Raises:
         ConfigurationError: No tokenizer is found there.
     """
+    folder = resolve_policy(name)
     try:
-        return AutoTokenizer.from_pretrained(resolve_policy(name))
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"model.policy={name}: no tokenizer found; give a folder that holds one, or a hub name that can be reached"
-        ) from error
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # what tokenizers raises has no class of its own
+        raise not_loaded(name, "tokenizer", error) from error
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:

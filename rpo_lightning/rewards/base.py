@@ -8,10 +8,12 @@ included (section 3 of the paper).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards.pool import GradingPool
 
@@ -26,7 +28,7 @@ class Verifier(ABC):
     isolated: bool = True
 
     def prepare(self) -> None:  # noqa: B027  # most need nothing
-        """Import what :meth:`verify` needs, in the trainer's process before workers are forked: each has it then."""
+        """Import what ``verify`` needs, in the trainer's process before workers are forked: each has it then."""
 
     @abstractmethod
     def verify(self, prompt: str, response: str, answer: str) -> float:
@@ -83,6 +85,8 @@ class Reward(ABC):
     response_function: Callable[[str, str, str], float] | None = None
 
     def __init__(self, weight: float = 1.0) -> None:
+        if not math.isfinite(weight):
+            raise ConfigurationError(f"model.rewards: the weight of {type(self).__name__} is {weight}: give a number")
         self.weight = weight
 
     @property

@@ -1,7 +1,7 @@
 """A grading process, as the trainer sees it: started, asked and killed.
 
 It is forked, as a DataLoader's are, so that functions defined in a script work without an import guard
-(:mod:`rpo_lightning.rewards.serving` is what runs in it). The two talk through a socket of their own. No other process
+(``rpo_lightning.rewards.serving`` is what runs in it). The two talk through a socket of their own. No other process
 waits for it, however a worker ends.
 """
 

@@ -80,7 +80,7 @@ class Workers:
                     place.lock.release()
 
     def submit(self, request: bytes, seconds: float) -> Future[Any]:
-        """Have a worker make a call; the future has what :meth:`Worker.call` returns or raises."""
+        """Have a worker make a call; the future has what ``Worker.call`` returns or raises."""
         order = _Order(request, seconds)
         self._orders.put(order)
         return order.future

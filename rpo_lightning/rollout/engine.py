@@ -97,6 +97,7 @@ class EngineSetup:
         world_size: Number of processes that train.
         stop: What ends a response besides the end-of-sequence tokens: token ids, and texts. A text is part of the
             response that it ends, and is looked for in what is sampled, never in the context.
+        trust_remote_code: Whether Python code that comes with the policy may be executed.
     """
 
     max_length: int | None = None
@@ -106,6 +107,7 @@ class EngineSetup:
     local_rank: int = 0
     world_size: int = 1
     stop: tuple[str | int, ...] = ()
+    trust_remote_code: bool = False
 
     @property
     def stop_ids(self) -> set[int]:

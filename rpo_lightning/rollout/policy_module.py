@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +24,7 @@ from rpo_lightning.core.types import Group, RolloutRequest
 from rpo_lightning.policy.elementwise.choice import ElementwiseKernels, require_choice, use_elementwise_kernels
 from rpo_lightning.policy.export import export_policy
 from rpo_lightning.policy.limits import require_known_tokens, require_positions
-from rpo_lightning.policy.load import load_policy
+from rpo_lightning.policy.load import load_configuration, load_policy, require_files
 from rpo_lightning.policy.lora import LoRA
 from rpo_lightning.policy.parallel.base import Placement
 from rpo_lightning.policy.parallel.strategies import placement_for, prepare_strategy
@@ -55,6 +56,7 @@ class PolicyModule(LightningModule):
         elementwise_kernels: Which kernels compute norms, gated MLPs and rotary embeddings.
         flash_attention: Which implementation of flash attention computes on a GPU.
         stop: Texts and token ids that end a response besides end-of-sequence tokens.
+        trust_remote_code: Whether Python code that comes with the policy may be executed.
 
     Attributes:
         decoded_tokens: Tokens sampled so far, in training and evaluation.
@@ -72,12 +74,13 @@ class PolicyModule(LightningModule):
         elementwise_kernels: ElementwiseKernels = "auto",
         flash_attention: FlashAttention | None = None,
         stop: Sequence[str | int] = (),
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         require_choice(elementwise_kernels)
         require_flash_attention(flash_attention)
         if isinstance(policy, str):
-            tokenizer = load_tokenizer(policy)
+            tokenizer = load_tokenizer(policy, trust_remote_code)
         elif tokenizer is None:
             raise ConfigurationError("model.policy is a model, not a name: give model.tokenizer too")
         require_stop(stop, tokenizer)
@@ -91,6 +94,7 @@ class PolicyModule(LightningModule):
         self.adapter = adapter
         self.elementwise_kernels = elementwise_kernels
         self.flash_attention = flash_attention
+        self.trust_remote_code = trust_remote_code
         # With an adapter, a checkpoint holds the adapter only.
         self.strict_loading = adapter is None
         self.ranks = Ranks()
@@ -98,6 +102,23 @@ class PolicyModule(LightningModule):
         self.policy_version = 0
         self.decoded_tokens = 0
         self._policy_source = policy
+
+    def require_policy(self) -> None:
+        """Look at the policy's files, which are loaded only after the data has been read.
+
+        Raises:
+            ConfigurationError: They are no policy, or damaged.
+        """
+        if isinstance(self._policy_source, str):
+            require_files(self._policy_source)
+        _ = self.vocabulary_size
+
+    @cached_property
+    def vocabulary_size(self) -> int:
+        """How many token ids the policy knows, from its configuration."""
+        source = self._policy_source
+        config = load_configuration(source, self.trust_remote_code) if isinstance(source, str) else source.config
+        return int(config.get_text_config().vocab_size)
 
     def setup(self, stage: str) -> None:
         """Configure the strategy before the policy is loaded."""
@@ -124,7 +145,7 @@ class PolicyModule(LightningModule):
     def _load(self) -> PreTrainedModel:
         source, adapter = self._policy_source, self.adapter
         options = adapter.loading_options() if adapter else {}
-        policy = load_policy(source, **options) if isinstance(source, str) else source
+        policy = load_policy(source, self.trust_remote_code, **options) if isinstance(source, str) else source
         device = self._device_of(policy)
         use_flash_attention(policy, self.flash_attention, device)
         use_elementwise_kernels(policy, self.elementwise_kernels, device)
@@ -173,7 +194,7 @@ class PolicyModule(LightningModule):
     def _engine_setup(self) -> EngineSetup:
         trainer: Any = self._trainer
         if trainer is None:
-            return EngineSetup(seed=run_seed(), stop=self.stop)
+            return EngineSetup(seed=run_seed(), stop=self.stop, trust_remote_code=self.trust_remote_code)
         longest = getattr(getattr(trainer, "datamodule", None), "longest_prompt", None)
         return EngineSetup(
             max_length=None if longest is None else longest + self.max_response_tokens,
@@ -183,6 +204,7 @@ class PolicyModule(LightningModule):
             local_rank=trainer.local_rank,
             world_size=trainer.world_size,
             stop=self.stop,
+            trust_remote_code=self.trust_remote_code,
         )
 
     @override

@@ -105,7 +105,7 @@ class MismatchGuard:
         """Check an update before the optimizer's step.
 
         Args:
-            mean: Mean |difference| of its sampled tokens, in nats; finite (:mod:`rpo_lightning.update.watch` has an eye
+            mean: Mean |difference| of its sampled tokens, in nats; finite (``rpo_lightning.update.watch`` has an eye
                 on those that are not).
             step: Number of the update, for the message.
 

@@ -88,6 +88,7 @@ def test_two_that_loaded_one_state_change_independently():
 def test_a_damaged_state_is_refused(column, value, message):
     blocks = TokenBlocks()
     blocks[0] = np.arange(5, dtype=np.int32)
-    state = {**blocks.state_dict(), column: torch.tensor([value])}
+    state = blocks.state_dict()
+    state[column] = torch.tensor([value], dtype=state[column].dtype)
     with pytest.raises(CacheError, match=message):
         TokenBlocks().load_state_dict(state)

@@ -14,6 +14,7 @@ from rpo_lightning.cli.cache.show import summary
 from rpo_lightning.cli.commands import CACHE_COMMANDS
 from rpo_lightning.cli.tool_cli import ToolCLI
 from rpo_lightning.core.errors import CacheError
+from rpo_lightning.core.files import require_place
 from rpo_lightning.core.ranks import gather_rows
 from rpo_lightning.evaluation.settings import EvaluationSettings
 from rpo_lightning.module import RPOModule
@@ -47,6 +48,7 @@ class BuildCacheCallback(Callback):
     """
 
     def __init__(self, out: str = "cache.parquet", keep_unfinished: bool = False) -> None:
+        require_place(out, "--out")
         self.out = out
         self.keep_unfinished = keep_unfinished
         self.refresh: RefreshRule = EpsilonGreedyRefresh()

@@ -135,7 +135,10 @@ def import_responses(
             overlong += 1
             continue
         # Text without ids counts as finished; nothing says whether it is.
-        found.append((prompt, ids, bool(row.get("finished", ids[-1] == tokenizer.eos_token_id))))
+        finished = row.get("finished", ids[-1] == tokenizer.eos_token_id)
+        if not isinstance(finished, bool):
+            raise CacheError(f"{where}, row {number}: finished is {str(finished)[:40]!r}: it is true or false")
+        found.append((prompt, ids, finished))
     of_questions: dict[str, list[CachedResponse]] = {}
     for prompt, response in _graded(found, tokenizer, grader):
         of_questions.setdefault(prompt.uid, []).append(response)
@@ -166,18 +169,21 @@ def _token_ids(
     """The response's token ids, without the thoughts that the prompt has opened (``opening``)."""
     text = row.get(column)
     if row.get("token_ids") is not None:
-        ids = [int(i) for i in row["token_ids"]]
-        if not ids or max(ids) >= len(tokenizer) or (text is not None and decode(tokenizer, ids) != text):
+        ids = row["token_ids"]
+        are_ids = isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < len(tokenizer) for i in ids)
+        if not are_ids or (text is not None and decode(tokenizer, ids) != text):
             raise CacheError(
                 f"{where}: its token ids are not this tokenizer's (they do not decode to its {column!r}); "
                 "drop the column 'token_ids', and the text is tokenised"
             )
-        return ids
+        return list(ids)
+    if text is not None and not isinstance(text, str):
+        raise CacheError(f"{where}: its {column!r} is no text, but of type {type(text).__name__}")
     if not text:
         raise CacheError(
             f"{where}: has neither {column!r} nor token ids; name the column of the response with --response_column"
         )
-    said = str(text).removeprefix(opening)
+    said = text.removeprefix(opening)
     if opening.strip() == "<think>":  # whatever blanks follow the tag
         said = said.removeprefix("<think>").lstrip() if said.startswith("<think>") else said
     ids = list(tokenizer(said, add_special_tokens=False)["input_ids"])

@@ -15,6 +15,7 @@ from rpo_lightning.cli.cache.show import summary
 from rpo_lightning.cli.commands import CACHE_COMMANDS
 from rpo_lightning.cli.tool_cli import ToolCLI
 from rpo_lightning.core.errors import CacheError, require_modules
+from rpo_lightning.core.files import require_place
 from rpo_lightning.data.datamodule import RPODataModule
 from rpo_lightning.data.prompts import QUESTION_COLUMNS
 from rpo_lightning.data.sources import as_source
@@ -49,6 +50,7 @@ class ExportSettings:
             )
         if suffix not in (".parquet", ".jsonl", ".json"):
             require_modules("hub", "datasets", what=f"{self.out} is a folder, not a .parquet or .jsonl file")
+        require_place(self.out, "--out", is_folder=not suffix[1:].isalpha())
 
 
 @dataclass
@@ -70,6 +72,10 @@ class ImportSettings:
     question_column: str | None = None
     only_correct: bool = False
 
+    def __post_init__(self) -> None:
+        """Check the place of the cache file before rows are read."""
+        require_place(self.out, "--out")
+
 
 def run_export(arguments: list[str]) -> None:
     """Write a cache as a table."""
@@ -90,8 +96,7 @@ def export(settings: ExportSettings, module: PolicyModule, data: RPODataModule) 
     Raises:
         CacheError: The cache holds no responses.
     """
-    cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer))
-    cache = read_cache(settings.path, cache.tokenizer_fingerprint)
+    cache = read_cache(settings.path, tokenizer_fingerprint(module.tokenizer), module.vocabulary_size)
     responses = sum(len(entry.anchors) for entry in cache)
     if not responses:
         raise CacheError(f"{settings.path}: holds no responses, so there is nothing to export")
@@ -125,7 +130,11 @@ def import_(settings: ImportSettings, module: PolicyModule, data: RPODataModule,
     finally:
         module.grader.pool.close()
     if not report.matched:
-        raise CacheError(f"{source!r}: none of its rows is about one of the {len(prompts)} training questions")
+        overlong = f"; {report.overlong} are, but over model.max_response_tokens" if report.overlong else ""
+        raise CacheError(
+            f"{source!r}: none of its rows is about one of the {len(prompts)} training questions{overlong}: rows need "
+            "the question's uid or its exact text"
+        )
     if not report.responses:
         raise CacheError(
             f"{source!r}: none of its {report.matched} responses is right: check that model.verifier reads their "

@@ -12,7 +12,7 @@ import numpy as np
 from jsonargparse import auto_cli
 
 from rpo_lightning.cache.cache import CachedResponse, CacheEntry, ExperienceCache
-from rpo_lightning.cache.cuts import CutStrategy, FractionOfShortestCut
+from rpo_lightning.cache.cuts import CutStrategy, FractionOfShortestCut, require_usable_notes
 from rpo_lightning.cache.draws import drawn_prefix
 from rpo_lightning.cache.parquet import read_cache
 from rpo_lightning.cli.parser import PlainArgumentParser
@@ -34,14 +34,15 @@ def run(arguments: list[str]) -> None:
     )
 
 
-def stats(path: str, tokenizer: str) -> None:
+def stats(path: str, tokenizer: str, trust_remote_code: bool = False) -> None:
     """Print statistics of a cache.
 
     Args:
         path: The cache file.
         tokenizer: Folder or name of the policy whose tokenizer it was made with.
+        trust_remote_code: Whether Python code that comes with the tokenizer may be executed.
     """
-    print(summary(_load(path, tokenizer)[0], path))
+    print(summary(_load(path, tokenizer, trust_remote_code)[0], path))
 
 
 def show(
@@ -50,6 +51,7 @@ def show(
     uid: str | None = None,
     entries: int = 3,
     cut: CutStrategy | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Print entries of a cache with what a cut keeps and drops.
 
@@ -59,11 +61,16 @@ def show(
         uid: Print the entry of this question only.
         entries: How many entries to print, if no ``uid`` is given.
         cut: The cut strategy, which draws as in a run with seed 0; the paper's ``FractionOfShortestCut`` if not given.
+        trust_remote_code: Whether Python code that comes with the tokenizer may be executed.
 
     Raises:
         CacheError: There is no such entry.
     """
-    cache, loaded = _load(path, tokenizer)
+    if entries < 1:
+        raise CacheError(f"--entries must be at least 1, got {entries}")
+    cache, loaded = _load(path, tokenizer, trust_remote_code)
+    cut = cut or FractionOfShortestCut()
+    require_usable_notes(cut, cache, path)
     filled = [e for e in cache if e.has_anchor]
     chosen = [e for e in filled if e.uid == uid] if uid else filled[:entries]
     if not chosen:
@@ -71,14 +78,12 @@ def show(
             f"{path}: no response for question {uid!r}; --entries lists some" if uid else f"{path}: holds no responses"
         )
     for entry in chosen:
-        print(_shown(entry, loaded, cut or FractionOfShortestCut()))
+        print(_shown(entry, loaded, cut))
 
 
-def _load(path: str, tokenizer: str) -> tuple[ExperienceCache, Any]:
-    loaded = load_tokenizer(tokenizer)
-    cache = ExperienceCache(tokenizer_fingerprint(loaded))
-    cache = read_cache(path, cache.tokenizer_fingerprint)
-    return cache, loaded
+def _load(path: str, tokenizer: str, trust_remote_code: bool) -> tuple[ExperienceCache, Any]:
+    loaded = load_tokenizer(tokenizer, trust_remote_code)
+    return read_cache(path, tokenizer_fingerprint(loaded)), loaded
 
 
 def _shown(entry: CacheEntry, tokenizer: Any, cut: CutStrategy) -> str:

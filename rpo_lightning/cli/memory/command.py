@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -73,10 +74,10 @@ def memory(arguments: list[str]) -> None:
     config: Any = MemoryCLI(arguments).config
     settings = config.as_dict()
     gib = settings["gpu_memory_gib"]
-    if gib is not None and gib <= 0:
-        raise ConfigurationError(f"--gpu_memory_gib must be above 0, got {gib:g}")
+    if gib is not None and not 0 < gib < math.inf:
+        raise ConfigurationError(f"--gpu_memory_gib must be above 0 and finite, got {gib:g}")
     run = read_run(settings, has_gpu_memory=gib is not None)
-    shape = model_shape(run.policy, run.adapter)
+    shape = model_shape(run.policy, run.adapter, settings["model"]["trust_remote_code"])
     quantization = run.adapter.quantization if run.adapter else None
     found = estimate(shape, run.plan, quantization, None if gib is None else gib * _GIB)
     print("\n".join([*_head(run, found), "", *_table(found), "", *_verdict(found, quantization), *_notes(run, found)]))

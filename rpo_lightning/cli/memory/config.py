@@ -55,6 +55,7 @@ def read_run(config: Mapping[str, Any], has_gpu_memory: bool) -> Run:
         raise ConfigurationError(
             "model.policy is a model, whose memory cannot be estimated: give the policy as a folder or a name"
         )
+    _require_counts(config)
     assumptions: list[str] = []
     on_gpu = _is_gpu(trainer["accelerator"], has_gpu_memory)
     devices, nodes = _devices(trainer["devices"], on_gpu, assumptions), int(trainer["num_nodes"])
@@ -87,6 +88,19 @@ def read_run(config: Mapping[str, Any], has_gpu_memory: bool) -> Run:
     return Run(model["policy"], lora, plan, tuple(assumptions))
 
 
+def _require_counts(config: Mapping[str, Any]) -> None:
+    """Check what the classes of a run would: none of them is made."""
+    for name, least in (
+        ("model.group_size", 2), ("model.max_response_tokens", 1), ("model.update.micro_batch_tokens", 1),
+        ("data.max_prompt_tokens", 1), ("trainer.num_nodes", 1),
+    ):  # fmt: skip
+        value: Any = config
+        for key in name.split("."):
+            value = value[key]
+        if value is not None and value < least:
+            raise ConfigurationError(f"{name} must be at least {least}, got {value}")
+
+
 def _is_gpu(accelerator: Any, has_gpu_memory: bool) -> bool:
     if accelerator in ("gpu", "cuda"):
         return True
@@ -101,6 +115,8 @@ def _devices(devices: Any, on_gpu: bool, assumptions: list[str]) -> int:
     if "," in text:
         return len([part for part in text.split(",") if part.strip()])
     if text not in ("auto", "-1"):
+        if not text.isdecimal() or not int(text):
+            raise ConfigurationError(f"trainer.devices={text}: give a number from 1 on, a list of devices, or auto")
         return int(text)
     count = max(1, torch.cuda.device_count()) if on_gpu else 1
     assumptions.append(f"trainer.devices is {text}: {count}, as on this machine")

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.policy.limits import head_size
-from rpo_lightning.policy.load import resolve_policy
+from rpo_lightning.policy.load import load_configuration, not_loaded
 from rpo_lightning.policy.lora import LoRA
 from rpo_lightning.policy.parallel.fsdp2 import decoder_layers
 
@@ -77,25 +77,23 @@ class ModelShape:
         return self.adapter_ranks > 0
 
 
-def model_shape(policy: str, adapter: LoRA | None = None) -> ModelShape:
+def model_shape(policy: str, adapter: LoRA | None = None, trust_remote_code: bool = False) -> ModelShape:
     """Count a policy.
 
     Args:
         policy: A folder, a hub name, or an embedded model, as for ``model.policy``.
         adapter: Its adapter.
+        trust_remote_code: Whether Python code that the folder brings may be executed.
 
     Raises:
         ConfigurationError: No configuration of a causal language model was found, or it lacks layers or widths.
     """
+    config = load_configuration(policy, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(resolve_policy(policy))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"model.policy={policy}: no configuration of a causal language model found there: give a folder or a "
-            "reachable hub name"
-        ) from error
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a bad value of a configuration raises whatever its use raises
+        raise not_loaded(policy, "causal language model", error) from error
     return shape_of(model, adapter)
 
 

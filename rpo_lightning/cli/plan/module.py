@@ -78,6 +78,7 @@ class PlanModule(RPOModule):
         self.training_questions = len(prompts["train"])
         order = derive_generator(SeedPurpose.EVALUATION, 0).permutation(self.training_questions)
         prompts["predict"] = [prompts["train"][i] for i in order[: self.settings.questions]]
+        self._start = self._starting_prefixes()  # before anything is sampled: the cache may be refused
 
     @property
     def samples(self) -> int:
@@ -111,7 +112,7 @@ class PlanModule(RPOModule):
     def on_predict_epoch_end(self) -> None:
         """Answer the same questions in the other arms, time updates, and collect what all ranks have; a collective."""
         plain = [sampled.group for batch in self._plain for sampled in batch]
-        start = self._starting_prefixes()
+        start = self._start
         traces = ExperienceCache(tokenizer_fingerprint(self.tokenizer)) if start is None else start.cache
         shares = KeptShares(traces, plain, self.max_response_tokens, None if start is None else start.steps)
         own, traced = zip(*self.ranks.gather((shares.own, shares.traced)), strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.core.files import require_place
 
 # Answers to each question, where a group is not larger.
 _SAMPLES = 8
@@ -34,6 +35,8 @@ class PlanSettings:
         if not all(0 < share < 1 for share in self.kept_shares):
             shares = ", ".join(f"{share:g}" for share in self.kept_shares)
             raise ConfigurationError(f"--kept_shares must lie between 0 and 1, got {shares}")
+        if self.out is not None:
+            require_place(self.out, "--out")
         object.__setattr__(self, "kept_shares", sorted(set(self.kept_shares)))
 
     def samples_for(self, group_size: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from rpo_lightning.cli.parser import PlainArgumentParser
-from rpo_lightning.core.errors import DataError, require_modules
+from rpo_lightning.core.errors import DataError, one_line, require_modules
 from rpo_lightning.core.files import replacing
 from rpo_lightning.core.run_files import COMPLETIONS_FILE, METRICS_FILE, REPORT_FILE, SUMMARY_FILE
 
@@ -83,18 +83,17 @@ def write_report(run: str) -> None:
 
     Raises:
         ConfigurationError: A package of the extra ``analysis`` is not installed.
-        DataError: The folder holds no ``metrics.csv``.
+        DataError: The folder holds no ``metrics.csv``, or a file that cannot be read.
     """
     require_modules("analysis", "jinja2", "matplotlib", "pandas")
-    import pandas as pd
     from jinja2 import Environment, PackageLoader, select_autoescape
 
     folder = Path(run)
     metrics_path, summary_path = folder / METRICS_FILE, folder / SUMMARY_FILE
     if not metrics_path.is_file():
         raise DataError(f"{folder}: holds no {METRICS_FILE}; name the folder of a run with a CSVLogger")
-    metrics = pd.read_csv(metrics_path)
-    summary = json.loads(summary_path.read_text()) if summary_path.is_file() else None
+    metrics = read_metrics(metrics_path)
+    summary = _json_objects(summary_path, [summary_path.read_text()])[0] if summary_path.is_file() else None
     times = Panel(
         "Seconds of an iteration, by phase",
         "seconds",
@@ -111,6 +110,36 @@ def write_report(run: str) -> None:
     with replacing(folder / REPORT_FILE) as partial:
         partial.write_text(page, encoding="utf-8")
     print(f"report written to {folder / REPORT_FILE}")
+
+
+def read_metrics(path: Path) -> Any:
+    """Read the metrics of a run as a pandas table.
+
+    Raises:
+        DataError: It is no table of numbers, or has no rows.
+    """
+    import pandas as pd
+
+    try:
+        metrics = pd.read_csv(path)
+    except ValueError as error:  # pandas' own errors are such
+        raise DataError(f"{path}: not a table that can be read ({one_line(error)}): name another run") from error
+    if "step" not in metrics or not len(metrics):
+        raise DataError(f"{path}: has no rows with a step: name the folder of a run that has trained")
+    words = [str(name) for name in metrics.columns if not pd.api.types.is_numeric_dtype(metrics[name])]
+    if words:
+        raise DataError(f"{path}: its column {words[0]!r} holds something other than numbers: mend it")
+    return metrics
+
+
+def _json_objects(path: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
+    try:
+        found = [json.loads(text) for text in texts]
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON that can be read ({one_line(error)}): move the file away") from error
+    if not all(isinstance(value, dict) for value in found):
+        raise DataError(f"{path}: holds something other than JSON objects: move the file away")
+    return found
 
 
 def has_data(metrics: Any, panel: Panel) -> bool:
@@ -152,7 +181,10 @@ def read_completions(folder: Path, limit: int = 6) -> list[dict[str, Any]]:
     path = folder / COMPLETIONS_FILE
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[-limit:]]
+    rows = _json_objects(path, path.read_text(encoding="utf-8").splitlines()[-limit:])
+    if not all(isinstance(row.get("reward"), int | float) for row in rows):
+        raise DataError(f"{path}: a row has no reward: move the file away")
+    return rows
 
 
 def report(arguments: list[str]) -> None:

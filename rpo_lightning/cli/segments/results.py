@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rpo_lightning.cli.segments.analysis import accuracy_of, grouped_by_first_answer
 from rpo_lightning.cli.segments.similarity import TextSimilarity, TfidfSimilarity
 from rpo_lightning.core.errors import require_modules
-from rpo_lightning.core.files import write_parquet
+from rpo_lightning.core.files import require_place, write_parquet
 from rpo_lightning.core.ranks import gather_rows
 from rpo_lightning.evaluation import Estimate
 
@@ -35,6 +35,7 @@ class SegmentResultsCallback(BasePredictionWriter):
     def __init__(
         self, out: str = "segments", similarity: TextSimilarity | None = None, title: str = "Segment analysis"
     ) -> None:
+        require_place(out, "--out", is_folder=True)
         super().__init__(write_interval="epoch")
         self.out = Path(out)
         self.similarity = similarity or TfidfSimilarity()

@@ -112,7 +112,8 @@ class EmbeddingSimilarity(TextSimilarity):
             from transformers import AutoModel, AutoTokenizer
 
             try:
-                tokenizer, model = AutoTokenizer.from_pretrained(self.model), AutoModel.from_pretrained(self.model)
+                tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
+                model = AutoModel.from_pretrained(self.model, trust_remote_code=False)
             except (OSError, ValueError) as error:
                 raise ConfigurationError(
                     f"similarity.model={self.model}: no model found there: give a folder or a reachable hub name"

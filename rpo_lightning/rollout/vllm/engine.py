@@ -133,6 +133,7 @@ class VLLMEngine(RolloutEngine):
             "load_format": "dummy",
             "generation_config": "vllm",
             "dtype": str(torch.float32 if dtype == torch.float64 else dtype).removeprefix("torch."),
+            "trust_remote_code": setup.trust_remote_code,
             "seed": request_seeds((setup.seed, setup.rank // self.tensor_parallel_size), 1)[0],
             "enable_prefix_caching": True,
             "logprobs_mode": "processed_logprobs",  # at the sampling temperature
