@@ -12,9 +12,10 @@ updates per rollout and dynamic sampling are not what ``accumulate_grad_batches`
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import Callback
@@ -48,7 +49,7 @@ from rpo_lightning.update.checkpoint import (
 from rpo_lightning.update.choices import chosen_advantages, chosen_correction
 from rpo_lightning.update.dynamic_sampling import DynamicSampling, GroupBuffer, has_loss
 from rpo_lightning.update.loss import PolicyLoss
-from rpo_lightning.update.metrics import IterationRecord, rollout_metrics, rollout_tokens
+from rpo_lightning.update.metrics import IterationRecord, rollout_metrics, rollout_tokens, term_sums
 from rpo_lightning.update.mismatch import MismatchGuard
 from rpo_lightning.update.objectives import DAPO, Objective
 from rpo_lightning.update.optimizer import make_optimizer, try_optimizer
@@ -59,6 +60,11 @@ from rpo_lightning.update.watch import LearningWatch, is_finite
 
 log = logging.getLogger(__name__)
 
+if TYPE_CHECKING:
+    Term = Reward | Callable[..., Any]
+else:
+    Term = Reward  # what the command line offers: there a FunctionReward names a function
+
 T = TypeVar("T")
 
 
@@ -67,7 +73,7 @@ class RPOModule(EvaluationModule):
 
     Args:
         policy: A Hugging Face folder or hub name, ``embedded:arithmetic-reasoner``, or a model.
-        rewards: Terms of the reward.
+        rewards: Terms of the reward. A function stands for a ``FunctionReward``.
         tokenizer: The policy's tokenizer, where ``policy`` is a model.
         verifier: Decides what is right; math equivalence if not given.
         objective: The loss; ``DAPO`` if not given.
@@ -96,7 +102,7 @@ class RPOModule(EvaluationModule):
     def __init__(
         self,
         policy: str | PreTrainedModel,
-        rewards: list[Reward],
+        rewards: list[Term],
         tokenizer: PreTrainedTokenizerBase | None = None,
         verifier: Verifier | None = None,
         objective: Objective | None = None,
@@ -214,7 +220,8 @@ class RPOModule(EvaluationModule):
         """Roll out, score, and update the policy unless dynamic sampling asks for more groups."""
         require_requests(requests)
         assert self._loss is not None
-        killed, skipped = self.grader.pool.killed, self.watch.skipped
+        pool = self.grader.pool
+        killed, failed, skipped = pool.killed, pool.failed, self.watch.skipped
         seed = derive_seed(SeedPurpose.TRAINING, self.global_rank, self.iteration)
         self.engine.metrics()  # those of validation are not this iteration's
         self.groups = self.roll_out(requests, self.group_size, self.sampling, seed)
@@ -227,9 +234,19 @@ class RPOModule(EvaluationModule):
         processed = {phase: n - before[phase] for phase, n in self._loss.processed_tokens.items()}
         tokens = rollout_tokens(self.groups) | {p: n for p, n in processed.items() if n or p == "update"}
         responses = sum(len(g.completions) for g in self.groups)
-        killed, skipped = self.grader.pool.killed - killed, self.watch.skipped - skipped
         idle = tokens["decode"] - rollout_tokens(usable)["decode"]
-        record = IterationRecord(metrics, self.timer.take(), tokens, responses, killed, skipped, len(usable), idle)
+        record = IterationRecord(
+            metrics,
+            self.timer.take(),
+            tokens,
+            responses,
+            killed=pool.killed - killed,
+            skipped=self.watch.skipped - skipped,
+            usable_groups=len(usable),
+            idle_tokens=idle,
+            failed=pool.failed - failed,
+            terms=term_sums(self.groups),
+        )
         self.record = record.over(self.ranks)
         self._log(of_update, len(requests))
         self.watch.check(self.record, of_update.get("loss/advantage_max"))
@@ -333,6 +350,8 @@ class RPOModule(EvaluationModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "adopt_position"):
             data.adopt_position()
+            if self.buffer is not None:
+                self.buffer.attach_rows(data.prompts.get("train", []))
         if self._generator_states is not None:
             set_generator_states(self._generator_states)
             self._generator_states = None

@@ -57,12 +57,17 @@ def is_setting(key: str) -> bool:
         return True
     section, *names = key.split(".")
     owners = SECTIONS[section]
+    is_key = False  # of a mapping, whose keys are the user's
     for depth, name in enumerate(names):
+        if is_key:
+            is_key = False
+            continue
         if depth == 0 and section != "cache" and f"{section}.{name}" not in parsed():
             return False
         types = [of_owner[name] for owner in owners if name in (of_owner := _parameters(owner))]
         if not types:
             return False
+        is_key = any(typing.get_origin(found) is dict for found in types)
         owners = [kind for found in types for kind in _classes_in(found)]
     return True
 

@@ -48,7 +48,7 @@ FILE_ENDINGS = (".py", ".md", ".yaml", ".toml", ".jsonl", ".json", ".parquet", "
 # Words that stand for the reader's own, and what other libraries have.
 PLACEHOLDERS = {"CONFIG", "CHECKPOINT", "FOLDER", "LARGER", "NAME", "HOST", "COMMAND", "PATH"}
 OTHER_MODULES = ("lightning.pytorch", "lightning.pytorch.strategies", "lightning.pytorch.callbacks")
-OTHER_CLASSES = {"EngineArgs", "GRPOConfig", *get_args(FlashAttention)}
+OTHER_CLASSES = {"EngineArgs", "GRPOConfig", "None", *get_args(FlashAttention)}
 
 
 @every_page

@@ -191,7 +191,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
         require_usable_notes(self.cut, cache, where)
         if trainer.global_step == 0:  # otherwise the same trainer continues to count its updates
             cache.forget_updates()
-        prompts = data.read("train", "", module.tokenizer, module.grader.verifier)
+        prompts = data.read("train", "", module.tokenizer, module.grader.verifier, module.grader.rewards)
         require_same_questions(cache, prompts, where)
         if trainer.is_global_zero:
             tell_of_second_answers(cache, prompts, where)

@@ -96,6 +96,7 @@ class Prompt:
         answer: The gold answer that the verifier compares with, a ``GoldAnswer`` where it was read from data.
         opening: The end of the prompt that belongs to the response: thoughts that the generation prompt opens
             (``<think>``) or leaves empty. Graders read it before the response. Empty for most prompts.
+        row: The whole row of data, question and gold answer included, as JSON values. Checkpoints do not hold it.
     """
 
     uid: str
@@ -103,6 +104,7 @@ class Prompt:
     token_ids: tuple[int, ...]
     answer: str
     opening: str = ""
+    row: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,8 @@ class Sample:
         length: Response length in tokens, prefix included.
         finished: Whether the response ended by itself.
         correct: The verifier's verdict in [0, 1]; 1 is right.
+        uid: Identifier of the question.
+        row: The question's row of data; see ``Prompt``.
     """
 
     prompt: str
@@ -166,6 +170,8 @@ class Sample:
     length: int
     finished: bool
     correct: float = 0.0
+    uid: str = ""
+    row: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
 
     @property
     def is_correct(self) -> bool:
@@ -182,7 +188,7 @@ class Group:
         completions: The G suffixes.
         samples: The G whole responses as rewards saw them, with the verifier's verdicts.
         rewards: The G total rewards.
-        reward_terms: Unweighted value of each reward term, G values each.
+        reward_terms: Unweighted value of each reward term, G values each; ``None`` where a term does not apply.
         old_logprobs: Per member, the trainer's log-probs under the policy that sampled it, one value a token of the
             loss scope. ``None`` while the group is on-policy: then they equal the current ones.
         step: Number of updates the policy had seen when it sampled the group.
@@ -192,7 +198,7 @@ class Group:
     completions: list[Completion]
     samples: list[Sample]
     rewards: list[float]
-    reward_terms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    reward_terms: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     old_logprobs: list[list[float]] | None = None
     step: int = 0
 

@@ -27,7 +27,7 @@ from rpo_lightning.data.prompt_format import few_shot_messages, read_chat_templa
 from rpo_lightning.data.prompts import LoadReport, PromptBuilder
 from rpo_lightning.data.selection import QuestionSelection, SelectedQuestions, SelectedSampler
 from rpo_lightning.data.sources import DataSource, Row, as_source
-from rpo_lightning.rewards.base import Verifier
+from rpo_lightning.rewards.base import Reward, Verifier
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class RPODataModule(LightningDataModule):
         module: Any = self.trainer.lightning_module
         for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
             for name in self._sets(split) or ([""] if (stage, split) != ("fit", "val") else []):
-                self.read(split, name, module.tokenizer, module.grader.verifier)
+                self.read(split, name, module.tokenizer, module.grader.verifier, module.grader.rewards)
         if stage == TrainerFn.FITTING.value:
             self._require_a_batch()
 
@@ -148,14 +148,22 @@ class RPODataModule(LightningDataModule):
             return dict(data)
         return {"": data} if data else {}
 
-    def read(self, split: str, name: str, tokenizer: PreTrainedTokenizerBase, verifier: Verifier) -> list[Prompt]:
+    def read(
+        self,
+        split: str,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        verifier: Verifier,
+        rewards: Sequence[Reward] = (),
+    ) -> list[Prompt]:
         """The prompts of a set, read once for a tokenizer and a verifier.
 
         Args:
             split: ``train``, ``val``, ``test`` or ``predict``.
             name: Its name, empty where the split has but one set.
             tokenizer: The policy's. Gets the template of ``data.chat_template``.
-            verifier: Says which gold answers can be used.
+            verifier: Says which rows and gold answers can be used.
+            rewards: Say which rows cannot be used.
 
         Raises:
             DataError: The set is not given, or cannot be read.
@@ -182,13 +190,14 @@ class RPODataModule(LightningDataModule):
             continue_final_message=self.continue_final_message,
             chat_template_kwargs=self.chat_template_kwargs,
             few_shot=few_shot_messages(as_source(self.few_shot, "train")) if self.few_shot else (),
+            rewards=rewards,
         )
         source = as_source(data, hub_split(split))
         self.prompts[key], report = builder.build(source)
         self.reports[key] = report
         for message in report.unusable[:_MAX_MESSAGES]:
             log.warning(message)
-        for message in report.only_text_message():
+        for message in (*report.only_text_message(), *report.left_out_message()):
             log.info(f"{source!r}: {message}")
         if report.unusable or report.overlong or report.duplicates:
             log.warning(

@@ -11,12 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from rpo_lightning.core.errors import DataError
 from rpo_lightning.core.hashing import short_name
+from rpo_lightning.core.rows import nested
 from rpo_lightning.core.types import Prompt
 from rpo_lightning.data.conversations import last_user_text, read_messages
 from rpo_lightning.data.gold_answers import TOLERANCE_COLUMN, gold_answer, is_empty
 from rpo_lightning.data.prompt_format import Message, PromptFormat
+from rpo_lightning.data.rows import plain_row
 from rpo_lightning.data.sources import DataSource
-from rpo_lightning.rewards.base import Verifier
+from rpo_lightning.rewards.base import Reward, Verifier
 
 QUESTION_COLUMNS = ("problem", "question", "prompt", "messages", "conversations")
 ANSWER_COLUMNS = ("answer", "final_answer", "solution", "reward_model.ground_truth")
@@ -32,6 +34,7 @@ class LoadReport:
         duplicates: Rows dropped because their uid had been seen.
         unusable: One message for each row dropped because its question or gold answer is missing or cannot be used.
         only_text: Gold answers among the kept that only their own text can match.
+        left_out: Columns that rewards do not see because they are not JSON, with what they hold.
     """
 
     kept: int = 0
@@ -39,6 +42,7 @@ class LoadReport:
     duplicates: int = 0
     unusable: list[str] = field(default_factory=list)
     only_text: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def dropped(self) -> int:
@@ -58,13 +62,18 @@ class LoadReport:
         shown = ", ".join(repr(answer[:40]) for answer in self.only_text[:3])
         return [f"{len(self.only_text)} gold answers can be matched by their own text only, such as {shown}"]
 
+    def left_out_message(self) -> list[str]:
+        """Which columns rewards do not see, if there are any."""
+        shown = ", ".join(f"{column!r} ({what})" for column, what in self.left_out.items())
+        return [f"rewards do not see values that are not JSON: {shown}"] if shown else []
+
 
 class PromptBuilder:
     """Builds prompts from rows.
 
     Args:
         tokenizer: The policy's tokenizer.
-        verifier: Says which gold answers it can compare with.
+        verifier: Says which rows and gold answers it can judge.
         max_prompt_tokens: Longer prompts are dropped.
         question_column: Column of the question; found by its usual names if not given.
         answer_column: Column of the gold answer; likewise.
@@ -75,6 +84,7 @@ class PromptBuilder:
             its row is dropped.
         chat_template_kwargs: Variables for the chat template.
         few_shot: Solved examples, as messages before the question.
+        rewards: Say which rows they cannot be computed for.
     """
 
     def __init__(
@@ -90,8 +100,10 @@ class PromptBuilder:
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         few_shot: Sequence[Message] = (),
+        rewards: Sequence[Reward] = (),
     ) -> None:
         self.verifier = verifier
+        self.rewards = rewards
         self.max_prompt_tokens = max_prompt_tokens
         self.question_column = question_column
         self.answer_column = answer_column
@@ -103,8 +115,8 @@ class PromptBuilder:
         """Read a source to its end.
 
         Raises:
-            DataError: Unknown column, a conversation without a chat template, text that is no Unicode, or nothing left
-                to use.
+            DataError: Unknown column, a row that the verifier or a reward cannot judge, a conversation without a chat
+                template, text that is no Unicode, or nothing left to use.
         """
         report = LoadReport()
         prompts: dict[str, Prompt] = {}
@@ -123,7 +135,9 @@ class PromptBuilder:
                 report.unusable.append(f"{where}: dropped, {error}")
                 continue
             asked = _asked(messages, answer, where)
-            problem = self.verifier.gold_problem(answer)
+            plain = self._plain(row, report, where)
+            verifier = self.verifier.of_row(plain)
+            problem = verifier.gold_problem(answer)
             if problem is not None:
                 report.unusable.append(f"{where}: dropped, the gold answer {answer[:60]!r} cannot be used: {problem}")
                 continue
@@ -136,9 +150,9 @@ class PromptBuilder:
             if uid in prompts:
                 report.duplicates += 1
                 continue
-            if self.verifier.is_only_text(answer):
+            if verifier.is_only_text(answer):
                 report.only_text.append(answer)
-            prompts[uid] = Prompt(uid, text, tuple(token_ids), answer, opening)
+            prompts[uid] = Prompt(uid, text, tuple(token_ids), answer, opening, plain)
         report.kept = len(prompts)
         if not prompts and not report.dropped:
             raise DataError(f"{source!r}: no usable question in it: it has no rows")
@@ -150,10 +164,22 @@ class PromptBuilder:
             )
         return list(prompts.values()), report
 
+    def _plain(self, row: Mapping[str, Any], report: LoadReport, where: str) -> dict[str, Any]:
+        """The row as rewards see it, which verifier and rewards can judge."""
+        plain, others = plain_row(row)
+        report.left_out.update(others)
+        judges: list[Verifier | Reward] = [self.verifier, *self.rewards]
+        for judge in judges:
+            problem = judge.row_problem(plain)
+            if problem is not None:
+                held = "".join(f"; {column!r} holds {what}, which is not JSON" for column, what in others.items())
+                raise DataError(f"{where}: {problem}{held}")
+        return plain
+
     def _value(self, row: Mapping[str, Any], column: str | None, usual: Iterable[str], what: str, where: str) -> Any:
         names = [column] if column else list(usual)
         for name in names:
-            is_there, value = _nested(row, name)
+            is_there, value = nested(row, name)
             if is_there:
                 return value
         raise DataError(
@@ -178,22 +204,10 @@ class PromptBuilder:
     def _uid(self, row: Mapping[str, Any], asked: str, answer: str, where: str) -> str:
         if self.uid_column is None:
             return short_name(f"{asked}\0{answer}")
-        _, value = _nested(row, self.uid_column)
+        _, value = nested(row, self.uid_column)
         if value is None:
             raise DataError(f"{where}: no value in the uid column {self.uid_column!r}")
         return str(value)
-
-
-def _nested(row: Mapping[str, Any], column: str) -> tuple[bool, Any]:
-    """Whether a row has a column, and its value; ``a.b`` is the key ``b`` of the object in column ``a``."""
-    if column in row:
-        return True, row[column]
-    value: Any = row
-    for key in column.split("."):
-        if not isinstance(value, Mapping) or key not in value:
-            return False, None
-        value = value[key]
-    return True, value
 
 
 def _asked(messages: list[Any], answer: str, where: str) -> str:

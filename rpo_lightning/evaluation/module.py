@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -13,11 +13,14 @@ from typing_extensions import override
 
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.seeds import SeedPurpose, derive_seed
-from rpo_lightning.core.types import Batch, Group, RolloutRequest
+from rpo_lightning.core.types import Batch, Group, RolloutRequest, Sample
 from rpo_lightning.evaluation.evaluation import Evaluation
 from rpo_lightning.evaluation.settings import EvaluationSettings
 from rpo_lightning.rollout.engine import Sampling
 from rpo_lightning.rollout.policy_module import PolicyModule
+
+# What a prediction's record has of a sample. The row is in the data, under the uid.
+_ANSWER_FIELDS = [field.name for field in fields(Sample) if field.name not in ("uid", "row")]
 
 
 class EvaluationModule(PolicyModule):
@@ -74,7 +77,7 @@ class EvaluationModule(PolicyModule):
         self.answered = groups = self._answer(requests, batch_idx)
         self.timer.take()
         return [
-            {"uid": g.request.prompt.uid, "sample": i, **asdict(sample)}
+            {"uid": g.request.prompt.uid, "sample": i, **{name: getattr(sample, name) for name in _ANSWER_FIELDS}}
             for g in groups
             for i, sample in enumerate(g.samples)
         ]

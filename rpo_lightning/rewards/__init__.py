@@ -1,6 +1,7 @@
 """Verifiers, rewards, and the pool that grades them."""
 
 from rpo_lightning.rewards.base import AnswerVerifier, Reward, Verifier
+from rpo_lightning.rewards.by_column import VerifierByColumn
 from rpo_lightning.rewards.functions import FunctionReward
 from rpo_lightning.rewards.grader import Grader
 from rpo_lightning.rewards.grading import GradedGroup, Grading
@@ -11,12 +12,14 @@ from rpo_lightning.rewards.length import (
     SoftOverlongPenalty,
 )
 from rpo_lightning.rewards.pool import GradingPool
+from rpo_lightning.rewards.short_answers import ChoiceVerifier, TextVerifier
 from rpo_lightning.rewards.terms import AccuracyReward, FormatReward, UniformRandomReward
 from rpo_lightning.rewards.verifiers import ExactMatchVerifier, FunctionVerifier, MathVerifier
 
 __all__ = [
     "AccuracyReward",
     "AnswerVerifier",
+    "ChoiceVerifier",
     "CosineLengthReward",
     "ExactMatchVerifier",
     "FormatReward",
@@ -31,6 +34,8 @@ __all__ = [
     "MathVerifier",
     "Reward",
     "SoftOverlongPenalty",
+    "TextVerifier",
     "UniformRandomReward",
     "Verifier",
+    "VerifierByColumn",
 ]

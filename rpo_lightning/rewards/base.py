@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.types import Sample
+from rpo_lightning.rewards.arguments import Arguments
+from rpo_lightning.rewards.calls import in_this_process
 from rpo_lightning.rewards.pool import GradingPool
 
 
 class Verifier(ABC):
     """Decides whether a response is right.
+
+    ``verify`` may take columns of the question's row: as further parameters by their names, or all as ``**row``.
 
     Attributes:
         isolated: Whether ``verify`` may hang or crash and so runs in a worker process.
@@ -34,6 +38,24 @@ class Verifier(ABC):
     def verify(self, prompt: str, response: str, answer: str) -> float:
         """Verdict in [0, 1]; 1 is right. Must be picklable where ``isolated`` is true."""
 
+    @property
+    def arguments(self) -> Arguments:
+        """Which columns ``verify`` is given."""
+        return Arguments(self.verify)
+
+    @property
+    def tells_answers(self) -> bool:
+        """Whether it can tell final answers and compare them, which majority votes need."""
+        return False
+
+    def of_row(self, row: Mapping[str, Any]) -> Verifier:
+        """The verifier of the question with this row: itself, unless it leaves rows to others."""
+        return self
+
+    def row_problem(self, row: Mapping[str, Any]) -> str | None:
+        """Why a question with this row cannot be judged, and what to do; ``None`` if it can."""
+        return self.arguments.problem(row, type(self).__name__)
+
     def gold_problem(self, answer: str) -> str | None:
         """Why a gold answer cannot be compared with, or ``None`` if it can."""
         return None if answer.strip() else "it is empty"
@@ -45,6 +67,11 @@ class Verifier(ABC):
 
 class AnswerVerifier(Verifier):
     """A verifier that can tell final answers and compare them, which majority votes need."""
+
+    @property
+    def tells_answers(self) -> bool:
+        """Always."""
+        return True
 
     @abstractmethod
     def final_answer(self, response: str) -> Any:
@@ -78,11 +105,14 @@ class Reward(ABC):
         weight: Factor of the term in the sum.
 
     Attributes:
-        response_function: Gives the value of a response from its prompt, its text and the gold answer, in a worker
-            process, as soon as the response has ended. ``None`` where a term is computed from whole groups.
+        response_function: Gives the value of a response from its prompt, its text, the gold answer and the columns that
+            its parameters name (``Arguments``), in a worker process, as soon as the response has ended. ``None``
+            where a term is computed from whole groups.
+        isolated: Whether ``score_groups`` uses the worker processes, which are then started before decoding.
     """
 
-    response_function: Callable[[str, str, str], float] | None = None
+    response_function: Callable[..., float | None] | None = None
+    isolated: bool = False
 
     def __init__(self, weight: float = 1.0) -> None:
         if not math.isfinite(weight):
@@ -95,10 +125,19 @@ class Reward(ABC):
         words = type(self).__name__.removesuffix("Reward")
         return "".join("_" + c.lower() if c.isupper() and i else c.lower() for i, c in enumerate(words))
 
-    @abstractmethod
-    def score(self, group: Sequence[Sample]) -> list[float]:
-        """Unweighted values of the members of one group."""
+    def row_problem(self, row: Mapping[str, Any]) -> str | None:
+        """Why the term cannot be computed for questions with this row, and what to do; ``None`` if it can."""
+        function = self.response_function
+        return None if function is None else Arguments(function).problem(row, f"reward {self.name!r}")
 
-    def score_groups(self, groups: Sequence[Sequence[Sample]], pool: GradingPool) -> list[list[float]]:
+    @abstractmethod
+    def score(self, group: Sequence[Sample]) -> Sequence[float | None]:
+        """Unweighted values of the members of one group; ``None`` where the term does not apply."""
+
+    def score_groups(self, groups: Sequence[Sequence[Sample]], pool: GradingPool) -> Sequence[Sequence[float | None]]:
         """Unweighted values of several groups; terms that compare responses in worker processes override this."""
-        return [self.score(group) for group in groups]
+        values = []
+        for group in groups:
+            with in_this_process(f"reward {self.name!r}", group[0]):
+                values.append(self.score(group))
+        return values

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards.base import AnswerVerifier, Reward, Verifier
-from rpo_lightning.rewards.grading import GradedGroup, Grading
+from rpo_lightning.rewards.calls import collect_results
+from rpo_lightning.rewards.functions import FunctionReward
+from rpo_lightning.rewards.grading import Absences, GradedGroup, Grading
 from rpo_lightning.rewards.pool import GradingPool
 
 log = logging.getLogger(__name__)
 
 # What is logged as reward/… besides the terms.
-_OTHER_METRICS = ("mean", "std", "correct_share", "grading_killed")
+_OTHER_METRICS = ("mean", "std", "correct_share", "grading_killed", "grading_failed")
 
 
 class Grader:
@@ -23,28 +26,29 @@ class Grader:
 
     Args:
         verifier: Decides what is right.
-        rewards: Terms of the total reward.
+        rewards: Terms of the total reward; a function stands for a ``FunctionReward``.
         pool: Where calls that may hang are made.
     """
 
-    def __init__(self, verifier: Verifier, rewards: Sequence[Reward], pool: GradingPool) -> None:
+    def __init__(self, verifier: Verifier, rewards: Sequence[Reward | Callable[..., Any]], pool: GradingPool) -> None:
+        self.rewards = [r if isinstance(r, Reward) else FunctionReward(r) for r in rewards]
         if not rewards:
             raise ConfigurationError("model.rewards is empty: name at least one reward, e.g. AccuracyReward")
-        doubled = [name for name, count in Counter(r.name for r in rewards).items() if count > 1]
+        doubled = [name for name, count in Counter(r.name for r in self.rewards).items() if count > 1]
         if doubled:
             raise ConfigurationError(f"model.rewards has more than one term named {doubled[0]!r}")
-        taken = [r.name for r in rewards if r.name in _OTHER_METRICS]
+        taken = [r.name for r in self.rewards if r.name in _OTHER_METRICS]
         if taken:
             raise ConfigurationError(
                 f"model.rewards has a term named {taken[0]!r}, and reward/{taken[0]} is another metric: rename it"
             )
         self.verifier = verifier
-        self.rewards = list(rewards)
         self.pool = pool
+        self._absences = Absences()
 
     def begin(self) -> Grading:
         """Begin to grade a rollout, whose responses are submitted one by one."""
-        return Grading(self.verifier, self.rewards, self.pool)
+        return Grading(self.verifier, self.rewards, self.pool, self._absences)
 
     def grade(self, groups: Sequence[Sequence[Sample]]) -> list[GradedGroup]:
         """Verdicts and rewards of several groups; see ``Grading.finish``."""
@@ -57,18 +61,26 @@ class Grader:
     @property
     def finds_answers(self) -> bool:
         """Whether equivalent answers can be told."""
-        return isinstance(self.verifier, AnswerVerifier)
+        return self.verifier.tells_answers
 
     def answer_classes(self, groups: Sequence[Sequence[Sample]]) -> list[list[int]]:
         """Equal numbers for equivalent answers of a question, -1 for none; all -1 where telling took too long."""
-        assert isinstance(self.verifier, AnswerVerifier)
-        calls = [tuple(s.response for s in group) for group in groups]
-        if not self.verifier.isolated:
-            return [self.verifier.answer_classes(*call) for call in calls]
-        # Answers are compared with one another, so the limit grows with their number.
-        submitted = [self.pool.submit(self.verifier.answer_classes, *call, limits=len(call)) for call in calls]
-        found = self.pool.collect(submitted, killed=None)
+        found: list[list[int] | None] = [None] * len(groups)
+        submitted = {}
+        for number, group in enumerate(groups):
+            verifier = self.verifier.of_row(group[0].row)
+            assert isinstance(verifier, AnswerVerifier)
+            responses = [sample.response for sample in group]
+            if verifier.isolated:
+                # Answers are compared with one another, so the limit grows with their number.
+                call = self.pool.submit(verifier.answer_classes, *responses, limits=len(responses))
+                submitted[number] = (group[0], call)
+            else:
+                found[number] = verifier.answer_classes(*responses)
+        results = collect_results(self.pool, submitted.values(), killed=None)
+        for number, classes in zip(submitted, results, strict=True):
+            found[number] = classes
         undetermined = sum(classes is None for classes in found)
         if undetermined:
             log.warning(f"answers to {undetermined} questions took too long to compare: they have no vote")
-        return [[-1] * len(call) if classes is None else classes for call, classes in zip(calls, found, strict=True)]
+        return [[-1] * len(group) if classes is None else classes for group, classes in zip(groups, found, strict=True)]

@@ -7,16 +7,19 @@ look at them. Results, errors and their order do not depend on the order in whic
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from rpo_lightning.core.errors import RewardError, RPOError, one_line
+from rpo_lightning.core.errors import RewardError, one_line
 from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards.base import Reward, Verifier
+from rpo_lightning.rewards.calls import collect_results, in_this_process, question, submit_sample
 from rpo_lightning.rewards.pool import Call, GradingPool
-from rpo_lightning.rewards.serving import told
+
+log = logging.getLogger(__name__)
 
 # The place of a response: its group, and its number there.
 _Place = tuple[int, int]
@@ -28,13 +31,13 @@ class GradedGroup:
 
     Attributes:
         samples: The members with their verdicts.
-        rewards: Weighted sum of the terms, one a member.
-        terms: Unweighted values of each term.
+        rewards: Weighted sum of the terms that apply, one a member.
+        terms: Unweighted values of each term; ``None`` where it does not apply.
     """
 
     samples: list[Sample]
     rewards: list[float]
-    terms: dict[str, list[float]]
+    terms: dict[str, list[float | None]]
 
 
 class Grading:
@@ -44,18 +47,20 @@ class Grading:
         verifier: Decides what is right.
         rewards: Terms of the total reward.
         pool: Where calls that may hang are made.
+        absences: Watches terms that do not apply.
     """
 
-    def __init__(self, verifier: Verifier, rewards: Sequence[Reward], pool: GradingPool) -> None:
+    def __init__(self, verifier: Verifier, rewards: Sequence[Reward], pool: GradingPool, absences: Absences) -> None:
         self._verifier = verifier
         self._rewards = rewards
         self._pool = pool
+        self._absences = absences
         self._samples: dict[_Place, Sample] = {}
-        self._verdicts: dict[_Place, Call[float]] = {}
-        self._values: dict[str, dict[_Place, Call[float]]] = {r.name: {} for r in rewards if r.response_function}
+        self._verdicts: dict[_Place, Call[Any]] = {}
+        self._values: dict[str, dict[_Place, Call[Any]]] = {r.name: {} for r in rewards if r.response_function}
         if verifier.isolated:
             verifier.prepare()
-        if verifier.isolated or self._values:
+        if verifier.isolated or self._values or any(reward.isolated for reward in rewards):
             pool.start()
 
     def submit(self, group: int, member: int, sample: Sample) -> None:
@@ -66,13 +71,15 @@ class Grading:
             member: Number of the response in the group.
             sample: The response.
         """
-        place, arguments = (group, member), (sample.prompt, sample.response, sample.answer)
+        place = (group, member)
         self._samples[place] = sample
-        if self._verifier.isolated:
-            self._verdicts[place] = self._pool.submit(self._verifier.verify, *arguments)
+        verifier = self._verifier.of_row(sample.row)
+        if verifier.isolated:
+            texts, columns = (sample.prompt, sample.response, sample.answer), verifier.arguments.columns(sample.row)
+            self._verdicts[place] = self._pool.submit(verifier.verify, *texts, named=columns)
         for reward in self._rewards:
             if reward.response_function is not None:
-                self._values[reward.name][place] = self._pool.submit(reward.response_function, *arguments)
+                self._values[reward.name][place] = submit_sample(self._pool, reward.response_function, sample)
 
     def finish(self) -> list[GradedGroup]:
         """Wait for what was begun, and score the groups that have been submitted, in order.
@@ -85,11 +92,10 @@ class Grading:
         graded = []
         for i, group in enumerate(groups):
             of_group = {name: values[i] for name, values in terms.items()}
-            totals = [
-                sum(reward.weight * of_group[reward.name][member] for reward in self._rewards)
-                for member in range(len(group))
-            ]
+            applied = [[(r.weight, of_group[r.name][member]) for r in self._rewards] for member in range(len(group))]
+            totals = [sum(weight * value for weight, value in terms if value is not None) for terms in applied]
             graded.append(GradedGroup(group, _finite(totals, group, "the weighted sum of model.rewards"), of_group))
+        self._absences.look_at(graded)
         return graded
 
     def cancel(self) -> None:
@@ -99,58 +105,95 @@ class Grading:
 
     def _verified(self) -> list[list[Sample]]:
         """The groups with the verifier's verdicts."""
-        places = sorted(self._samples)
-        samples = [self._samples[place] for place in places]
-        if self._verifier.isolated:
-            verdicts = self._pool.collect_numbers([self._verdicts[place] for place in places])
-        else:
-            with _in_this_process(type(self._verifier).__name__):
-                verdicts = [self._verifier.verify(s.prompt, s.response, s.answer) for s in samples]
         groups: dict[int, list[Sample]] = {}
-        numbers = _finite(verdicts, samples, type(self._verifier).__name__)
-        for (group, _), sample, verdict in zip(places, samples, numbers, strict=True):
-            groups.setdefault(group, []).append(replace(sample, correct=verdict))
+        for place, sample in sorted(self._samples.items(), key=lambda item: item[0]):
+            verifier = self._verifier.of_row(sample.row)
+            source = type(verifier).__name__
+            if place in self._verdicts:
+                (verdict,) = collect_results(self._pool, [(sample, self._verdicts[place])])
+            else:
+                with in_this_process(source, sample):
+                    columns = verifier.arguments.columns(sample.row)
+                    verdict = verifier.verify(sample.prompt, sample.response, sample.answer, **columns)
+            (number,) = _finite([verdict], [sample], source)
+            groups.setdefault(place[0], []).append(replace(sample, correct=number))
         return list(groups.values())
 
-    def _term(self, reward: Reward, groups: Sequence[Sequence[Sample]]) -> list[list[float]]:
+    def _term(self, reward: Reward, groups: Sequence[Sequence[Sample]]) -> list[list[float | None]]:
         """The values of a term, a list for each group."""
         source = f"reward {reward.name!r}"
         if reward.response_function is not None:
             calls = self._values[reward.name]
-            numbers = iter(self._pool.collect_numbers([calls[place] for place in sorted(calls)]))
-            values = [[next(numbers) for _ in group] for group in groups]
+            results = iter(collect_results(self._pool, [(self._samples[p], calls[p]) for p in sorted(calls)]))
+            values: list[Sequence[float | None]] = [[next(results) for _ in group] for group in groups]
         else:
-            with _in_this_process(source):
+            with in_this_process(source):
                 values = list(reward.score_groups(groups, self._pool))
         if len(values) != len(groups):
             raise RewardError(f"{source} returned values of {len(values)} groups for {len(groups)}")
-        return [_finite(of_group, group, source) for of_group, group in zip(values, groups, strict=True)]
+        return [_known(of_group, group, source) for of_group, group in zip(values, groups, strict=True)]
 
 
-@contextmanager
-def _in_this_process(source: str) -> Iterator[None]:
-    """Tell what a verifier or a reward raises with its name; ``exit()`` would end the trainer without a word."""
+class Absences:
+    """Tells once of terms that never apply, and once of a response to which none does."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def look_at(self, graded: Sequence[GradedGroup]) -> None:
+        """Look at a rollout."""
+        for name in graded[0].terms if graded else ():
+            values = [value for group in graded for value in group.terms[name]]
+            if values and all(value is None for value in values):
+                self._tell(
+                    name,
+                    f"reward {name!r} returned None for all {len(values)} responses of a rollout, so it does not apply "
+                    "to them: does the function lack a return?",
+                )
+        for group in graded:
+            for member, sample in enumerate(group.samples):
+                if all(values[member] is None for values in group.terms.values()):
+                    self._tell("", f"no reward applies to a response, which gets 0{question(sample)}")
+
+    def _tell(self, key: str, message: str) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            log.warning(message)
+
+
+def _known(values: Sequence[float | None], samples: Sequence[Sample], source: str) -> list[float | None]:
+    """Plain numbers, and ``None`` where a term does not apply."""
     try:
-        yield
-    except RPOError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise RewardError(f"{source} raised {told(error)}") from error
+        values = list(values)
+    except TypeError:
+        values = [values]  # type: ignore[list-item]
+    if len(values) != len(samples):
+        raise RewardError(
+            f"{source} returned {len(values)} values for {len(samples)} responses: return a number for each, or None"
+            f"{question(samples[0])}"
+        )
+    places = [i for i, value in enumerate(values) if value is not None]
+    numbers = _finite([values[i] for i in places], [samples[i] for i in places], source)  # type: ignore[misc]
+    known: list[float | None] = [None] * len(samples)
+    for i, number in zip(places, numbers, strict=True):
+        known[i] = number
+    return known
 
 
 def _finite(values: Sequence[float], samples: Sequence[Sample], source: str) -> list[float]:
     """Plain numbers, whatever a verifier or a reward is made of: samples and rewards travel in checkpoints."""
-    try:
-        numbers = [float(value) for value in values]
-    except Exception as error:
-        raise RewardError(f"{source} returned what is no number: {one_line(error)}") from error
-    if len(numbers) != len(samples):
-        raise RewardError(
-            f"{source} returned {len(numbers)} values for {len(samples)} responses: return one number for each"
-        )
-    for number, sample in zip(numbers, samples, strict=True):
+    numbers = []
+    for value, sample in zip(values, samples, strict=True):
+        try:
+            number = float(value)
+        except Exception as error:
+            raise RewardError(
+                f"{source} returned {type(value).__name__}, which is no number: {one_line(error)}{question(sample)}"
+            ) from error
         if not math.isfinite(number):
             raise RewardError(
                 f"{source} returned {number} for the response {sample.response[:60]!r}: return a finite number"
+                f"{question(sample)}"
             )
+        numbers.append(number)
     return numbers

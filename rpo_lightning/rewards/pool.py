@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from rpo_lightning.core.errors import ConfigurationError, RewardError, one_line
@@ -62,6 +63,7 @@ class GradingPool:
         beside_decoding: Whether to grade while others are decoded: only where a core would be idle. Elsewhere both
             would slow each other down, and grading has all cores afterwards.
         killed: Calls that were over a limit or whose process died, so far.
+        failed: Scores of 0 for exceptions, so far; see ``on_error`` of ``FunctionReward``.
     """
 
     def __init__(self, workers: int | None = None, timeout_seconds: float = 10.0, memory_gib: float = 4.0) -> None:
@@ -74,6 +76,7 @@ class GradingPool:
         self.timeout_seconds = timeout_seconds
         self.memory_gib = memory_gib
         self.killed = 0
+        self.failed = 0
         self.beside_decoding = True
         self._cores = 1
         self._told: set[Loss] = set()
@@ -101,13 +104,20 @@ class GradingPool:
         count, spare = (self.workers, 0) if self.workers else (min(max(self._cores, 1), _MOST_WORKERS), 1)
         self._workers = Workers(count, spare, self.memory_gib * 2**30)
 
-    def submit(self, function: Callable[..., T], *arguments: Any, limits: float = 1.0) -> Call[T]:
+    def submit(
+        self,
+        function: Callable[..., T],
+        *arguments: Any,
+        limits: float = 1.0,
+        named: Mapping[str, Any] | None = None,
+    ) -> Call[T]:
         """Have a worker call a function.
 
         Args:
             function: What to call.
             arguments: Its arguments.
             limits: How many times the limit the call may take.
+            named: Its named arguments.
 
         Raises:
             RewardError: The function or an argument cannot be pickled.
@@ -117,7 +127,7 @@ class GradingPool:
         assert self._workers is not None
         seconds = self.timeout_seconds * limits
         try:
-            request = pickle.dumps((function, arguments))
+            request = pickle.dumps((partial(function, **named) if named else function, arguments))
         except Exception as error:
             self.close()
             raise RewardError(f"{_name(function)} cannot be sent to a grading process: {told(error)}") from error
@@ -180,6 +190,12 @@ class GradingPool:
         if self._workers is not None:
             workers, self._workers = self._workers, None
             workers.close()
+
+    def count_failure(self, reason: str) -> None:
+        """Count a score of 0 for an exception, and tell of the first."""
+        self.failed += 1
+        if self.failed == 1:
+            log.warning(f"{reason}: such responses count as 0, and reward/grading_failed has their number in training")
 
     def _count(self, call: Call[Any], error: LostCallError) -> None:
         """Count a call that was lost, and tell of the first of each kind."""

@@ -1,11 +1,13 @@
-"""Verifiers: mathematical equivalence, exact match, and any function by import path."""
+"""Verifiers: mathematical equivalence, exact match, and any function."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
+from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.types import GoldAnswer
 from rpo_lightning.rewards.answers.cleaning import clean
 from rpo_lightning.rewards.answers.equality import equal, is_only_text
@@ -13,8 +15,9 @@ from rpo_lightning.rewards.answers.expressions import as_float, found_by_math_ve
 from rpo_lightning.rewards.answers.extraction import Extracted, extract, marked_answer
 from rpo_lightning.rewards.answers.golds import no_gold
 from rpo_lightning.rewards.answers.parts import several, without_name
+from rpo_lightning.rewards.arguments import Arguments
 from rpo_lightning.rewards.base import AnswerVerifier, Verifier
-from rpo_lightning.rewards.functions import import_function
+from rpo_lightning.rewards.functions import OnError, UserFunction
 
 # So many parts of an answer are matched in every order.
 _MOST_ORDERS = 6
@@ -94,21 +97,38 @@ class ExactMatchVerifier(AnswerVerifier):
 
 
 class FunctionVerifier(Verifier):
-    """A user's function ``f(prompt, response, answer) -> float`` in [0, 1].
+    """A user's function that judges a response with a number in [0, 1].
+
+    Its signature says what it is given (``docs/rewards.md``).
 
     Args:
-        function: Import path, e.g. ``my_package.grading.is_right``.
+        function: The function, or its import path, e.g. ``my_package.grading.is_right``.
+        on_error: What an exception of the function does: ``stop`` the run, or count as wrong (``zero``).
+
+    Raises:
+        ConfigurationError: The function judges a group at once.
     """
 
     isolated = True
 
-    def __init__(self, function: str) -> None:
+    def __init__(self, function: str | Callable[..., Any], on_error: OnError = "stop") -> None:
         self.function = function
-        self._call = import_function(function)
+        self._call = UserFunction(function, on_error)
+        if self._call.arguments.is_batch:
+            raise ConfigurationError(
+                f"FunctionVerifier({self._call.name}) takes completions, and a verifier judges one response: name the "
+                "parameter response"
+            )
 
-    def verify(self, prompt: str, response: str, answer: str) -> float:
+    @property
+    def arguments(self) -> Arguments:
+        """Those of the function."""
+        return self._call.arguments
+
+    def verify(self, prompt: str, response: str, answer: str, **row: Any) -> float:
         """The function's verdict."""
-        return float(self._call(prompt, response, answer))
+        texts, named = self.arguments.of_response(prompt, response, answer, row)
+        return cast(float, self._call(*texts, **named))
 
 
 def _marked(answer: str) -> str:

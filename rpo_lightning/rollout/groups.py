@@ -74,6 +74,8 @@ class Scoring:
                 answer=request.prompt.answer,
                 length=len(request.prefix_ids) + len(completion.token_ids),
                 finished=completion.finished,
+                uid=request.prompt.uid,
+                row=request.prompt.row,
             ),
         )
 

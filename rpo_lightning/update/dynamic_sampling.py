@@ -8,9 +8,9 @@ old log-probs before the policy changes, and the clipped ratio accounts for thei
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from rpo_lightning.core.errors import ConfigurationError
@@ -100,17 +100,33 @@ class GroupBuffer:
             waiting = [group for state in states for group in state["groups"]][rank::ranks]
         self.groups = [_group(g) for g in waiting]
 
+    def attach_rows(self, prompts: Iterable[Prompt]) -> None:
+        """Give restored groups the rows of their questions. That of a question that is gone stays empty."""
+        rows = {prompt.uid: prompt.row for prompt in prompts} if self.groups else {}
+        self.groups = [_with_row(g, rows.get(g.request.prompt.uid, g.request.prompt.row)) for g in self.groups]
+
 
 def has_loss(group: Group, mask_truncated: bool) -> bool:
     """Whether any member of a group is in the loss: one that has sampled something, and is not left out."""
     return any(c.token_ids and (c.finished or not mask_truncated) for c in group.completions)
 
 
+def _with_row(group: Group, row: Mapping[str, Any]) -> Group:
+    """A group whose question has another row."""
+    prompt = replace(group.request.prompt, row=row)
+    samples = [replace(sample, uid=prompt.uid, row=row) for sample in group.samples]
+    return replace(group, request=replace(group.request, prompt=prompt), samples=samples)
+
+
 def _state(group: Group) -> dict[str, Any]:
-    state = asdict(group)
-    state["request"]["prompt"]["answer"] = _answer_state(group.request.prompt.answer)
+    """A group as primitives, without the row of its question: the data has that (``GroupBuffer.attach_rows``)."""
+    state = asdict(_with_row(group, {}))
+    prompt = state["request"]["prompt"]
+    prompt["answer"] = _answer_state(group.request.prompt.answer)
     for sample, of_sample in zip(group.samples, state["samples"], strict=True):
         of_sample["answer"] = _answer_state(sample.answer)
+    for record in (prompt, *state["samples"]):
+        del record["row"]
     return state
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -70,6 +70,8 @@ class IterationRecord:
         skipped: Number of updates that were skipped, the same on all ranks.
         usable_groups: Number of sampled groups that this or a later update can learn from.
         idle_tokens: Decoded tokens of the other groups, which taught nothing.
+        failed: Number of scores that are 0 because a function raised.
+        terms: Sum and number of the values of each term of the reward, where it applies.
     """
 
     metrics: dict[str, float]
@@ -80,6 +82,8 @@ class IterationRecord:
     skipped: int = 0
     usable_groups: int = 0
     idle_tokens: int = 0
+    failed: int = 0
+    terms: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
     def over(self, ranks: Ranks) -> IterationRecord:
         """The record over all ranks; a collective. Counts and tokens are summed, metrics and seconds averaged."""
@@ -102,13 +106,20 @@ class IterationRecord:
             skipped=self.skipped,
             usable_groups=sum(r.usable_groups for r in records),
             idle_tokens=sum(r.idle_tokens for r in records),
+            failed=sum(r.failed for r in records),
+            terms={
+                name: (sum(r.terms[name][0] for r in records), sum(r.terms[name][1] for r in records))
+                for name in self.terms
+            },
         )
 
     def logged(self) -> dict[str, float]:
         """All figures under the names that loggers get."""
         return {
             **self.metrics,
+            **{f"reward/{name}": total / count for name, (total, count) in self.terms.items() if count},
             "reward/grading_killed": float(self.killed),
+            "reward/grading_failed": float(self.failed),
             "update/skipped": float(self.skipped),
             **{f"time/{phase}": seconds for phase, seconds in self.phase_seconds.items()},
             **{f"tokens/{phase}": float(tokens) for phase, tokens in self.phase_tokens.items()},
@@ -133,7 +144,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     equal = [g for g in groups if not g.has_variance]
     rewards = [r for g in groups for r in g.rewards]
     mean = sum(rewards) / len(rewards)
-    metrics = {
+    return {
         "reward/mean": mean,
         "reward/std": (sum((r - mean) ** 2 for r in rewards) / len(rewards)) ** 0.5,
         "reward/correct_share": sum(g.correct_count for g in groups) / len(members),
@@ -147,10 +158,15 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "rollout/all_right_share": sum(g.correct_count == len(g.samples) for g in equal) / count,
         "rollout/all_wrong_share": sum(g.correct_count == 0 for g in equal) / count,
     }
-    for term in groups[0].reward_terms:
-        values = [v for g in groups for v in g.reward_terms[term]]
-        metrics[f"reward/{term}"] = sum(values) / len(values)
-    return metrics
+
+
+def term_sums(groups: Sequence[Group]) -> dict[str, tuple[float, int]]:
+    """Sum and number of the values of each term of the reward, over the responses to which it applies."""
+    known = {
+        term: [value for group in groups for value in group.reward_terms[term] if value is not None]
+        for term in groups[0].reward_terms
+    }
+    return {term: (sum(values), len(values)) for term, values in known.items()}
 
 
 def rollout_tokens(groups: Sequence[Group]) -> dict[str, int]:

@@ -269,10 +269,6 @@ def raises_without_words(prompt, response, answer):
     raise MuteError
 
 
-def returns_nothing(prompt, response, answer):
-    return None
-
-
 def returns_nan(prompt, response, answer):
     return float("nan")
 
@@ -308,12 +304,11 @@ def recurses(prompt, response, answer):
 TOLD = {
     raises: r"raises raised OddError: one and two \(test_rewards_that_misbehave\.py:\d+\)",
     raises_without_words: r"raises_without_words raised MuteError: an exception without a text",
-    returns_nothing: "returns_nothing returned NoneType, which is no number",
     returns_nan: "reward 'returns_nan' returned nan for the response 'one': return a finite number",
     returns_infinity: "reward 'returns_infinity' returned inf for the response 'one': return a finite number",
-    returns_words: "returns_words returned str, which is no number",
-    returns_two: "returns_two returned Tensor, which is no number",
-    returns_more_than_a_float: "returns_more_than_a_float returned int, which is no number",
+    returns_words: "reward 'returns_words' returned str, which is no number",
+    returns_two: "reward 'returns_two' returned Tensor, which is no number",
+    returns_more_than_a_float: "reward 'returns_more_than_a_float' returned int, which is no number",
     returns_a_function: "returns_a_function raised AttributeError: Can't pickle|returns_a_function raised Pickling",
     returns_very_much: "returns_very_much returned 32 MiB: a verdict or a reward is a number",
     recurses: "recurses raised RecursionError",
@@ -343,9 +338,9 @@ class InThisProcess(Reward):
     ("act", "message"),
     [
         (lambda group: {}["key"], r"reward 'in_this_process' raised KeyError: 'key' \(test_rewards_that_misbehave"),
-        (lambda group: None, "reward 'in_this_process' returned what is no number"),
+        (lambda group: None, "reward 'in_this_process' returned 1 values for 2 responses"),
         (lambda group: [1.0], "returned 1 values for 2 responses"),
-        (lambda group: [10**400] * 2, "reward 'in_this_process' returned what is no number: int too large"),
+        (lambda group: [10**400] * 2, "reward 'in_this_process' returned int, which is no number: int too large"),
         (lambda group: [1e308] * 2, r"the weighted sum of model\.rewards returned inf for the response 'one'"),
     ],
 )

@@ -143,7 +143,7 @@ class GivenReward(Reward):
         ([float("-inf"), 1.0], "reward 'given' returned -inf for the response 'one'"),
         ([1.0], "reward 'given' returned 1 values for 2 responses"),
         ([1.0, 2.0, 3.0], "reward 'given' returned 3 values for 2 responses"),
-        ([1.0, None], "reward 'given' returned what is no number"),
+        ([1.0, "two"], "reward 'given' returned str, which is no number"),
     ],
 )
 def test_what_cannot_be_trained_on_is_told_with_the_term_that_returned_it(values, message):

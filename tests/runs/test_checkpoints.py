@@ -19,6 +19,7 @@ from rpo_lightning.cache.cuts import UniformCut
 from rpo_lightning.cache.parquet import read_cache, write_cache
 from rpo_lightning.callbacks import HuggingFaceExportCallback, LoneExceptionCallback, RunSummaryCallback
 from rpo_lightning.core.errors import CacheError, ConfigurationError, DataError
+from rpo_lightning.data.arithmetic import ArithmeticChain
 from rpo_lightning.policy.export import save_policy
 from rpo_lightning.policy.load import load_policy
 from rpo_lightning.policy.tokenizer import load_tokenizer
@@ -188,14 +189,19 @@ class ArrayReward(Reward):
         return np.linspace(0, 1, len(group))
 
 
-def test_rewards_made_by_numpy_do_not_end_up_in_checkpoints(tmp_path):
+def test_neither_numpys_numbers_nor_rows_end_up_in_checkpoints_and_restored_groups_find_their_rows(tmp_path):
     module = make_module(rewards=[ArrayReward()], dynamic_sampling=DynamicSampling())
-    make_trainer(tmp_path, max_steps=1).fit(module, datamodule=make_data())
+    data = make_data(train=[{**row, "notes": f"seen once{'.' * 10_000}"} for row in ArithmeticChain(16, seed=1).rows()])
+    make_trainer(tmp_path, max_steps=1).fit(module, datamodule=data)
     module.buffer.add(module.groups)
     torch.save(module.buffer.state_dict(), tmp_path / "buffer.pt")
     restored = GroupBuffer(DynamicSampling())
+    assert b"seen once" not in (tmp_path / "buffer.pt").read_bytes()
     restored.load_state_dicts([torch.load(tmp_path / "buffer.pt", weights_only=True)])
+    assert restored.groups[0].samples[0].row == {}
+    restored.attach_rows(data.prompts["train"])
     assert restored.groups == module.buffer.groups
+    assert restored.groups[0].samples[0].row["notes"].startswith("seen once")
     assert restored.groups[0].rewards == pytest.approx([0, 1 / 3, 2 / 3, 1])
 
 

@@ -156,7 +156,10 @@ _Response = tuple[Prompt, list[int], bool]
 def _graded(
     found: Sequence[_Response], tokenizer: PreTrainedTokenizerBase, grader: Grader
 ) -> Iterator[tuple[Prompt, CachedResponse]]:
-    groups = [[Sample(p.text, p.opening + decode(tokenizer, i), p.answer, len(i), end)] for p, i, end in found]
+    groups = [
+        [Sample(p.text, p.opening + decode(tokenizer, i), p.answer, len(i), finished, uid=p.uid, row=p.row)]
+        for p, i, finished in found
+    ]
     for (prompt, ids, _), graded in zip(found, grader.grade(groups) if groups else [], strict=True):
         sample, spans = graded.samples[0], ((IMPORTED_STEP, len(ids)),)
         array = np.asarray(ids, dtype=np.int32)

@@ -100,7 +100,7 @@ def export(settings: ExportSettings, module: PolicyModule, data: RPODataModule) 
     responses = sum(len(entry.anchors) for entry in cache)
     if not responses:
         raise CacheError(f"{settings.path}: holds no responses, so there is nothing to export")
-    prompts = data.read("train", "", module.tokenizer, module.grader.verifier)
+    prompts = data.read("train", "", module.tokenizer, module.grader.verifier, module.grader.rewards)
     write_rows(exported_rows(cache, module.tokenizer, {p.uid: p for p in prompts}), settings.out)
     print(f"{responses} responses written to {settings.out}")
 
@@ -118,7 +118,7 @@ def import_(settings: ImportSettings, module: PolicyModule, data: RPODataModule,
         CacheError: No row is about a training question, or no response may be cached.
     """
     cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer))
-    prompts = data.read("train", "", module.tokenizer, module.grader.verifier)
+    prompts = data.read("train", "", module.tokenizer, module.grader.verifier, module.grader.rewards)
     source = as_source(settings.path, split="train")
     columns = [settings.question_column] if settings.question_column else list(QUESTION_COLUMNS)
     try:
