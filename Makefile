@@ -27,8 +27,8 @@ test: $(VENV)/.installed-dev  ## the tests
 test-slow: $(VENV)/.installed-dev  ## tests that take minutes (the whole quickstart)
 	$(RUN)/python -m pytest -m slow
 
-soak: $(VENV)/.installed-dev  ## faults for many minutes
-	$(RUN)/python -m pytest -m soak
+soak: $(VENV)/.installed-dev  ## long runs, runs killed at every point, hostile answers: about half an hour
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m soak
 
 # The cheapest first, and no further than the first failure.
 test-gpu: $(VENV)/.installed-dev  ## what only a GPU can show

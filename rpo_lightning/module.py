@@ -24,7 +24,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rpo_lightning.callbacks import LoneExceptionCallback, QuestionOutcomesCallback, WeightSyncCallback
+from rpo_lightning.callbacks import (
+    LoneExceptionCallback,
+    QuestionOutcomesCallback,
+    StopSignalsCallback,
+    WeightSyncCallback,
+    WholeLogsCallback,
+)
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.seeds import SeedPurpose, derive_seed, set_generator_states
 from rpo_lightning.core.types import Batch, Group, RolloutRequest
@@ -196,9 +202,15 @@ class RPOModule(EvaluationModule):
         return reference.own_models if reference else []
 
     def configure_callbacks(self) -> list[Callback]:
-        """What runs need, unless the trainer has its own: engine weights, an end for failing ranks, outcomes told."""
+        """What runs need, unless the trainer has its own: engine weights, ends that can be resumed, outcomes told."""
         there = cast(Any, self.trainer).callbacks
-        kinds = (WeightSyncCallback, LoneExceptionCallback, QuestionOutcomesCallback)
+        kinds = (
+            WeightSyncCallback,
+            LoneExceptionCallback,
+            QuestionOutcomesCallback,
+            WholeLogsCallback,
+            StopSignalsCallback,
+        )
         return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in there)]
 
     def configure_optimizers(self) -> Any:

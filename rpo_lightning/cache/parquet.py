@@ -2,14 +2,16 @@
 
 A file has a row for each question, with what slot 0 holds, and one for each response in a further slot. The schema's
 metadata hold the format version, the tokenizer fingerprint, and the cut strategy's notes on all questions. Files are
-read and written in batches of rows: besides the cache itself, only one batch is in memory.
+read and written in batches of rows: besides the cache itself, only one batch is in memory. Every page has a checksum.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +22,7 @@ from rpo_lightning.cache.file_rows import FileRows
 from rpo_lightning.cache.soundness import FORMAT_VERSION, read_notes, require_same_origin
 from rpo_lightning.cache.spans import flat_spans
 from rpo_lightning.core.declared_size import require_room
-from rpo_lightning.core.errors import CacheError
+from rpo_lightning.core.errors import CacheError, one_line
 from rpo_lightning.core.files import replacing
 
 # Limits of a batch. Arrow needs several times a batch's bytes while it works.
@@ -44,19 +46,29 @@ SCHEMA = pa.schema(
 # Of format 2, whose responses are all in slot 0.
 _SCHEMAS = {2: pa.schema([field for field in SCHEMA if field.name != "slot"]), FORMAT_VERSION: SCHEMA}
 
+# What Arrow, and the decoding of metadata, raise for a damaged file.
+_DAMAGED = (pa.ArrowException, OSError, ValueError, KeyError)
+
 _Row = tuple[CacheEntry, int, CachedResponse | None]
 
 
-def write_cache(cache: ExperienceCache, path: str | Path) -> None:
-    """Write a cache. If writing fails, an earlier file at ``path`` stays as it was."""
-    schema = SCHEMA.with_metadata(
-        {
-            "version": str(FORMAT_VERSION),
-            "tokenizer": cache.tokenizer_fingerprint,
-            "shared": json.dumps(cache.shared),
-        }
-    )
-    with replacing(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+def write_cache(cache: ExperienceCache, path: str | Path, filling: Mapping[str, Any] | None = None) -> None:
+    """Write a cache. If writing fails, an earlier file at ``path`` stays as it was.
+
+    Args:
+        cache: The cache.
+        path: The file.
+        filling: How far a cache is that is still being filled: JSON values, which ``filling_of`` returns.
+    """
+    metadata = {
+        "version": str(FORMAT_VERSION),
+        "tokenizer": cache.tokenizer_fingerprint,
+        "shared": json.dumps(cache.shared),
+    }
+    if filling is not None:
+        metadata["filling"] = json.dumps(filling)
+    schema = SCHEMA.with_metadata(metadata)
+    with replacing(path) as partial, pq.ParquetWriter(partial, schema, write_page_checksum=True) as writer:
         for rows in _batches(cache):
             writer.write_batch(_as_batch(rows, schema))
     _give_memory_back()
@@ -77,15 +89,38 @@ def read_cache(path: str | Path, tokenizer_fingerprint: str, vocabulary_size: in
     if not path.is_file():
         is_folder = f"{path}: a folder: name the cache file in it"
         raise CacheError(is_folder if path.is_dir() else f"{path}: no such cache file: check the path")
-    cache = ExperienceCache(tokenizer_fingerprint, vocabulary_size)
     try:
-        _read_file(cache, path)
-    except (pa.ArrowException, OSError) as error:
-        raise CacheError(
-            f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}): name a whole cache file"
-        ) from error
+        return _read_whole(path, tokenizer_fingerprint, vocabulary_size)
+    except _DAMAGED as error:
+        other = _newest_good(path, tokenizer_fingerprint, vocabulary_size)
+        remedy = "name a whole cache file" if other is None else f"the last good one is {other}"
+        raise CacheError(f"{path}: not a readable Parquet file ({one_line(error)}): {remedy}") from error
+
+
+def filling_of(path: str | Path) -> dict[str, Any] | None:
+    """How far the filling of a cache file is; ``None`` if it is complete, damaged, or no cache."""
+    with suppress(*_DAMAGED):
+        filling = (pq.read_schema(path).metadata or {}).get(b"filling")
+        return None if filling is None else dict(json.loads(filling))
+    return None
+
+
+def _read_whole(path: Path, tokenizer_fingerprint: str, vocabulary_size: int | None) -> ExperienceCache:
+    cache = ExperienceCache(tokenizer_fingerprint, vocabulary_size)
+    _read_file(cache, path)
     _give_memory_back()
     return cache
+
+
+def _newest_good(damaged: Path, tokenizer_fingerprint: str, vocabulary_size: int | None) -> Path | None:
+    """The newest other cache in the folder of a damaged one, or of the same name in the folders beside it."""
+    folder = damaged.absolute().parent
+    others = {*folder.glob("*.parquet"), *folder.parent.glob(f"*/{damaged.name}")} - {damaged.absolute()}
+    for path in sorted(others, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+        with suppress(CacheError, *_DAMAGED):
+            _read_whole(path, tokenizer_fingerprint, vocabulary_size)
+            return path
+    return None
 
 
 def _batches(cache: ExperienceCache) -> Iterator[list[_Row]]:
@@ -145,7 +180,7 @@ def _offsets(lengths: list[int] | np.ndarray) -> pa.Array:
 
 def _read_file(cache: ExperienceCache, path: Path) -> None:
     # Pre-buffering would hold the whole file in memory.
-    with pq.ParquetFile(path, pre_buffer=False) as file:
+    with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
         schema = file.schema_arrow
         metadata = schema.metadata or {}
         if b"tokenizer" not in metadata or b"version" not in metadata:

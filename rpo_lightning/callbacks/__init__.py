@@ -10,7 +10,9 @@ from rpo_lightning.callbacks.progress_lines import ProgressLinesCallback
 from rpo_lightning.callbacks.question_outcomes import QuestionOutcomesCallback
 from rpo_lightning.callbacks.run_progress import RunProgressBar
 from rpo_lightning.callbacks.run_summary import RunSummaryCallback
+from rpo_lightning.callbacks.stop_signals import StopSignalsCallback
 from rpo_lightning.callbacks.weight_sync import WeightSyncCallback
+from rpo_lightning.callbacks.whole_logs import WholeLogsCallback
 
 __all__ = [
     "CompletionsCallback",
@@ -23,5 +25,7 @@ __all__ = [
     "QuestionOutcomesCallback",
     "RunProgressBar",
     "RunSummaryCallback",
+    "StopSignalsCallback",
     "WeightSyncCallback",
+    "WholeLogsCallback",
 ]

@@ -11,20 +11,23 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from rpo_lightning.callbacks.run_folder import RunFolderCallback
 from rpo_lightning.core.errors import ConfigurationError
-from rpo_lightning.core.run_files import COMPLETIONS_FILE
+from rpo_lightning.core.files import append
+from rpo_lightning.core.run_files import COMPLETIONS_FILE, EARLIER_COMPLETIONS_FILE
 from rpo_lightning.core.types import Group
 from rpo_lightning.policy.tokenizer import decode
 
 if TYPE_CHECKING:
     from rpo_lightning.module import RPOModule
 
+LARGEST_FILE = 2**26  # bytes
 COLUMNS = ("step", "uid", "prompt", "answer", "prefix", "suffix", "reward", "correct", "finished")
 
 
 class CompletionsCallback(RunFolderCallback):
     """Logs some completions of a training batch, with prefix and suffix in columns of their own.
 
-    Appends rows to ``completions.jsonl`` in the run's folder. A TensorBoard or Weights & Biases logger gets a table.
+    Appends rows to ``completions.jsonl`` in the run's folder. Beyond 64 MiB the file becomes
+    ``completions-earlier.jsonl``, and the one of that name goes. A TensorBoard or Weights & Biases logger gets a table.
 
     Args:
         every_n_batches: Training batches from one log to the next.
@@ -53,9 +56,10 @@ class CompletionsCallback(RunFolderCallback):
             return
         rows = [row for g in pl_module.groups[: self.groups] for row in self._rows(g, pl_module.tokenizer)]
         path = self.folder / COMPLETIONS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with self.unwritten.goes_on(path, "these completions are not logged"):
+            if path.exists() and path.stat().st_size > LARGEST_FILE:
+                path.replace(path.with_name(EARLIER_COMPLETIONS_FILE))
+            append(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("completions", _markdown(rows), pl_module.global_step)

@@ -1,6 +1,7 @@
 """The experience cache as a callback, which turns a GRPO or DAPO run into an RPO run.
 
-Before training it fills the cache with answers of the starting policy (paper), or leaves that to the first visits. The
+Before training it fills the cache with answers of the starting policy (``rpo_lightning.callbacks.cache_filling``,
+paper), or leaves that to the first visits. The
 data module asks it for the prefix of each prompt. After each iteration the ranks exchange their cache updates in one
 collective and apply them in rank order, so all caches stay equal. Every checkpoint holds the whole cache.
 """
@@ -8,6 +9,7 @@ collective and apply them in rank order, so all caches stay equal. Every checkpo
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,13 +26,13 @@ from rpo_lightning.cache.questions import require_same_questions, tell_of_second
 from rpo_lightning.cache.refresh import EpsilonGreedyRefresh, RefreshRule
 from rpo_lightning.cache.soundness import FORMAT_VERSION, require_same_origin
 from rpo_lightning.cache.steps import StepEnds
-from rpo_lightning.callbacks.answer_progress import AnswerBar
+from rpo_lightning.callbacks.cache_filling import CacheFilling, FillingProgress, SavingClock
 from rpo_lightning.callbacks.run_folder import FinalFilesCallback
+from rpo_lightning.callbacks.stop_signals import stop_between_batches
 from rpo_lightning.callbacks.weight_sync import sync_engine
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.run_files import CACHE_FILE
-from rpo_lightning.core.seeds import SeedPurpose, derive_seed
-from rpo_lightning.core.types import Group, Prompt, full_path_request
+from rpo_lightning.core.types import Prompt
 from rpo_lightning.policy.tokenizer import tokenizer_fingerprint, tokens_that_match
 from rpo_lightning.rollout.engine import Sampling
 
@@ -65,6 +67,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
     Attributes:
         initialisation_tokens: Tokens that eager initialisation decoded.
         initialisation_seconds: Seconds that it took.
+        filled_by: A cache file of a run that was stopped while it filled its cache, to go on from; set before training.
 
     Raises:
         ConfigurationError: A number is below 1.
@@ -104,7 +107,9 @@ class ExperienceCacheCallback(FinalFilesCallback):
         self.step_end = step_end
         self.initialisation_tokens = 0
         self.initialisation_seconds = 0.0
+        self.filled_by: Path | None = None
         self._prefixes: CachedPrefixes | None = None
+        self._filling: FillingProgress | None = None
         self._is_restored = False
 
     @property
@@ -147,7 +152,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
         self._prefixes = self.prefixes_of(self.starting_cache(trainer, pl_module, data), pl_module)
         for caveat in self._prefixes.caveats(has_traces=self.path is not None) if trainer.is_global_zero else ():
             log.warning(caveat)
-        self._is_restored = False
+        self._is_restored, self._filling = False, None
         data.make_request = self._prefixes.request
 
     def prefixes_of(self, cache: ExperienceCache, module: RPOModule) -> CachedPrefixes:
@@ -198,20 +203,41 @@ class ExperienceCacheCallback(FinalFilesCallback):
         return cache
 
     def on_train_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Fill the cache with answers of the starting policy, unless a checkpoint has restored it."""
+        """Fill the cache with answers of the starting policy, unless a checkpoint has restored a filled one."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        prompts: list[Prompt] = data.prompts["train"]
         if self._is_restored:
-            require_same_questions(self.cache, data.prompts["train"], "the checkpoint's cache")
-        elif self.initialisation == "eager":
-            known = {entry.uid for entry in self.cache if entry.has_anchor}
-            missing = [p for p in data.prompts["train"] if p.uid not in known]
-            if missing:
-                sync_engine(trainer)
-                with trainer.precision_plugin.train_step_context():  # the precision of later rollouts
-                    self._initialise(pl_module, missing)
-                if trainer.is_global_zero:
-                    log.info(f"cache initialised with {self.initialisation_tokens} decoded tokens")
-                self._save(trainer)
+            require_same_questions(self.cache, prompts, "the checkpoint's cache")
+        if self.initialisation == "eager" and not (self._is_restored and self._filling is None):
+            with trainer.precision_plugin.train_step_context():  # the precision of later rollouts
+                self._fill(trainer, pl_module, prompts)
+
+    def _fill(self, trainer: Trainer, module: RPOModule, prompts: list[Prompt]) -> None:
+        """Fill the cache, going on from a restored filling or from a file; a collective."""
+        sampling = self.initial_sampling or module.sampling
+        filling = CacheFilling(module, self._served, self.initial_samples, sampling, self.initial_batch_size)
+        if self._filling is None:
+            self._filling = filling.new(prompts)
+            begun = self.filled_by or (None if self.path is None else Path(self.path))
+            if begun is not None:
+                self._filling = filling.saved_in(begun, self._filling)
+        if not self._filling.is_complete:
+            sync_engine(trainer)
+            clock = SavingClock()
+
+            def keep(progress: FillingProgress) -> None:
+                self._filling = progress
+                if clock.is_due():
+                    clock.saved(self._save(trainer))
+                stop_between_batches(trainer)
+
+            self._filling = filling.run(prompts, self._filling, keep)
+        complete, self._filling = self._filling, None
+        if complete.uids:
+            self.initialisation_tokens, self.initialisation_seconds = complete.tokens, complete.seconds
+            if trainer.is_global_zero:
+                log.info(f"cache initialised with {self.initialisation_tokens} decoded tokens")
+            self._save(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: RPOModule, outputs: Any, batch: Any, batch_idx: int
@@ -231,9 +257,15 @@ class ExperienceCacheCallback(FinalFilesCallback):
         if self._prefixes is not None and len(self.cache):
             self._save(trainer)
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer) -> float:
+        """Save the cache, with the progress of its filling; returns the seconds that it took."""
+        start = time.monotonic()
         if self.writes(trainer) and not self._saves_over_its_source:
-            write_cache(self.cache, self.folder / CACHE_FILE)
+            filling = None if self._filling is None else self._filling.as_dict()
+            path = self.folder / CACHE_FILE
+            with self.unwritten.goes_on(path, "every checkpoint holds the cache too"):
+                write_cache(self.cache, path, filling)
+        return time.monotonic() - start
 
     def state_dict(self) -> dict[str, Any]:
         """The cache for the checkpoint; empty before there is one."""
@@ -243,6 +275,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
             "cache": self.cache.state_dict(),
             "initialisation_tokens": self.initialisation_tokens,
             "initialisation_seconds": self.initialisation_seconds,
+            "filling": None if self._filling is None else self._filling.as_dict(),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: RPOModule, checkpoint: dict[str, Any]) -> None:
@@ -260,33 +293,6 @@ class ExperienceCacheCallback(FinalFilesCallback):
         require_usable_notes(self.cut, self.cache, "the checkpoint's cache")
         self.initialisation_tokens = state_dict["initialisation_tokens"]
         self.initialisation_seconds = state_dict["initialisation_seconds"]
+        filling = state_dict.get("filling")  # not in checkpoints of earlier releases
+        self._filling = None if filling is None else FillingProgress.from_dict(filling)
         self._is_restored = True
-
-    def _initialise(self, module: RPOModule, prompts: list[Prompt]) -> None:
-        """Cache answers of the starting policy (eq. 1), right or wrong; a collective."""
-        module.timer.take()  # earlier seconds are not part of it
-        bar = AnswerBar("filling the cache", len(prompts), module.trainer.is_global_zero)
-        starts = range(0, len(prompts), self.initial_batch_size)
-        ranks = module.ranks
-        # Each batch goes to one rank, and its start is its seed: the cache is the same on any number of ranks.
-        for first in range(0, len(starts), ranks.size):
-            mine = starts[first + ranks.rank : first + ranks.rank + 1]
-            groups = [group for start in mine for group in self._sample(module, prompts, start)]
-            if not mine:
-                self._sample(module, [], 0)  # an engine of several ranks needs all of them
-            tokens = sum(len(c.token_ids) for g in groups for c in g.completions)
-            for found, of_rank in ranks.gather(([self._served.initial_update(g) for g in groups], tokens)):
-                self.initialisation_tokens += of_rank
-                bar.update(len(found), self.initialisation_tokens)
-                for uid, responses in found:
-                    self._served.initialise(uid, responses)
-        bar.close()
-        self.initialisation_seconds = sum(module.timer.take().values())
-
-    def _sample(self, module: RPOModule, prompts: list[Prompt], start: int) -> list[Group]:
-        batch = prompts[start : start + self.initial_batch_size]
-        requests = [full_path_request(p, module.max_response_tokens) for p in batch]
-        sampling = self.initial_sampling or module.sampling
-        seed = derive_seed(SeedPurpose.INITIALISATION, start)
-        groups: list[Group] = module.roll_out(requests, self.initial_samples, sampling, seed)
-        return groups

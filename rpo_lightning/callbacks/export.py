@@ -54,12 +54,14 @@ class HuggingFaceExportCallback(FinalFilesCallback):
 
     def write_final_files(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Save the final policy."""
+        self.unwritten.causes.clear()  # earlier ones are not made up for
         self._export(trainer, pl_module, POLICY_FOLDER)
 
     def _export(self, trainer: Trainer, module: RPOModule, name: str) -> None:
         if not self.leaves_files(trainer):
             return
         folder = self.folder / name
-        module.save_pretrained(folder, self.merged)
-        if trainer.is_global_zero:
-            log.info(f"saved the policy to {folder}")
+        with self.unwritten.goes_on(folder, "every checkpoint holds the policy too"):
+            module.save_pretrained(folder, self.merged)
+            if trainer.is_global_zero:
+                log.info(f"saved the policy to {folder}")

@@ -1,8 +1,9 @@
-"""Ends a run when one rank fails alone.
+"""Ends a run when one rank fails alone, or is killed.
 
 All ranks write a checkpoint together. With ``save_on_exception``, a rank that fails alone (a reward raises, memory runs
 out) would start a checkpoint and wait for the other ranks, which wait for it elsewhere. The run would hang without an
-error message. Ranks that fail together can save a checkpoint.
+error message. Ranks that fail together can save a checkpoint. ``rpo_lightning.core.rank_watch`` ends ranks that
+wait for one that has gone.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import distributed
 
 from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.core.rank_watch import RankWatch
 
 if TYPE_CHECKING:
     from rpo_lightning.module import RPOModule
@@ -35,7 +38,13 @@ class LoneExceptionCallback(Callback):
     def __init__(self, patience: float = 30.0) -> None:
         self.patience = timedelta(seconds=patience)
         self._group: Any = None
+        self._watch: RankWatch | None = None
         self._silenced: list[ModelCheckpoint] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
+        """Begin to watch the other ranks, before the cache is filled; a collective."""
+        if trainer.world_size > 1:
+            self._watch = RankWatch(pl_module.ranks)
 
     def on_train_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Make a process group of its own, whose barrier gives up after ``patience`` seconds.
@@ -57,18 +66,30 @@ class LoneExceptionCallback(Callback):
         self._group = distributed.new_group(backend="gloo", timeout=self.patience)
 
     def on_exception(self, trainer: Trainer, pl_module: RPOModule, exception: BaseException) -> None:
-        """Stop checkpoints from being saved, unless all ranks have an exception."""
+        """Stop checkpoints from being saved, unless all ranks have an exception. A signal's is saved already."""
         saving = [c for c in _callbacks(trainer) if isinstance(c, ModelCheckpoint) and c.save_on_exception]
-        if trainer.world_size == 1 or not saving or self._all_fail():
+        is_stopped = isinstance(exception, SIGTERMException)
+        if self._watch is not None:
+            if is_stopped:
+                self._watch.is_over()
+            else:
+                self._watch.fails(exception)
+        if not is_stopped and (trainer.world_size == 1 or not saving or self._all_fail()):
             return
         for callback in saving:
             callback.save_on_exception = False
         self._silenced = saving
-        if self._group is not None:
+        if self._group is not None and not is_stopped:
             log.warning(
                 f"rank {trainer.global_rank} failed, and not all others did: no checkpoint of this moment is saved; "
                 "resume from an earlier one"
             )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
+        """Let the other ranks know that this one is done."""
+        if self._watch is not None:
+            self._watch.is_over()
+            self._watch = None
 
     def _all_fail(self) -> bool:
         """Whether all ranks call this; false before training, when there is nothing to save."""

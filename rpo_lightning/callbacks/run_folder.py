@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +11,14 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from rpo_lightning.core.errors import RunFileError
+from rpo_lightning.core.files import Unwritten
+from rpo_lightning.policy.parallel.checkpoint_files import checkpoints_in, newest_whole
+
 if TYPE_CHECKING:
     from rpo_lightning.module import RPOModule
+
+log = logging.getLogger(__name__)
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -32,21 +39,36 @@ def _experiment_folder(trainer: Trainer, logger: Logger) -> Path:
 
 
 def last_checkpoint(trainer: Trainer) -> Path | None:
-    """The newest last checkpoint of this run or of the experiment's earlier runs.
+    """The newest checkpoint of this run and of the experiment's earlier runs that is not damaged.
 
-    Lightning looks only into the folder of the new run. That folder is empty unless ``ModelCheckpoint.dirpath`` is set.
+    Its name does not matter: a run that was killed may have written a newer one than its ``last.ckpt``. Warns of newer
+    ones that are damaged. Lightning looks only into the folder of the new run. That folder is empty unless
+    ``ModelCheckpoint.dirpath`` is set.
     """
-    found: set[str | Path] = set()
+    folders: set[Path] = set()
+    found: set[Path] = set()
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, OnExceptionCheckpoint):
-            found.add(callback.ckpt_path)
-        if isinstance(callback, ModelCheckpoint):
-            found |= callback._find_last_checkpoints(trainer)
-            if callback.dirpath is None and trainer.logger is not None:
-                name = f"{callback.CHECKPOINT_NAME_LAST}*{callback.FILE_EXTENSION}"
-                found |= set(_experiment_folder(trainer, trainer.logger).glob(f"*/checkpoints/{name}"))
-    paths = [Path(path) for path in found if Path(path).exists()]
-    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
+            found.add(Path(callback.ckpt_path))
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None and not callback.save_weights_only:
+            folders.add(Path(callback.dirpath))
+    for folder in (*(run / "checkpoints" for run in experiment_runs(trainer)), *folders):
+        found |= checkpoints_in(folder)
+    hpc = trainer._checkpoint_connector._hpc_resume_path  # which Lightning writes before SLURM requeues a job
+    if hpc is not None:
+        found.add(Path(hpc))
+    return newest_whole(found, log.warning)
+
+
+def experiment_runs(trainer: Trainer) -> list[Path]:
+    """The folders of this run and of the experiment's other runs; a collective."""
+    others = [] if trainer.logger is None else _experiment_folder(trainer, trainer.logger).glob("*/")
+    return [run_folder(trainer), *others]
+
+
+def run_checkpoints(trainer: Trainer) -> Path:
+    """The folder in which ``ModelCheckpoint`` puts this run's checkpoints; a collective."""
+    return run_folder(trainer) / "checkpoints"
 
 
 class RunFolderCallback(Callback):
@@ -54,13 +76,15 @@ class RunFolderCallback(Callback):
 
     Attributes:
         folder: The run's folder, from ``setup`` on.
+        unwritten: The files that could not be written.
     """
 
     folder: Path
+    unwritten: Unwritten
 
     def setup(self, trainer: Trainer, pl_module: RPOModule, stage: str) -> None:
         """Look the run's folder up; a collective."""
-        self.folder = run_folder(trainer)
+        self.folder, self.unwritten = run_folder(trainer), Unwritten()
 
     @staticmethod
     def leaves_files(trainer: Trainer) -> bool:
@@ -77,14 +101,14 @@ class FinalFilesCallback(RunFolderCallback, ABC):
     """A callback that writes files when training ends.
 
     A run that crashed in its last validation has no steps left when resumed, so Lightning skips ``on_train_end``. The
-    files are then written in ``on_fit_end``.
+    files are then written in ``on_fit_end``. So are those that could not be written before.
     """
 
     _has_written = False
 
     @abstractmethod
     def write_final_files(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Write the files; a collective."""
+        """Write the files; a collective. A file that cannot be written goes to ``unwritten``."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Note that the files are still to be written."""
@@ -93,12 +117,27 @@ class FinalFilesCallback(RunFolderCallback, ABC):
     def on_train_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Write the files."""
         self.write_final_files(trainer, pl_module)
-        self._has_written = True
+        self._has_written = not pl_module.ranks.most(len(self.unwritten.causes))
 
     def on_fit_end(self, trainer: Trainer, pl_module: RPOModule) -> None:
-        """Write the files if ``on_train_end`` was skipped."""
+        """Write the files if ``on_train_end`` was skipped or could not write them."""
         if not self._has_written:
             pl_module.to(
                 trainer.strategy.root_device
             )  # Lightning moved it to the CPU; gathering shards needs the device
             self.write_final_files(trainer, pl_module)
+
+
+def require_final_files(trainer: Trainer) -> None:
+    """Check that the files which are to be there after training could be written.
+
+    Raises:
+        RunFileError: One of them could not.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, FinalFilesCallback):
+            for path, cause in callback.unwritten.causes.items():
+                raise RunFileError(
+                    f"{path}: could not be written ({cause}). Make room, or mend its folder; the same command with "
+                    "--ckpt_path last then writes it"
+                )

@@ -92,7 +92,8 @@ class RunSummaryCallback(RunFolderCallback):
             return
         summary = self.summary(trainer)
         if self.writes(trainer):
-            with replacing(self.folder / SUMMARY_FILE) as partial:
+            path = self.folder / SUMMARY_FILE
+            with self.unwritten.goes_on(path, "it is printed"), replacing(path) as partial:
                 partial.write_text(json.dumps(summary, indent=2) + "\n")
         print(_screen(summary, self._files(trainer)), flush=True)
 
@@ -173,7 +174,7 @@ class RunSummaryCallback(RunFolderCallback):
             files["policy"] = self.folder / POLICY_FOLDER
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
-                logger.save()  # it holds rows back
+                logger.save()
                 files["metrics"] = Path(logger.log_dir) / METRICS_FILE
         if ExperienceCacheCallback in kinds:
             files["cache"] = self.folder / CACHE_FILE

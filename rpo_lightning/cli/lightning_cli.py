@@ -26,14 +26,14 @@ from rpo_lightning.callbacks import (
     RunProgressBar,
     RunSummaryCallback,
 )
-from rpo_lightning.callbacks.run_folder import run_folder
+from rpo_lightning.callbacks.run_folder import require_final_files, run_folder
 from rpo_lightning.cli.checkpoints import found_checkpoint, reading
 from rpo_lightning.cli.commands import LIGHTNING_COMMANDS
 from rpo_lightning.cli.config_files import require_config_files, require_numbers
 from rpo_lightning.cli.lightning_parser import RPOArgumentParser
 from rpo_lightning.cli.parser import of_chosen_class
 from rpo_lightning.core.errors import ConfigurationError, one_line, own_cause
-from rpo_lightning.core.files import require_place
+from rpo_lightning.core.files import replacing, require_place
 from rpo_lightning.data.datamodule import RPODataModule
 from rpo_lightning.module import RPOModule
 
@@ -126,6 +126,10 @@ class RPOCLI(LightningCLI):
         with reading(self._checkpoint):
             self.trainer.fit(weights_only=True, **kwargs)
 
+    def after_fit(self) -> None:
+        """End with an error if a file that a run leaves could not be written."""
+        require_final_files(self.trainer)
+
     def validate(self, **kwargs: Any) -> None:
         """Answer the validation questions, without Lightning's table."""
         with reading(self._checkpoint):
@@ -186,12 +190,12 @@ class RPOCLI(LightningCLI):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and cast(Any, trainer).fast_dev_run:
                 callback.save_last = False  # Lightning 2.6 saves it even after a trial run
+        cache = self._get(self.config_init, "cache")
         if self.subcommand is not None:
             self._checkpoint = found_checkpoint(
-                trainer, self._get(self.config_init, "ckpt_path"), self.subcommand == "fit"
+                trainer, self._get(self.config_init, "ckpt_path"), self.subcommand == "fit", cache
             )
             self.config_init[self.subcommand]["ckpt_path"] = self._checkpoint
-        cache = self._get(self.config_init, "cache")
         if cache is not None:
             cast(Any, trainer).callbacks.insert(0, cache)
         if in_lines:
@@ -211,9 +215,8 @@ class RunConfigCallback(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``config.yaml`` into the run's folder."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / self.config_filename
-        self.parser.save(self.config, str(path), skip_unset=False, overwrite=self.overwrite, multifile=self.multifile)
+        with replacing(self._folder / self.config_filename) as partial:
+            self.parser.save(self.config, str(partial), skip_unset=False, overwrite=True, multifile=self.multifile)
 
 
 def _replace_bar(trainer: Trainer) -> None:

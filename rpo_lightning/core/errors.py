@@ -64,3 +64,11 @@ class RewardError(RPOError):
 
 class UpdateError(RPOError):
     """An update would ruin the policy, for example because its gradient is not finite."""
+
+
+class CheckpointError(RPOError):
+    """A checkpoint cannot be read: it is torn or corrupt."""
+
+
+class RunFileError(RPOError):
+    """A file of the run could not be written: the disk is full, or its folder is gone or read-only."""

@@ -2,6 +2,7 @@
 
 CACHE_FILE = "cache.parquet"
 COMPLETIONS_FILE = "completions.jsonl"
+EARLIER_COMPLETIONS_FILE = "completions-earlier.jsonl"
 METRICS_FILE = "metrics.csv"
 POLICY_FOLDER = "policy"  # a folder
 PREDICTIONS_FILE = "predictions.jsonl"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -272,6 +273,7 @@ class RPODataModule(LightningDataModule):
             sampler=sampler,
             drop_last=True,
             collate_fn=Batch,
+            generator=_own_generator(),
         )
 
     def _require_a_batch(self) -> None:
@@ -322,12 +324,21 @@ class RPODataModule(LightningDataModule):
             batch_size=self.eval_batch_size,
             sampler=sampler if world_size > 1 else None,
             collate_fn=Batch,
+            generator=_own_generator(),
         )
 
     def _prompts(self, split: str) -> list[Prompt]:
         if split not in self.prompts:
             raise DataError(f"data.{split} is not set: give it a file, a data set name or a data source")
         return self.prompts[split]
+
+
+def _own_generator() -> torch.Generator:
+    """What a loader draws from whenever it is iterated, and a resumed run iterates more often.
+
+    Without one it is torch's global generator, which dropout and user code may use.
+    """
+    return torch.Generator().manual_seed(run_seed())
 
 
 def hub_split(split: str) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, modeling_utils
 
-from rpo_lightning.core.errors import ConfigurationError
+from rpo_lightning.core.errors import ConfigurationError, one_line
+from rpo_lightning.core.files import put_on_disk
 from rpo_lightning.core.ranks import Ranks
 from rpo_lightning.policy.lora import has_adapter
 from rpo_lightning.policy.weights import empty_model, gathered, named_weights, require_plain_names, underlying_model
@@ -125,10 +126,23 @@ def writing_policy(folder: str | Path) -> Iterator[Path]:
     partial = folder.with_name(folder.name + ".partial") if is_new else folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            put_on_disk(path)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if "(os error" in str(error):  # safetensors and tokenizers write in Rust, and raise errors of their own
+            raise OSError(one_line(error)) from error
+        raise
     if is_new:
         partial.replace(folder)
-        return
+        put_on_disk(folder.parent)
+    else:
+        _replace_files(folder, partial)
+
+
+def _replace_files(folder: Path, partial: Path) -> None:
     written = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
     for name in written:
         if name == Path("README.md") and (folder / name).exists():
@@ -139,3 +153,4 @@ def writing_policy(folder: str | Path) -> Iterator[Path]:
         if _OF_A_POLICY.fullmatch(path.name) and Path(path.name) not in written:
             path.unlink()
     shutil.rmtree(partial)
+    put_on_disk(folder)

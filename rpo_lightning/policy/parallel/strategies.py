@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any
 
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -22,6 +23,7 @@ from rpo_lightning.policy.parallel.base import (
     ReplicatedAccumulation,
     SingleDeviceAccumulation,
 )
+from rpo_lightning.policy.parallel.checkpoint_files import WholeCheckpointIO, write_folders_whole
 from rpo_lightning.policy.parallel.deepspeed import (
     DeepSpeedAccumulation,
     DeepSpeedPlacement,
@@ -43,8 +45,13 @@ def placement_for(trainer: Any) -> Placement:
 
 
 def prepare_strategy(trainer: Any) -> None:
-    """Change a strategy before it configures the model. Only DeepSpeed needs this."""
+    """Have a strategy write whole checkpoints, and change DeepSpeed's before it configures the model."""
     strategy = None if trainer is None else trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy | DeepSpeedStrategy):
+        if "save_checkpoint" not in vars(strategy):  # an earlier stage of this trainer has changed it
+            write_folders_whole(strategy)
+    elif strategy is not None and type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = WholeCheckpointIO()
     if isinstance(strategy, DeepSpeedStrategy) and strategy.config is not None:
         # For DeepSpeed's log only. Without it Lightning makes a training data loader to find it, even for evaluation.
         strategy.config.setdefault("train_micro_batch_size_per_gpu", 1)

@@ -1,0 +1,54 @@
+"""The process that forks runs, a micro policy, and the run that nothing happens to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rpo_lightning.policy.export import save_policy
+from rpo_lightning.policy.tokenizer import load_tokenizer
+from tests.conftest import REASONER
+from tests.faults.runs import TWO_RANKS, Runs, arguments
+
+
+@pytest.fixture(scope="session")
+def runs() -> Iterator[Runs]:
+    forking = Runs()
+    yield forking
+    forking.close()
+
+
+@pytest.fixture(scope="session")
+def micro_policy(tmp_path_factory) -> Path:
+    """A policy of some thousand random weights, with the reasoner's tokenizer."""
+    folder = tmp_path_factory.mktemp("policy")
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    save_policy(LlamaForCausalLM(config), load_tokenizer(REASONER), folder)
+    torch.set_rng_state(state)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(runs, micro_policy, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert runs.run(folder, arguments(folder, micro_policy)) == [0], (folder / "output.txt").read_text()[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole_of_two(runs, micro_policy, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run on two ranks."""
+    folder = tmp_path_factory.mktemp("whole-of-two")
+    command = arguments(folder, micro_policy, TWO_RANKS)
+    assert runs.run(folder, command, ranks=2) == [0, 0], (folder / "output.txt").read_text()[-3000:]
+    return folder
