@@ -111,7 +111,7 @@ class CacheFilling:
                 "its cache anew"
             )
             return new
-        cache = read_cache(path, self._served.cache.tokenizer_fingerprint)
+        cache = read_cache(path, self._served.cache.tokenizer_fingerprint, self._module.vocabulary_size)
         self._served.cache.load_state_dict(cache.state_dict())
         log.info(f"{path}: the cache is filled on from question {progress.done} of {len(progress.uids)}")
         return progress

@@ -219,8 +219,9 @@ class ExperienceCacheCallback(FinalFilesCallback):
         if self._filling is None:
             self._filling = filling.new(prompts)
             begun = self.filled_by or (None if self.path is None else Path(self.path))
-            if begun is not None:
+            if begun is not None and self._filling.uids:
                 self._filling = filling.saved_in(begun, self._filling)
+            self.filled_by = None  # a later fit has a cache
         if not self._filling.is_complete:
             sync_engine(trainer)
             clock = SavingClock()

@@ -91,14 +91,15 @@ class StopSignalsCallback(Checkpoint):
     It is a ``Checkpoint``, because Lightning calls those last, when the cache and the others know the update.
     """
 
+    best_model_path = ""  # which Lightning asks the first of the checkpoint callbacks for
+
     def __init__(self) -> None:
         self._saved: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: RPOModule, stage: str) -> None:
-        """Replace Lightning's handlers before it registers them."""
+        """Replace Lightning's handlers before it registers them; evaluations that follow get Lightning's again."""
         self._saved = None
-        if stage == "fit" and not isinstance(trainer._signal_connector, StopSignals):
-            trainer._signal_connector = StopSignals(trainer)
+        trainer._signal_connector = StopSignals(trainer) if stage == "fit" else _SignalConnector(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: RPOModule, outputs: Any, batch: Any, batch_idx: int

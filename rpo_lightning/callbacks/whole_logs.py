@@ -54,9 +54,9 @@ class WholeMetrics(ExperimentWriter):
         with self.unwritten.goes_on(path, "its rows are kept for the next time"):
             self._record_new_keys()
             if self._written_keys != self.metrics_keys or not path.exists():
-                earlier = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+                table = self._table([*_rows_of(path), *self.metrics], with_header=True)
                 with replacing(path) as partial:
-                    partial.write_text(self._table([*earlier, *self.metrics], with_header=True), newline="")
+                    partial.write_text(table, newline="")
             else:
                 append(path, self._table(self.metrics, with_header=False))
             self.metrics, self._written_keys = [], [*self.metrics_keys]
@@ -69,6 +69,14 @@ class WholeMetrics(ExperimentWriter):
             writer.writeheader()
         writer.writerows(rows)
         return text.getvalue()
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 class WholeLogsCallback(Callback):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rpo_lightning.policy.export import save_policy
 from rpo_lightning.policy.tokenizer import load_tokenizer
 from tests.conftest import REASONER
-from tests.faults.runs import TWO_RANKS, Runs, arguments
+from tests.faults.runs import ROOT, TWO_RANKS, Runs, arguments
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +55,30 @@ def whole_of_two(runs, micro_policy, tmp_path_factory) -> Path:
     command = arguments(folder, micro_policy, TWO_RANKS)
     assert runs.run(folder, command, ranks=2) == [0, 0], (folder / "output.txt").read_text()[-3000:]
     return folder
+
+
+class Outcomes:
+    """The recorded outcome of the matrix. A row replaces that of an earlier session."""
+
+    PATH = ROOT / "benchmarks" / "results" / "kill_matrix.json"
+    KEY = ("ranks", "engine", "phase", "point")
+
+    def __init__(self) -> None:
+        rows = json.loads(self.PATH.read_text())["rows"] if self.PATH.exists() else []
+        self._rows = {tuple(row[name] for name in self.KEY): row for row in rows}
+
+    def add(self, wrong: str | None, **row: Any) -> None:
+        """Record a cell: what was wrong, if anything."""
+        sys.path.append(str(ROOT / "benchmarks"))
+        from common.machine import hardware
+
+        self._rows[tuple(row[name] for name in self.KEY)] = {**row, "outcome": wrong or "bit-identical"}
+        rows = list(self._rows.values())
+        same = sum(row["outcome"] == "bit-identical" for row in rows)
+        figures = {"hardware": hardware(), "points": len(rows), "bit_identical": same, "rows": rows}
+        self.PATH.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+@pytest.fixture(scope="session")
+def outcomes() -> Outcomes:
+    return Outcomes()

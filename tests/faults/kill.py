@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
@@ -81,6 +82,11 @@ def press_ctrl_c(times: str = "1") -> None:
     """Send what a terminal sends to all processes of a command."""
     for _ in range(int(times)):
         os.killpg(0, signal.SIGINT)
+
+
+def compute(seconds: str) -> None:
+    """Be busy without a word to the other ranks."""
+    time.sleep(float(seconds))
 
 
 def fill(folder: str) -> None:

@@ -92,7 +92,6 @@ FEW = [
     ("filling", "in the third batch"),
     ("training", "between the updates of an iteration"),
     ("checkpoint", "before its copy takes its name"),
-    ("validation", "before its first batch"),
 ]
 
 # Kills of a run, and of the runs that resume it.

@@ -6,39 +6,13 @@ and generators, and the logged metrics.
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from tests.faults.kill import Fault
 from tests.faults.matrix import kill_and_resume
 from tests.faults.points import FEW, POINTS, TWICE
 
-ROOT = Path(__file__).parents[2]
 ALL = [(phase, name) for phase, points in POINTS.items() for name in points]
-
-
-@pytest.fixture(scope="session")
-def outcomes() -> Iterator[list[dict[str, Any]]]:
-    """Rows of the matrix, which are written when all tests have run."""
-    rows: list[dict[str, Any]] = []
-    yield rows
-    if not rows:
-        return
-    sys.path.append(str(ROOT / "benchmarks"))
-    from common.machine import hardware
-
-    figures = {
-        "hardware": hardware(),
-        "points": len(rows),
-        "bit_identical": sum(row["outcome"] == "bit-identical" for row in rows),
-        "rows": rows,
-    }
-    (ROOT / "benchmarks" / "results" / "kill_matrix.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def name_of(faults: list[Fault]) -> str:
@@ -55,8 +29,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(runs, micro_policy, whol
 def test_every_point_of_the_matrix(runs, micro_policy, whole, tmp_path, outcomes, phase, name):
     fault = POINTS[phase][name]
     wrong = kill_and_resume(runs, tmp_path, micro_policy, whole, [fault])
-    row = {"ranks": 1, "engine": "transformers", "phase": phase, "point": name, "call": name_of([fault])}
-    outcomes.append({**row, "outcome": wrong or "bit-identical"})
+    outcomes.add(wrong, ranks=1, engine="transformers", phase=phase, point=name, call=name_of([fault]))
     assert wrong is None
 
 
@@ -64,6 +37,5 @@ def test_every_point_of_the_matrix(runs, micro_policy, whole, tmp_path, outcomes
 @pytest.mark.parametrize("name", TWICE)
 def test_a_run_that_is_killed_again_and_again(runs, micro_policy, whole, tmp_path, outcomes, name):
     wrong = kill_and_resume(runs, tmp_path, micro_policy, whole, TWICE[name])
-    row = {"ranks": 1, "engine": "transformers", "phase": "several", "point": name, "call": name_of(TWICE[name])}
-    outcomes.append({**row, "outcome": wrong or "bit-identical"})
+    outcomes.add(wrong, ranks=1, engine="transformers", phase="several", point=name, call=name_of(TWICE[name]))
     assert wrong is None
