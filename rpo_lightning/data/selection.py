@@ -139,7 +139,11 @@ class SelectedQuestions:
                 self._seen[self._numbers[outcome.uid]] += outcome.right, outcome.wrong
 
     def order(self, epoch: int) -> list[int]:
-        """Numbers of the questions in the order of an epoch; as many as there are questions."""
+        """Numbers of the questions in the order of an epoch; as many as there are questions.
+
+        Raises:
+            ConfigurationError: A weight is not finite or not above 0, or there are too many or too few.
+        """
         if epoch != self._epoch:
             self._known = self._selection.decay * self._known + self._seen
             self._seen[:] = 0
@@ -147,6 +151,11 @@ class SelectedQuestions:
         right, wrong = self._known.T
         self.uniform_share = float(mixed_chance(right, wrong, self._group_size).mean())
         weights = self._selection.weights(right, wrong, self._group_size)
+        if weights.shape != right.shape or not (np.isfinite(weights) & (weights > 0)).all():
+            raise ConfigurationError(
+                f"data.selection: {type(self._selection).__name__}.weights must return a finite number above 0 for "
+                f"each of {len(right)} questions"
+            )
         generator = derive_generator(SeedPurpose.SELECTION, epoch)
         counts = dealt_out(weights, generator.random())
         # A question's places are spread evenly over the epoch, and so are those of the others.
@@ -186,7 +195,7 @@ def dealt_out(weights: Floats, offset: float) -> NDArray[np.int64]:
     """
     ends = np.cumsum(weights) * (len(weights) / weights.sum())
     ends[-1] = len(weights)  # whatever rounding made of it
-    counts = np.diff(np.floor(ends + offset), prepend=0.0)
+    counts = np.diff(np.floor(np.minimum(ends, len(weights)) + offset), prepend=0.0)
     return counts.astype(np.int64)
 
 

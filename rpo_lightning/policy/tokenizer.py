@@ -48,8 +48,11 @@ def require_stop(stop: Iterable[str | int], tokenizer: PreTrainedTokenizerBase) 
     """Check what is to end a response besides end-of-sequence tokens.
 
     Raises:
-        ConfigurationError: A text is empty, or a token id is not in the vocabulary.
+        ConfigurationError: It is a text instead of a list of texts, a text is empty, or a token id is not in the
+            vocabulary.
     """
+    if isinstance(stop, str):
+        raise ConfigurationError(f"model.stop={stop!r} is no list: write [{stop!r}]")
     for part in stop:
         if part == "" or (isinstance(part, int) and not 0 <= part < len(tokenizer)):
             raise ConfigurationError(

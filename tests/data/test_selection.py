@@ -162,6 +162,16 @@ def test_settings_out_of_range_are_refused(settings):
         InformativeSelection(**settings)
 
 
+@pytest.mark.parametrize("weights", [[1.0] * 39, [0.0] + [1.0] * 39, [float("nan")] * 40])
+def test_weights_that_cannot_be_used_are_told_with_their_class(weights):
+    class Mine(QuestionSelection):
+        def weights(self, right, wrong, group_size):
+            return array(*weights)
+
+    with pytest.raises(ConfigurationError, match=r"Mine\.weights must return a finite number above 0 for each of 40"):
+        questions(Mine()).order(0)
+
+
 def test_a_selection_has_an_order_of_its_own():
     with pytest.raises(ConfigurationError, match=r"drop data\.shuffle=false"):
         make_data(selection=InformativeSelection(), shuffle=False)

@@ -31,3 +31,8 @@ def test_a_stop_text_holds_in_training_in_evaluation_and_while_the_cache_is_fill
 def test_a_stop_that_can_never_end_a_response_is_refused(stop):
     with pytest.raises(ConfigurationError, match=r"model\.stop has .*: give texts, or token ids from 0 to 44"):
         make_module(stop=stop)
+
+
+def test_a_text_is_no_list_of_characters_that_stop():
+    with pytest.raises(ConfigurationError, match=r"model\.stop='dog' is no list: write \['dog'\]"):
+        make_module(stop="dog")
