@@ -204,7 +204,7 @@ def arm(name: str, rates: list[float], tokens: int = 100, prefix: int = 0) -> Ar
 
 
 NEVER, RARELY, OFTEN, MOSTLY = [0.0], [0.125, 0.0, 0.0, 0.0], [0.375], [1.0, 1.0, 0.875]
-NOW_AND_THEN = [0.125, 0.0]
+NOW_AND_THEN, HARDLY = [0.125, 0.0], [0.125, *[0.0] * 19]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,9 @@ NOW_AND_THEN = [0.125, 0.0]
         (NEVER, [], None, 0, Advice.NEITHER, "Look for correct traces"),
         (NEVER, [[0.25]], [0.25], 30, Advice.SUPERVISED_FIRST, "1.00 of the groups would teach today"),
         (NEVER, [NEVER], NEVER, 30, Advice.SUPERVISED_FIRST, "hardly any group would teach"),
-        (RARELY, [[0.5]], [0.5], 0, Advice.NEITHER, "0.25 of them"),
+        (HARDLY, [[0.5]], [0.5], 0, Advice.NEITHER, "only 0.05 of the groups teach"),
+        (RARELY, [[0.5]], [0.5], 0, Advice.THIS_CUT, "cache.cut.plain_share"),
+        (RARELY, [NEVER], NEVER, 0, Advice.FULL_PATH, "0.25 of its groups teach"),
         (NOW_AND_THEN, [NEVER], NEVER, 0, Advice.FULL_PATH, "no prefix of this sample clearly"),
         (NOW_AND_THEN, [], None, 0, Advice.FULL_PATH, "0.50 of its groups teach"),
         (NOW_AND_THEN, [[0.5]], [0.5], 0, Advice.THIS_CUT, "cache.cut.plain_share"),
