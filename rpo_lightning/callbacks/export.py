@@ -54,7 +54,8 @@ class HuggingFaceExportCallback(FinalFilesCallback):
 
     def write_final_files(self, trainer: Trainer, pl_module: RPOModule) -> None:
         """Save the final policy."""
-        self.unwritten.causes.clear()  # earlier ones are not made up for
+        final = self.folder / POLICY_FOLDER  # earlier ones are not made up for
+        self.unwritten.causes = {path: cause for path, cause in self.unwritten.causes.items() if path == final}
         self._export(trainer, pl_module, POLICY_FOLDER)
 
     def _export(self, trainer: Trainer, module: RPOModule, name: str) -> None:
