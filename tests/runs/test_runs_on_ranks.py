@@ -125,7 +125,11 @@ def test_ranks_share_a_cache_and_a_killed_run_goes_on_on_two_ranks_and_on_one(tm
 @pytest.mark.slow
 def test_ranks_select_the_same_questions_and_a_killed_run_goes_on_with_them_on_two_ranks_and_on_one(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    settings = ("--data.train.size=6", "--data.selection=InformativeSelection", "--trainer.max_steps=6")
+    settings = (
+        "--data.train.size=6", "--data.train.seed=1", "--model.max_response_tokens=4", "--model.sampling.temperature=3",
+        "--model.verifier=tests.data.test_selection.ByQuestion", "--data.selection=InformativeSelection",
+        "--trainer.max_steps=5",
+    )  # fmt: skip
 
     def asked(folder: Path, ranks: int) -> list[list[str]]:
         """The questions of an iteration, which is an epoch, on all ranks."""
