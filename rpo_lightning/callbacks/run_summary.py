@@ -38,6 +38,7 @@ class RunSummaryCallback(RunFolderCallback):
         self.decoded_tokens = 0
         self.responses = 0
         self.gradings_killed = 0
+        self.gradings_failed = 0
         self.skipped_updates = 0
         self.idle_tokens: int | None = 0  # None: unknown, since the run began with a release that did not count them
         self.seconds = 0.0
@@ -72,6 +73,7 @@ class RunSummaryCallback(RunFolderCallback):
         self.decoded_tokens += record.phase_tokens["decode"]
         self.responses += record.responses
         self.gradings_killed += record.killed
+        self.gradings_failed += record.failed
         self.skipped_updates += record.skipped
         if self.idle_tokens is not None:
             self.idle_tokens += record.idle_tokens
@@ -110,6 +112,7 @@ class RunSummaryCallback(RunFolderCallback):
             "skipped_updates": self.skipped_updates,
             "samples": self.responses,
             "gradings_killed": self.gradings_killed,
+            "gradings_failed": self.gradings_failed,
             "decoded_tokens_per_sample": self.decoded_tokens / max(self.responses, 1),
             "full_path_tokens_per_sample": (
                 sum(self.full_path_tokens) / len(self.full_path_tokens) if self.full_path_tokens else None
@@ -141,6 +144,7 @@ class RunSummaryCallback(RunFolderCallback):
             "decoded_tokens": self.decoded_tokens,
             "samples": self.responses,
             "gradings_killed": self.gradings_killed,
+            "gradings_failed": self.gradings_failed,
             "skipped_updates": self.skipped_updates,
             "idle_tokens": self.idle_tokens,
             "seconds": self._seconds_so_far(),
@@ -156,6 +160,7 @@ class RunSummaryCallback(RunFolderCallback):
         self.responses = state_dict["samples"]
         # Checkpoints of earlier releases do not say what was lost, nor which tokens taught nothing.
         self.gradings_killed = state_dict.get("gradings_killed", 0)
+        self.gradings_failed = state_dict.get("gradings_failed", 0)
         self.skipped_updates = state_dict.get("skipped_updates", 0)
         self.idle_tokens = state_dict.get("idle_tokens")
         self.seconds = state_dict["seconds"]

@@ -16,7 +16,7 @@ import pytest
 from lightning.pytorch import Callback
 
 from rpo_lightning.cache.parquet import read_cache
-from rpo_lightning.callbacks import PredictionsCallback
+from rpo_lightning.callbacks import PredictionsCallback, RunSummaryCallback
 from rpo_lightning.cli.main import main
 from rpo_lightning.core.errors import DataError, RewardError
 from rpo_lightning.core.ranks import Ranks
@@ -38,6 +38,7 @@ from rpo_lightning.rewards import (
     UniformRandomReward,
     VerifierByColumn,
 )
+from rpo_lightning.update.advantages import GDPO
 from rpo_lightning.update.dynamic_sampling import DynamicSampling
 from rpo_lightning.update.metrics import IterationRecord, term_sums
 from tests.conftest import make_data, make_group, make_module, make_trainer
@@ -92,6 +93,7 @@ def test_a_run_with_a_reward_of_each_signature_and_three_verifiers_chosen_by_a_c
     unpicklable = FunctionReward(lambda response, level: level or None, name="where_above_zero")
     module = make_module(
         rewards=[seen, level_of, FunctionReward(level_later), levels, unpicklable],
+        advantages=GDPO(),
         verifier=VerifierByColumn("kind", dict(KINDS)),
         max_response_tokens=16,
         group_size=2,
@@ -111,6 +113,7 @@ def test_a_run_with_a_reward_of_each_signature_and_three_verifiers_chosen_by_a_c
     assert log["reward/where_above_zero"] == 1.5  # the mean of 1 and 2
     totals = [s.row["level"] + 2 * n + s.row["level"] for s, n in zip(seen.samples, lengths, strict=True)]
     assert log["reward/mean"] == pytest.approx(np.mean(totals))
+    assert math.isfinite(log["loss/advantage_max"])  # GDPO leaves missing values out
 
 
 def test_each_kind_of_row_is_judged_and_counted_by_its_verifier():
@@ -185,11 +188,12 @@ def test_an_exception_stops_the_run_with_the_id_of_the_row_or_scores_zero_and_is
             make_module(rewards=[fails_at_two], **settings), datamodule=make_data(**data)
         )
     reward = FunctionReward(fails_at_two, on_error="zero")
-    make_trainer(tmp_path / "zero", max_steps=1).fit(
+    make_trainer(tmp_path / "zero", max_steps=1, callbacks=[RunSummaryCallback()]).fit(
         make_module(rewards=[reward], **settings), datamodule=make_data(**data)
     )
     log = pd.read_csv(tmp_path / "zero" / "metrics.csv").iloc[0]
     assert log["reward/grading_failed"] == 2
+    assert json.loads((tmp_path / "zero" / "summary.json").read_text())["gradings_failed"] == 2
     assert log["reward/fails_at_two"] == pytest.approx((-0.5 - 1 + 0) / 3)
 
 
