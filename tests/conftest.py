@@ -114,7 +114,7 @@ def make_group(
         request=request,
         completions=[Completion(tuple(s), (0.0,) * len(s), done) for s, done in zip(suffixes, finished, strict=True)],
         samples=[
-            Sample("question", "text", "0", len(prefix_ids) + len(s), done, float(right))
+            Sample("question", "text", "0", len(prefix_ids) + len(s), done, float(right), uid)
             for s, done, right in zip(suffixes, finished, correct, strict=True)
         ],
         rewards=list(rewards),

@@ -104,7 +104,7 @@ class Prompt:
     token_ids: tuple[int, ...]
     answer: str
     opening: str = ""
-    row: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Sample:
     finished: bool
     correct: float = 0.0
     uid: str = ""
-    row: Mapping[str, Any] = field(default_factory=dict, hash=False, repr=False)
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def is_correct(self) -> bool:

@@ -57,7 +57,7 @@ def test_files_that_are_no_caches_are_refused(tmp_path):
     with pytest.raises(CacheError, match="no such cache file"):
         read_cache(tmp_path / "missing.parquet", "abc")
     (tmp_path / "text.parquet").write_text("hello")
-    with pytest.raises(CacheError, match=r"text\.parquet: the file is torn or corrupt"):
+    with pytest.raises(CacheError, match=r"text\.parquet: not a readable Parquet file"):
         read_cache(tmp_path / "text.parquet", "abc")
 
 
@@ -199,7 +199,7 @@ def test_a_damaged_file_is_refused_and_leaves_the_cache_as_it_was(tmp_path):
     data[len(data) // 3 : len(data) // 2] = bytes(len(data) // 2 - len(data) // 3)
     path.write_bytes(data)
     cache = filled_cache()
-    with pytest.raises(CacheError, match=r"cache\.parquet: the file is torn or corrupt"):
+    with pytest.raises(CacheError, match=r"cache\.parquet: not a readable Parquet file"):
         cache = read_cache(path, cache.tokenizer_fingerprint)
     assert cache_contents(cache) == cache_contents(filled_cache())
 

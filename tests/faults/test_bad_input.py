@@ -18,7 +18,7 @@ from tests.faults.bad_inputs.policies import EXECUTED, folder
 _LATE = {
     "a response limit beyond the policy's positions", "a validation after more batches than there are",
     "weights of fewer layers", "weights of another vocabulary", "pickled weights with code",
-    "a checkpoint with lost bytes", "a checkpoint without the trainer's progress", "a checkpoint of another policy",
+    "a checkpoint without the trainer's progress", "a checkpoint of another policy",
     "a checkpoint whose cache lacks its questions", "a checkpoint whose cache has a question twice",
     "a checkpoint whose cache claims any size", "a checkpoint whose cache is of another tokenizer",
 }  # fmt: skip

@@ -16,7 +16,7 @@ BACKWARD = "rpo_lightning.update.loss:PolicyLoss.backward"
 SIGNALLED = {
     "SIGTERM in an update": Fault(BACKWARD, 3, does="SIGTERM"),
     "Ctrl-C while grading processes work": Fault(
-        "rpo_lightning.rewards.pool:GradingPool.collect", 12, does="press_ctrl_c"
+        "rpo_lightning.rewards.pool:GradingPool.collect", 5, does="press_ctrl_c"
     ),
 }
 SIGNALLED_ELSEWHERE = {

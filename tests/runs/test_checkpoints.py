@@ -223,7 +223,7 @@ def test_no_update_is_made_of_responses_that_are_all_left_out(tmp_path, caplog):
     make_trainer(tmp_path, max_epochs=1, max_steps=-1).fit(module, datamodule=make_data())
     assert module.iteration == 4
     assert all(torch.equal(p, start[n]) for n, p in module.policy.named_parameters())
-    assert "model.update.mask_truncated leaves them out" in caplog.text
+    assert "unfinished and left out by model.update.mask_truncated" in caplog.text
 
 
 def test_accuracy_before_training_is_told_only_of_the_questions_that_accuracy_after_is_of(tmp_path):

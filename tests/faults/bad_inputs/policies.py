@@ -128,6 +128,6 @@ POLICIES = [
              line="model/generation_config.json: not a whole file (…): copy it again"),
     BadInput("a chat template that does not parse", _FIT,
              make=folder(edited("tokenizer_config.json", chat_template="{% for")),
-             line="ArithmeticChain(size=8, operations=3, seed=0), row 1: the tokenizer's chat template refuses it (unexpected 'end of template'): change the conversation, or set data.use_chat_template=false"),
+             line="the tokenizer's chat template is no Jinja: unexpected 'end of template' in line 1: mend it, or name another file with data.chat_template"),
 ]
 # fmt: on

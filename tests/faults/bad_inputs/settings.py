@@ -96,7 +96,7 @@ VALUES = [
     BadInput("an evaluation of no samples", run("validate", "--model.evaluation.samples 0"),
              line="model.evaluation.samples must be at least 1, got 0"),
     BadInput("grading without a process", run("fit", "--model.grading.workers 0"),
-             line="grading needs at least 1 worker and a limit above 0 s; got workers=0, timeout_seconds=10.0"),
+             line="model.grading needs at least 1 worker and limits above 0; got workers=0, timeout_seconds=10.0, memory_gib=4.0"),
     BadInput("an adapter that has no effect", run("fit", "--model.adapter LoRA --model.adapter.alpha 0"),
              line="model.adapter needs rank >= 1, alpha >= 1 and 0 <= dropout < 1; got rank=16, alpha=0, dropout=0.0"),
     BadInput("a seed below 0", run("fit", "--seed_everything -1"),
