@@ -17,6 +17,8 @@ from common.learning_report import interval, signed, spread
 
 # Runs of an arm by seed.
 Runs = dict[int, dict[str, Any]]
+# Iterations of an epoch: 96 questions, 16 at a time.
+EPOCH = 6
 BASELINE = "full path"
 MEASURES = {"accuracy": "held-out accuracy without a prefix", "pass@8": "held-out pass@8 without a prefix"}
 AXES = {"decoded_tokens": ("decoded tokens, thousands", 1e3), "cpu_seconds": ("processor seconds", 1)}
@@ -68,9 +70,9 @@ def figures_of(runs: Runs, baseline: Runs) -> dict[str, Any]:
     }
 
 
-def informative_share(run: dict[str, Any], after: int = 0) -> float:
-    """Mean share of groups with right and wrong members over the iterations from ``after`` on."""
-    return mean(iteration["informative_share"] for iteration in run["iterations"][after:])
+def informative_share(run: dict[str, Any]) -> float:
+    """Mean share of groups with right and wrong members over the iterations."""
+    return mean(iteration["informative_share"] for iteration in run["iterations"])
 
 
 def line(name: str, arm: dict[str, Any]) -> str:
@@ -93,7 +95,7 @@ def mixed_table(arms: dict[str, Runs]) -> list[str]:
     for name, runs in arms.items():
         first, after = (
             mean(iteration["zero_variance_share"] for run in runs.values() for iteration in run["iterations"][part])
-            for part in (slice(0, 8), slice(8, None))
+            for part in (slice(0, EPOCH), slice(EPOCH, None))
         )
         ends = [f"{mean(run['curve'][-1][s] for run in runs.values()):.3f}" for s in sets]
         lines.append(f"| {name} | {first:.2f} | {after:.2f} | {' | '.join(ends)} |")
