@@ -89,7 +89,7 @@ class CacheFilling:
     def new(self, prompts: Sequence[Prompt]) -> FillingProgress:
         """A filling of the questions that have no response yet; a collective."""
         known = {entry.uid for entry in self._served.cache if entry.has_anchor}
-        return FillingProgress(self._origin(), tuple(p.uid for p in prompts if p.uid not in known))
+        return FillingProgress(self._origin(prompts), tuple(p.uid for p in prompts if p.uid not in known))
 
     def saved_in(self, path: Path, new: FillingProgress) -> FillingProgress:
         """Take up the filling that a cache file holds, if its answers are those that a new one would give.
@@ -176,7 +176,7 @@ class CacheFilling:
         groups: list[Group] = self._module.roll_out(requests, self._samples, self._sampling, seed)
         return groups
 
-    def _origin(self) -> str:
+    def _origin(self, prompts: Sequence[Prompt]) -> str:
         module, served = self._module, self._served
         parts = (
             policy_fingerprint(module.loaded_policy),
@@ -186,6 +186,9 @@ class CacheFilling:
             self._sampling,
             self._batch_size,
             module.max_response_tokens,
+            module.stop,
+            # What template, system prompt and examples make of the questions, which their identifiers do not tell.
+            short_name("".join(short_name(f"{p.uid} {p.token_ids}") for p in prompts)),
             served.keep_unfinished,
             type(served.refresh).__name__,
             type(module.engine).__name__,
@@ -211,7 +214,7 @@ class SavingClock:
 
 
 def newest_filling(folders: Sequence[Path], name: str) -> Path | None:
-    """The newest cache file that is being filled, in any of the folders."""
+    """The newest cache file of a run that filled it and wrote no later one, in any of the folders."""
     paths = [folder / name for folder in folders if (folder / name).is_file()]
     unfinished = [path for path in paths if filling_of(path) is not None]
     return max(unfinished, key=lambda path: path.stat().st_mtime_ns, default=None)

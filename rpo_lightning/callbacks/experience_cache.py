@@ -233,12 +233,12 @@ class ExperienceCacheCallback(FinalFilesCallback):
                 stop_between_batches(trainer)
 
             self._filling = filling.run(prompts, self._filling, keep)
-        complete, self._filling = self._filling, None
-        if complete.uids:
-            self.initialisation_tokens, self.initialisation_seconds = complete.tokens, complete.seconds
+        if self._filling.uids:
+            self.initialisation_tokens, self.initialisation_seconds = self._filling.tokens, self._filling.seconds
             if trainer.is_global_zero:
                 log.info(f"cache initialised with {self.initialisation_tokens} decoded tokens")
-            self._save(trainer)
+            self._save(trainer)  # as a filling, though a complete one: a run killed before its first checkpoint has it
+        self._filling = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: RPOModule, outputs: Any, batch: Any, batch_idx: int

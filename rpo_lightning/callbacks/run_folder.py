@@ -11,7 +11,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from rpo_lightning.core.errors import RunFileError
+from rpo_lightning.core.checkpoint_file import require_checkpoint
+from rpo_lightning.core.errors import ConfigurationError, RunFileError, one_line
 from rpo_lightning.core.files import Unwritten
 from rpo_lightning.policy.parallel.checkpoint_files import checkpoints_in, newest_whole
 
@@ -38,26 +39,38 @@ def _experiment_folder(trainer: Trainer, logger: Logger) -> Path:
     return Path(logger.save_dir or trainer.default_root_dir, str(logger.name))
 
 
-def last_checkpoint(trainer: Trainer) -> Path | None:
-    """The newest checkpoint of this run and of the experiment's earlier runs that is not damaged.
+def last_checkpoint(trainer: Trainer, to_train: bool = True) -> Path | None:
+    """The newest checkpoint of this run and of the experiment's earlier runs that can be taken.
 
     Its name does not matter: a run that was killed may have written a newer one than its ``last.ckpt``. Warns of newer
-    ones that are damaged. Lightning looks only into the folder of the new run. That folder is empty unless
-    ``ModelCheckpoint.dirpath`` is set.
+    ones that are damaged, or that hold too little to train on. Lightning looks only into the folder of the new run.
+    That folder is empty unless ``ModelCheckpoint.dirpath`` is set.
+
+    Args:
+        trainer: The trainer.
+        to_train: Whether training is to go on from it; otherwise weights suffice.
     """
     folders: set[Path] = set()
     found: set[Path] = set()
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, OnExceptionCheckpoint):
             found.add(Path(callback.ckpt_path))
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None and not callback.save_weights_only:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
             folders.add(Path(callback.dirpath))
     for folder in (*(run / "checkpoints" for run in experiment_runs(trainer)), *folders):
         found |= checkpoints_in(folder)
     hpc = trainer._checkpoint_connector._hpc_resume_path  # which Lightning writes before SLURM requeues a job
     if hpc is not None:
         found.add(Path(hpc))
-    return newest_whole(found, log.warning)
+
+    def lacks(path: Path) -> str | None:
+        try:
+            require_checkpoint(path, to_train, takes_folders=True)
+        except ConfigurationError as error:
+            return one_line(error)
+        return None
+
+    return newest_whole(found, log.warning, lacks)
 
 
 def experiment_runs(trainer: Trainer) -> list[Path]:

@@ -44,7 +44,7 @@ def found_checkpoint(
         CheckpointError: It is torn or corrupt.
     """
     if path == "last":
-        last = last_checkpoint(trainer)
+        last = last_checkpoint(trainer, to_train)
         filling = _taken_up(trainer, cache, than=last) if to_train else None
         if filling is not None:
             log.info(f"--ckpt_path last: {filling}, a cache that was being filled")

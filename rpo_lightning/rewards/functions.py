@@ -19,7 +19,7 @@ from rpo_lightning.rewards.arguments import Arguments, name_of
 from rpo_lightning.rewards.base import Reward
 from rpo_lightning.rewards.calls import FailedScore, collect_results
 from rpo_lightning.rewards.pool import GradingPool
-from rpo_lightning.rewards.serving import told
+from rpo_lightning.rewards.serving import is_of_memory, told
 
 OnError = Literal["stop", "zero"]
 
@@ -99,7 +99,7 @@ class UserFunction:
 
         So does one for lack of memory, which is a limit of the pool.
         """
-        if self._on_error == "stop" or isinstance(error, MemoryError):
+        if self._on_error == "stop" or is_of_memory(error):
             raise error
         return FailedScore.of(f"{self.__qualname__} raised {told(error)}")
 

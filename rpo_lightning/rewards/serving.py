@@ -114,10 +114,10 @@ def _answer(request: bytes) -> bytes:
             return reply
         return pickle.dumps(("raised", f"returned {len(reply) / 2**20:.0f} MiB: a verdict or a reward is a number"))
     except BaseException as error:
-        return _OUT_OF_MEMORY if _is_of_memory(error) else pickle.dumps(("raised", f"raised {told(error)}"))
+        return _OUT_OF_MEMORY if is_of_memory(error) else pickle.dumps(("raised", f"raised {told(error)}"))
 
 
-def _is_of_memory(error: BaseException | None) -> bool:
+def is_of_memory(error: BaseException | None) -> bool:
     """Whether an exception, or one that it came from, says that an allocation failed."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

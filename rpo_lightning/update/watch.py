@@ -138,7 +138,7 @@ def _diagnosis(record: IterationRecord) -> str:
     correct, truncated = metrics["reward/correct_share"], metrics["rollout/truncated_share"]
     seen = (
         f"{correct:.0%} of its responses are right, {truncated:.0%} are cut off, {record.killed} gradings were killed, "
-        f"and the mean reward is {metrics['reward/mean']:.3g}"
+        f"{record.failed} scores failed, and the mean reward is {metrics['reward/mean']:.3g}"
     )
     hints = []
     if truncated > 0.5:

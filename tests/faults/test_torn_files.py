@@ -37,7 +37,10 @@ def saved(tmp_path_factory) -> Path:
     """Two checkpoints of a policy."""
     folder = tmp_path_factory.mktemp("saved")
     for number in (1, 2):
-        content = {"state_dict": {"weight": torch.arange(10_000.0) * number}, "rpo": {}}
+        run = dict.fromkeys(("iteration", "seed", "guard", "buffers", "generators"))
+        progress = {"epoch": 0, "global_step": number, "loops": {}, "callbacks": {}, "lr_schedulers": []}
+        content = {"state_dict": {"weight": torch.arange(10_000.0) * number}, "rpo": run, **progress}
+        content["optimizer_states"] = [{}]
         WholeCheckpointIO().save_checkpoint(content, folder / f"step={number}.ckpt")
     return folder
 
@@ -56,7 +59,18 @@ def test_a_damaged_checkpoint_is_refused_with_the_last_good_one(saved, tmp_path,
     caplog.set_level(logging.WARNING)
     trainer = make_trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path)])
     assert last_checkpoint(trainer) == good
-    assert "step=2.ckpt: the checkpoint is damaged" in caplog.text
+    assert "step=2.ckpt is passed over: the checkpoint is damaged" in caplog.text
+
+
+def test_last_passes_over_newer_weights_alone_where_training_is_to_go_on(saved, tmp_path, caplog):
+    good, weights = tmp_path / "step=1.ckpt", tmp_path / "best.ckpt"
+    good.write_bytes((saved / good.name).read_bytes())
+    torch.save({"state_dict": {"weight": torch.zeros(2)}, "rpo": {}, "epoch": 0, "global_step": 2}, weights)
+    os.utime(good, (60, 60))
+    trainer = make_trainer(tmp_path, callbacks=[ModelCheckpoint(tmp_path)])
+    assert last_checkpoint(trainer) == good
+    assert "best.ckpt is passed over" in caplog.text
+    assert last_checkpoint(trainer, to_train=False) == weights
 
 
 def test_a_run_refuses_a_damaged_checkpoint_in_a_line(saved, tmp_path):

@@ -236,6 +236,17 @@ def test_an_exception_stops_with_the_question_or_scores_zero_and_is_counted(grad
     assert "(question q7): such responses count as 0" in caplog.text
 
 
+@pytest.mark.parametrize("text", ["can't allocate memory: 64 GiB", "no room"])
+def test_a_lack_of_memory_is_a_limit_whatever_its_class_and_whatever_on_error_says(grade, text):
+    def takes_too_much(prompt, response, answer):
+        if response != "#2":
+            raise RuntimeError(text) from (None if "allocate" in text else MemoryError())
+        return 1.0
+
+    ((graded,), pool) = grade(FunctionReward(takes_too_much, on_error="zero"))
+    assert (graded.rewards, pool.killed, pool.failed) == ([1.0, 0.0], 1, 0)
+
+
 def test_a_verifier_whose_function_raises_stops_with_the_question_or_counts_as_wrong(grade):
     with pytest.raises(RewardError, match=r"FunctionVerifier\.verify raised ValueError.*\(question q7\)$"):
         grade(AccuracyReward(), verifier=FunctionVerifier(fails_on_words))

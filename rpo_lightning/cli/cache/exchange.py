@@ -124,13 +124,14 @@ def import_responses(
     question_columns, response_column = columns
     found: list[_Response] = []
     unmatched = overlong = 0
+    size = cache.vocabulary_size or len(tokenizer)  # a policy may have more rows than its tokenizer has tokens
     for number, row in enumerate(rows, start=1):
         text = next((str(row[c]) for c in question_columns if row.get(c) is not None), "")
         prompt = known.get(str(row.get("uid"))) or by_text.get(text)
         if prompt is None:
             unmatched += 1
             continue
-        ids = _token_ids(row, response_column, tokenizer, prompt.opening, f"{where}, row {number}")
+        ids = _token_ids(row, response_column, tokenizer, size, prompt.opening, f"{where}, row {number}")
         if len(ids) > response_limit:
             overlong += 1
             continue
@@ -167,13 +168,13 @@ def _graded(
 
 
 def _token_ids(
-    row: Mapping[str, Any], column: str, tokenizer: PreTrainedTokenizerBase, opening: str, where: str
+    row: Mapping[str, Any], column: str, tokenizer: PreTrainedTokenizerBase, size: int, opening: str, where: str
 ) -> list[int]:
-    """The response's token ids, without the thoughts that the prompt has opened (``opening``)."""
+    """The response's token ids, below ``size``, without the thoughts that the prompt has opened (``opening``)."""
     text = row.get(column)
     if row.get("token_ids") is not None:
         ids = row["token_ids"]
-        are_ids = isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < len(tokenizer) for i in ids)
+        are_ids = isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < size for i in ids)
         if not are_ids or (text is not None and decode(tokenizer, ids) != text):
             raise CacheError(
                 f"{where}: its token ids are not this tokenizer's (they do not decode to its {column!r}); "

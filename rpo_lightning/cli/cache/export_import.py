@@ -117,7 +117,7 @@ def import_(settings: ImportSettings, module: PolicyModule, data: RPODataModule,
     Raises:
         CacheError: No row is about a training question, or no response may be cached.
     """
-    cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer))
+    cache = ExperienceCache(tokenizer_fingerprint(module.tokenizer), module.vocabulary_size)
     prompts = data.read("train", "", module.tokenizer, module.grader.verifier, module.grader.rewards)
     source = as_source(settings.path, split="train")
     columns = [settings.question_column] if settings.question_column else list(QUESTION_COLUMNS)

@@ -104,18 +104,24 @@ def require_whole(path: Path) -> None:
     raise CheckpointError(f"{path}: the checkpoint is damaged ({damage}); {remedy}")
 
 
-def newest_whole(paths: Iterable[Path], tell: Callable[[str], None] = lambda _: None) -> Path | None:
+def newest_whole(
+    paths: Iterable[Path],
+    tell: Callable[[str], None] = lambda _: None,
+    lacks: Callable[[Path], str | None] = lambda _: None,
+) -> Path | None:
     """The newest of several checkpoints that is not damaged.
 
     Args:
         paths: Some of them may have gone.
-        tell: Takes a line for each damaged one that is newer.
+        tell: Takes a line for each one that is newer and passed over.
+        lacks: Why a whole one cannot be taken; ``None`` if it can.
     """
     for path in sorted({p for p in paths if p.exists()}, key=lambda p: p.stat().st_mtime_ns, reverse=True):
         damage = damage_of(path)
-        if damage is None:
+        problem = lacks(path) if damage is None else f"the checkpoint is damaged ({damage})"
+        if problem is None:
             return path
-        tell(f"{path}: the checkpoint is damaged ({damage}) and is passed over")
+        tell(f"{path} is passed over: {problem}")
     return None
 
 
