@@ -227,11 +227,11 @@ def test_last_is_wherever_checkpoint_callbacks_save(logger, settings, path):
     elsewhere = Path("elsewhere/version_0/checkpoints/last.ckpt")
     for number, made in enumerate((Path(path).with_name("step=3.ckpt"), Path(path), elsewhere)):
         made.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({}, made)
+        torch.save({"state_dict": {}, "rpo": {}}, made)
         os.utime(made, (number, number))
-    assert last_checkpoint(trainer).resolve() == Path(path).resolve()
+    assert last_checkpoint(trainer, to_train=False).resolve() == Path(path).resolve()
     Path(path).write_bytes(Path(path).read_bytes()[:-1])  # damaged, so the one before it is taken
-    assert last_checkpoint(trainer).name == "step=3.ckpt"
+    assert last_checkpoint(trainer, to_train=False).name == "step=3.ckpt"
 
 
 def test_a_class_of_the_users_own_is_named_by_its_module_in_the_working_directory(monkeypatch):

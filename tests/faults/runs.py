@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -151,6 +152,7 @@ def _run(what: dict[str, Any], rank: int, port: int) -> None:
     from rpo_lightning.cli.main import main
 
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a script started the tests with "&"
     if what["ranks"] > 1:
         os.environ.update(
             LOCAL_RANK=str(rank),
