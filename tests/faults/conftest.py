@@ -58,7 +58,7 @@ def whole_of_two(runs, micro_policy, tmp_path_factory) -> Path:
 
 
 class Outcomes:
-    """The recorded outcome of the matrix. A row replaces that of an earlier session."""
+    """The recorded outcome of the matrix. A row replaces an earlier one of its point."""
 
     PATH = ROOT / "benchmarks" / "results" / "kill_matrix.json"
     KEY = ("ranks", "engine", "phase", "point")
