@@ -31,14 +31,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from common.forked import in_folder, results_of
 from common.hard_report import write_report
 from common.machine import hardware
 from common.supervised import imitate
-from rpo_lightning.data.arithmetic import draw_problem
+from rpo_lightning.data.arithmetic import ArithmeticChain
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "benchmarks" / "results" / "hard_questions.jsonl"
@@ -114,8 +113,7 @@ def arms_of(level: str) -> dict[str, Arm]:
 
 def traces(seed: int, style: str) -> list[tuple[str, str]]:
     """A correct solution of each training question."""
-    rng = np.random.default_rng(seed)  # as ArithmeticChain draws them
-    problems = [draw_problem(rng, OPERATIONS) for _ in range(QUESTIONS)]
+    problems = ArithmeticChain(QUESTIONS, OPERATIONS, seed).problems()
     return [(p.question, p.solution(foreign_steps=OPERATIONS if style == "foreign" else 0)) for p in problems]
 
 

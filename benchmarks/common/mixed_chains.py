@@ -6,27 +6,24 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rpo_lightning.data.arithmetic import draw_problem
-from rpo_lightning.data.sources import DataSource
+from rpo_lightning.data.arithmetic import ArithmeticChain, ArithmeticProblem, draw_problem
 
 
-class MixedChains(DataSource):
+class MixedChains(ArithmeticChain):
     """Arithmetic problems of several lengths, as many of each.
 
     Args:
         size: Number of problems.
-        operations: Numbers of steps.
+        operations: Numbers of steps, in turn.
         seed: Seed of the problems.
     """
 
     def __init__(self, size: int, operations: list[int], seed: int = 0) -> None:
-        self.size = size
-        self.operations = operations
-        self.seed = seed
+        super().__init__(size, max(operations), seed)
+        self.lengths = operations
 
-    def rows(self) -> Iterator[dict[str, str]]:
-        """Yield rows with a ``question`` and an ``answer``."""
+    def problems(self) -> Iterator[ArithmeticProblem]:
+        """Yield the problems."""
         rng = np.random.default_rng(self.seed)
         for index in range(self.size):
-            problem = draw_problem(rng, self.operations[index % len(self.operations)])
-            yield {"question": problem.question, "answer": problem.answer}
+            yield draw_problem(rng, self.lengths[index % len(self.lengths)])

@@ -94,11 +94,15 @@ class ArithmeticChain(DataSource):
         self.operations = operations
         self.seed = seed
 
-    def rows(self) -> Iterator[dict[str, str]]:
-        """Yield rows with a ``question`` and an ``answer``."""
+    def problems(self) -> Iterator[ArithmeticProblem]:
+        """Yield the problems."""
         rng = np.random.default_rng(self.seed)
         for _ in range(self.size):
-            problem = draw_problem(rng, self.operations)
+            yield draw_problem(rng, self.operations)
+
+    def rows(self) -> Iterator[dict[str, str]]:
+        """Yield rows with a ``question`` and an ``answer``."""
+        for problem in self.problems():
             yield {"question": problem.question, "answer": problem.answer}
 
     def __repr__(self) -> str:
