@@ -89,7 +89,8 @@ class CacheFilling:
     def new(self, prompts: Sequence[Prompt]) -> FillingProgress:
         """A filling of the questions that have no response yet; a collective."""
         known = {entry.uid for entry in self._served.cache if entry.has_anchor}
-        return FillingProgress(self._origin(prompts), tuple(p.uid for p in prompts if p.uid not in known))
+        uids = tuple(p.uid for p in prompts if p.uid not in known)
+        return FillingProgress(self._origin(prompts) if uids else "", uids)  # it reads all weights
 
     def saved_in(self, path: Path, new: FillingProgress) -> FillingProgress:
         """Take up the filling that a cache file holds, if its answers are those that a new one would give.
