@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from lightning.pytorch import Trainer
@@ -45,8 +47,34 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with long files."""
+    """Begin with long files, and let the slow tests take their time."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    for item in items:
+        if item.get_closest_marker("slow") or item.get_closest_marker("soak"):
+            item.add_marker(pytest.mark.timeout(0))
+
+
+class Processes:
+    """The processes that a test has started. Those of earlier tests and of libraries (trackers) do not count."""
+
+    def __init__(self) -> None:
+        self._others = self._all()
+
+    def now(self) -> set[psutil.Process]:
+        """Those that there are, with the processes that they have started."""
+        return self._all() - self._others
+
+    @staticmethod
+    def _all() -> set[psutil.Process]:
+        return set(psutil.Process().children(recursive=True))
+
+
+@pytest.fixture
+def processes():
+    """The processes that the test starts; see ``Processes``."""
+    # Python starts it for the first test that needs it, and keeps it. It must not be this one.
+    resource_tracker.ensure_running()
+    return Processes()
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import pytest
 from benchmarks.common.machine import hardware
 from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards import AccuracyReward, Grader, GradingPool, MathVerifier
+from tests.conftest import Processes
 from tests.faults.hostile_answers import ENDLESS, Answer, answers, endless
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "grader_fuzz.json"
@@ -49,7 +50,7 @@ class Memory:
                     continue
 
 
-def grade(tried: list[Answer], workers: int, seconds: float) -> dict:
+def grade(tried: list[Answer], processes: Processes, workers: int, seconds: float) -> dict:
     """Grade answers in batches, check the verdicts that are known, and return figures."""
     pool = GradingPool(workers=workers, timeout_seconds=seconds, memory_gib=MEMORY_GIB)
     grader = Grader(MathVerifier(), [AccuracyReward()], pool)
@@ -73,7 +74,7 @@ def grade(tried: list[Answer], workers: int, seconds: float) -> dict:
         "killed": pool.killed,
         "peak_mib_of_a_worker": round(memory.workers / 2**20, 1),
         "growth_mib_of_the_trainer": round(memory.trainer / 2**20, 1),
-        "processes_left": len(psutil.Process().children(recursive=True)),
+        "processes_left": len(processes.now()),
     }
 
 
@@ -104,15 +105,15 @@ def test_what_is_too_nested_to_be_computed_is_compared_as_text(text):
     pool.close()
 
 
-def test_hostile_answers_get_verdicts_and_the_known_ones_between_them_are_right():
-    figures = grade(mixed(300, of_endless=0, seed=1), workers=2, seconds=60.0)
+def test_hostile_answers_get_verdicts_and_the_known_ones_between_them_are_right(processes):
+    figures = grade(mixed(300, of_endless=0, seed=1), processes, workers=2, seconds=60.0)
     assert figures["processes_left"] == 0
     assert figures["peak_mib_of_a_worker"] < MEMORY_GIB * 1024
 
 
 @pytest.mark.soak
-def test_twenty_thousand_hostile_answers_are_graded_in_bounded_time_and_memory():
-    figures = grade(mixed(20_000, of_endless=12, seed=2), workers=2, seconds=20.0)
+def test_twenty_thousand_hostile_answers_are_graded_in_bounded_time_and_memory(processes):
+    figures = grade(mixed(20_000, of_endless=12, seed=2), processes, workers=2, seconds=20.0)
     RESULTS.write_text(json.dumps({"hardware": hardware(), **figures}, indent=2) + "\n")
     assert figures["processes_left"] == 0
     assert figures["killed"] < 0.01 * figures["answers"]

@@ -25,6 +25,7 @@ from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards import ExactMatchVerifier, FunctionReward, FunctionVerifier, Grader, GradingPool, Reward
 from tests.conftest import make_data, make_module, make_trainer
 
+SLEEP = ["sleep", f"600.{os.getpid()}"]  # no other process sleeps as long
 NOTES = Path("not-set")  # where workers write; set before they are forked
 
 
@@ -151,7 +152,7 @@ def graded(function, responses, as_verifier=False, **settings):
 
 
 @pytest.mark.parametrize("function", LOST)
-def test_an_answer_without_a_result_scores_zero_and_is_counted_and_the_others_keep_theirs(function, caplog):
+def test_an_answer_without_a_result_scores_zero_and_is_counted_and_the_others_keep_theirs(function, caplog, processes):
     seconds = 0.5 if "0\\.5 s" in LOST[function] else 60.0
     values, pool = graded(function, ["good", "bad", "good", "good", "bad", "good"], timeout_seconds=seconds)
     assert values == [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
@@ -159,7 +160,7 @@ def test_an_answer_without_a_result_scores_zero_and_is_counted_and_the_others_ke
     told = [r.getMessage() for r in caplog.records]
     assert len(told) == 1  # once for each kind
     assert re.match(rf"{function.__name__} {LOST[function]}: such responses count as wrong", told[0])
-    assert psutil.Process().children(recursive=True) == []
+    assert processes.now() == set()
 
 
 def test_a_verdict_that_is_lost_is_wrong_and_its_reward_is_lost_apart():
@@ -168,11 +169,12 @@ def test_a_verdict_that_is_lost_is_wrong_and_its_reward_is_lost_apart():
     assert pool.killed == 2  # its verdict and its reward
 
 
-def test_a_long_message_to_a_worker_that_does_not_read_is_given_up():
+def test_a_long_message_to_a_worker_that_does_not_read_is_given_up(processes):
     """A socket takes some 200 kB; the rest waits for the worker, which was stopped from outside before."""
     pool = GradingPool(workers=1, timeout_seconds=0.5)
     assert pool.numbers(good, [("q", "x", "a")]) == [1.0]
-    psutil.Process().children()[0].suspend()
+    (worker,) = processes.now()
+    worker.suspend()
     assert pool.numbers(good, [("q", "x" * 3_000_000, "a"), ("q", "x", "a")]) == [0.0, 1.0]
     pool.close()
 
@@ -210,7 +212,7 @@ def forks_and_the_child_raises(prompt, response, answer):
 
 
 def leaves_processes_behind(prompt, response, answer):
-    subprocess.Popen(["sleep", "600"])
+    subprocess.Popen(SLEEP)
     multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,)).start()
     return 1.0
 
@@ -220,7 +222,7 @@ def limits_a_process_of_its_own(prompt, response, answer):
     process.start()
     process.terminate()
     process.join()
-    with subprocess.Popen(["sleep", "600"]) as other:
+    with subprocess.Popen(SLEEP) as other:
         other.terminate()
     return float(process.exitcode == -signal.SIGTERM and other.returncode == -signal.SIGTERM)
 
@@ -236,13 +238,13 @@ ODD = [
 
 
 @pytest.mark.parametrize("function", ODD)
-def test_an_odd_function_gets_its_value_leaves_no_process_and_nothing_on_the_terminal(function, capfd):
+def test_an_odd_function_gets_its_value_leaves_no_process_and_nothing_on_the_terminal(function, capfd, processes):
     values, pool = graded(function, ["x"] * 6, timeout_seconds=30.0)
     assert values == [1.0] * 6
     assert pool.killed == 0
     assert capfd.readouterr() == ("", "")
-    assert psutil.Process().children(recursive=True) == []
-    sleeping = [p for p in psutil.process_iter(["name", "cmdline"]) if p.info["cmdline"] == ["sleep", "600"]]
+    assert processes.now() == set()
+    sleeping = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == SLEEP]
     assert sleeping == []
 
 
@@ -316,11 +318,11 @@ TOLD = {
 
 
 @pytest.mark.parametrize("function", TOLD)
-def test_a_function_that_is_wrong_ends_the_run_with_a_line_that_names_it(function):
+def test_a_function_that_is_wrong_ends_the_run_with_a_line_that_names_it(function, processes):
     with pytest.raises(RewardError, match=TOLD[function]) as told:
         graded(function, ["one", "two"], timeout_seconds=30.0)
     assert "\n" not in str(told.value)
-    assert psutil.Process().children() == []
+    assert processes.now() == set()
 
 
 class InThisProcess(Reward):
@@ -381,7 +383,7 @@ def sleeps_where_told(prompt, response, answer):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_worker_that_is_killed_from_outside_costs_its_answer_and_an_idle_one_costs_none(
-    tmp_path, monkeypatch, number
+    tmp_path, monkeypatch, processes, number
 ):
     monkeypatch.setattr(f"{__name__}.NOTES", tmp_path / "pid")
     pool = GradingPool(workers=2, timeout_seconds=60.0)
@@ -396,9 +398,11 @@ def test_a_worker_that_is_killed_from_outside_costs_its_answer_and_an_idle_one_c
     assert pool.numbers(sleeps_where_told, [("q", r, "1") for r in ("a", "bad", "b", "c")]) == [1.0, 0.0, 1.0, 1.0]
     outside.join()
     assert pool.killed == 1
-    for idle in psutil.Process().children():
-        idle.send_signal(number)
-        while idle.status() != psutil.STATUS_ZOMBIE:
+    idle = processes.now()
+    assert idle
+    for worker in idle:
+        worker.send_signal(number)
+        while worker.status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.01)
     assert pool.numbers(sleeps_where_told, [("q", "a", "1")] * 4) == [1.0] * 4
     assert pool.killed == 1
@@ -409,18 +413,18 @@ def own_process(prompt, response, answer):
     return float(os.getpid())
 
 
-def test_workers_are_replaced_on_the_way_and_ten_thousand_answers_leave_nothing_behind():
+def test_workers_are_replaced_on_the_way_and_ten_thousand_answers_leave_nothing_behind(processes):
     pool = GradingPool(workers=2)
     pids = set()
     for _ in range(10):
         pool.start()  # as every rollout does
         pids |= set(pool.numbers(own_process, [("q", "x", "1")] * 1000))
-        children = psutil.Process().children()
-        assert len(children) == 2
-        assert all(child.status() != psutil.STATUS_ZOMBIE for child in children)
+        workers = processes.now()
+        assert len(workers) == 2
+        assert all(worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
     assert len(pids) > 4
     pool.close()
-    assert psutil.Process().children(recursive=True) == []
+    assert processes.now() == set()
 
 
 TRAINER = """
