@@ -29,23 +29,31 @@ from transformers.core_model_loading import revert_weight_conversion
 from rpo_lightning.core.errors import ConfigurationError
 
 
-def checkpoint_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def checkpoint_weights(policy: nn.Module, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Stream the weights under the names and in the shapes of a checkpoint of this architecture; engines load these.
 
     They may differ from those in memory: transformers computes with all experts of a layer in one tensor, checkpoints
     hold them one by one. With sharded parameters every rank must exhaust the stream.
+
+    Args:
+        policy: The policy.
+        merged: Whether adapters are merged into the weights; if not, they are left out.
     """
     model = underlying_model(policy)
-    for _, weights in groupby(named_weights(policy), key=lambda weight: _layer_of(weight[0])):
+    for _, weights in groupby(named_weights(policy, merged), key=lambda weight: _layer_of(weight[0])):
         yield from revert_weight_conversion(model, dict(weights)).items()
 
 
-def named_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_weights(policy: nn.Module, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Stream the weights that the policy computes with, under the names of its architecture.
 
     With sharded parameters every rank must exhaust the stream.
+
+    Args:
+        policy: The policy.
+        merged: Whether adapters are merged into the weights; if not, they are left out.
     """
-    return ((name, weight()) for name, weight in _weights(policy))
+    return ((name, weight()) for name, weight in _weights(policy, merged))
 
 
 def policy_fingerprint(policy: nn.Module) -> str:
@@ -78,25 +86,29 @@ def require_plain_names(policy: nn.Module) -> None:
         )
 
 
-def _weights(policy: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+def adapted_layers(policy: nn.Module) -> dict[str, Any]:
+    """The layers that have an adapter, under the names of the architecture."""
+    return {name: module for name, module in underlying_model(policy).named_modules() if _is_adapted(module)}
+
+
+def _weights(policy: nn.Module, merged: bool = True) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Yield the name of each weight, and a function that computes it."""
     model = underlying_model(policy)
-    adapters = {name: module for name, module in model.named_modules() if _is_adapted(module)}
+    adapters = adapted_layers(policy)
     saved = model.state_dict().keys()
     buffers = (named for named in model.named_buffers(remove_duplicate=False) if named[0] in saved)
     for name, tensor in chain(model.named_parameters(remove_duplicate=False), buffers):
         layer_name, adapted, inner = name.rpartition(".base_layer.")
+        own = partial(_dequantised, _owner(model, name)) if is_quantised(tensor) else partial(gathered, tensor)
         if adapted:
-            is_merged = isinstance(tensor, nn.Parameter)
-            weight = partial(_merged, adapters[layer_name], inner) if is_merged else partial(gathered, tensor)
+            is_merged = merged and isinstance(tensor, nn.Parameter)
+            weight = partial(_merged, adapters[layer_name], inner) if is_merged else own
             # PEFT puts adapters of single tokens (trainable_token_indices) into a child of the embedding.
             yield f"{layer_name.removesuffix('.token_adapter')}.{inner}", weight
         elif _is_within(name, adapters):
             continue  # the adapter's own parameters
         elif ".original_module." not in name:
-            is_packed = is_quantised(tensor)
-            weight = partial(_dequantised, _owner(model, name)) if is_packed else partial(gathered, tensor)
-            yield _saved_module_name(name), weight
+            yield _saved_module_name(name), own
 
 
 def underlying_model(policy: Any) -> Any:

@@ -138,7 +138,11 @@ class RolloutEngine(ABC):
         """Bind the engine to a policy and a run. Called at the start of every stage (fit, validate, test)."""
 
     def load_weights(self, policy: PreTrainedModel, version: int) -> None:
-        """Copy the policy's current weights, unless the engine shares them, and remember their ``version``."""
+        """Copy the policy's current weights, unless the engine shares them, and remember their ``version``.
+
+        An engine whose copy failed has no version: it generates nothing until the next one.
+        """
+        self._weights_version = None
         self._copy_weights(policy)
         self._weights_version = version
 

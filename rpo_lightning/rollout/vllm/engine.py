@@ -1,7 +1,8 @@
 """Rollouts on vLLM, in the trainer's process ("colocated"): one engine per rank.
 
-The engine is built from the policy's *configuration*, never from a checkpoint. Its weights come from syncs only. The
-context of a group is computed once; its other samples find it in the prefix cache. Every sync empties that cache.
+The engine is built from the policy's *configuration*, never from a checkpoint. Its weights come from syncs only
+(``weight_transfer.py``). The context of a group is computed once; its other samples find it in the prefix cache. Every
+sync empties that cache.
 
 Every request has its own seed. Samples depend neither on the schedule of requests nor on the content of the prefix
 cache, and a resumed run continues like an uninterrupted one.
@@ -13,10 +14,8 @@ import logging
 import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
@@ -24,10 +23,12 @@ from typing_extensions import override
 from rpo_lightning.core.errors import ConfigurationError, EngineError
 from rpo_lightning.core.types import Completion
 from rpo_lightning.policy.tokenizer import stop_token_ids
-from rpo_lightning.policy.weights import checkpoint_weights, save_architecture
 from rpo_lightning.rollout.engine import EngineSetup, GenerationRequest, OnFinished, RolloutEngine, Sampling
 from rpo_lightning.rollout.vllm import platform as vllm_platform
+from rpo_lightning.rollout.vllm.options import start_options
+from rpo_lightning.rollout.vllm.requests import completion_of, request_seeds, sampling_params
 from rpo_lightning.rollout.vllm.tensor_parallel import TensorParallelGroup
+from rpo_lightning.rollout.vllm.weight_transfer import Sync, transfer_for
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +47,13 @@ class VLLMEngine(RolloutEngine):
         enforce_eager: Use no compilation and no CUDA graphs. If not given: false on a GPU, true on a CPU.
         sleep_level: What to release while the policy trains. 0: nothing. 1: the key–value cache, and the weights after
             moving them to the CPU's memory. 2: both, without a copy; a sync follows every update anyway. If not given:
-            2 on a GPU, 0 on a CPU.
+            2 on a GPU, 1 with ``sync="adapter"``, 0 on a CPU.
+        sync: What a sync gives vLLM. ``merged``: all weights, with the adapter merged. ``adapter``: the base's weights
+            once, after a start or a sleep of level 2, and then only the adapter's, which vLLM adds while it computes.
         options: Any other setting of vLLM's ``EngineArgs``.
+
+    Attributes:
+        synced_bytes: Bytes of the tensors that vLLM was given at the last sync.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class VLLMEngine(RolloutEngine):
         tensor_parallel_size: int = 1,
         enforce_eager: bool | None = None,
         sleep_level: SleepLevel | None = None,
+        sync: Sync = "merged",
         options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -74,6 +81,10 @@ class VLLMEngine(RolloutEngine):
         self.settings = {k: v for k, v in settings.items() if v is not None} | (options or {})
         self.tensor_parallel_size = tensor_parallel_size
         self.sleep_level = sleep_level
+        self.sync = sync
+        self.synced_bytes = 0
+        self._transfer = transfer_for(sync)
+        self._transfer_options: dict[str, Any] = {}
         self._policy: PreTrainedModel | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._setup = EngineSetup()
@@ -91,64 +102,50 @@ class VLLMEngine(RolloutEngine):
     def attach(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setup: EngineSetup = EngineSetup()
     ) -> None:
-        """Remember policy and run. The engine starts at the first sync; it restarts if a stage needs longer sequences.
+        """Remember policy and run. The engine starts at the first sync; it restarts if a stage needs another one.
 
         Raises:
-            ConfigurationError: vLLM is not installed, cannot be imported, or is too old.
+            ConfigurationError: vLLM is not installed, cannot be imported, or is too old; or this policy cannot be
+                synced as ``sync`` says.
         """
+        self._transfer.require_policy(policy)
         vllm_platform.import_vllm()  # fails early if it is not installed
+        options = self._transfer.options(policy, self.settings)
         self._policy, self._tokenizer = policy, tokenizer
         self._stop_ids = sorted(stop_token_ids(policy, tokenizer) | setup.stop_ids)
-        needed = (setup.max_length or 0) > (self._setup.max_length or 0)
-        self._setup = setup
-        if needed and "max_model_len" not in self.settings:
+        is_longer = (setup.max_length or 0) > (self._setup.max_length or 0)
+        has_other_adapter = options != self._transfer_options
+        self._setup, self._transfer_options = setup, options
+        if has_other_adapter or (is_longer and "max_model_len" not in self.settings):
             self.shutdown()
 
     def _start(self) -> None:
         assert self._policy is not None
+        assert self._tokenizer is not None
         vllm = vllm_platform.import_vllm()
         vllm_platform.require_own_device(self._policy.device, self._setup)
         self._owns_process_group = not torch.distributed.is_initialized()
+        self._used_sleep_level = self._supported_sleep_level()
         with tempfile.TemporaryDirectory() as folder, vllm_platform.contained():
-            options = self._options(folder)
+            self._tokenizer.save_pretrained(folder)
+            own = {"enable_sleep_mode": self._used_sleep_level > 0, **self._transfer_options}
+            options = start_options(self._policy, folder, self._setup, self.tensor_parallel_size, own, self.settings)
             log.info(f"starting vLLM {vllm.__version__} in {options['dtype']}")
             try:
                 self._llm = vllm.LLM(**options)
             except Exception as error:
-                raise EngineError(f"vLLM {vllm.__version__} did not start: {_cause(error)}") from error
+                raise EngineError(
+                    f"vLLM {vllm.__version__} did not start: {_cause(error)}{self._transfer.remedy}"
+                ) from error
         self._group = TensorParallelGroup.of(self._llm, self.tensor_parallel_size)
         self._seen_cache_tokens = vllm_platform.prefix_cache_tokens(self._llm)
         self._seen_seconds = vllm_platform.request_seconds(self._llm)
 
-    def _options(self, folder: str) -> dict[str, Any]:
-        """All options for vLLM: the run's, the platform's, and the user's, which win."""
-        assert self._policy is not None
-        assert self._tokenizer is not None
-        self._tokenizer.save_pretrained(folder)
-        setup = self._setup
-        self._used_sleep_level = self._supported_sleep_level()
-        dtype = setup.dtype or next(self._policy.parameters()).dtype
-        options = {
-            "model": save_architecture(self._policy, Path(folder)),
-            "load_format": "dummy",
-            "generation_config": "vllm",
-            "dtype": str(torch.float32 if dtype == torch.float64 else dtype).removeprefix("torch."),
-            "trust_remote_code": setup.trust_remote_code,
-            "seed": request_seeds((setup.seed, setup.rank // self.tensor_parallel_size), 1)[0],
-            "enable_prefix_caching": True,
-            "logprobs_mode": "processed_logprobs",  # at the sampling temperature
-            "disable_log_stats": False,  # metrics() needs the counts of the prefix cache
-            "enable_sleep_mode": self._used_sleep_level > 0,
-            **vllm_platform.platform_options(self.settings),
-            **vllm_platform.launcher_options(setup, self.tensor_parallel_size),
-        }
-        if setup.max_length is not None:
-            options["max_model_len"] = setup.max_length
-        return options | self.settings
-
     def _supported_sleep_level(self) -> SleepLevel:
         if not vllm_platform.on_cpu():
-            wanted: SleepLevel = 2 if self.sleep_level is None else self.sleep_level
+            # Level 2 drops the base's weights, which an adapter's sync does not give again.
+            usual: SleepLevel = 1 if self.sync == "adapter" else 2
+            wanted = usual if self.sleep_level is None else self.sleep_level
             if wanted and vllm_platform.earlier_engine_holds_memory():
                 log.warning(
                     "an earlier vLLM engine of this process still holds memory, and vLLM allows a process one engine "
@@ -165,6 +162,7 @@ class VLLMEngine(RolloutEngine):
         if self._llm is not None:
             llm, self._llm = self._llm, None
             vllm_platform.stop(llm, self._owns_process_group)
+        self._transfer.forget()
         self._weights_version = None
         self._asleep = False
 
@@ -175,6 +173,7 @@ class VLLMEngine(RolloutEngine):
         self._llm.sleep(level=self._used_sleep_level)
         self._asleep = True
         if self._used_sleep_level == 2:
+            self._transfer.forget()
             self._weights_version = None  # level 2 drops the weights: even the same policy must be synced again
 
     @override
@@ -190,10 +189,14 @@ class VLLMEngine(RolloutEngine):
         if self._asleep:
             vllm_platform.wake(self._llm, "weights")
         try:
-            vllm_platform.load_weights(self._llm, checkpoint_weights(policy))
+            self.synced_bytes = self._transfer.load(self._llm, policy)
+        except ConfigurationError:
+            raise
         except Exception as error:
             log.error("vLLM failed while it loaded the policy's weights", exc_info=True)
-            raise EngineError(f"vLLM did not load the policy's weights: {_cause(error)}") from error
+            raise EngineError(
+                f"vLLM did not load the policy's weights: {_cause(error)}{self._transfer.remedy}"
+            ) from error
         if self._asleep:
             vllm_platform.wake(self._llm, "kv_cache")
             self._asleep = False
@@ -258,9 +261,10 @@ class VLLMEngine(RolloutEngine):
         try:
             prompts = [{"prompt_token_ids": list(request.token_ids)} for request, _ in requests]
             params = [self._sampling_params(requests[i][0], sampling, requests[i][1] + member) for i, member in draws]
-            for number, output in vllm_platform.outputs(self._llm, [prompts[i] for i, _ in draws], params):
+            asked = [prompts[i] for i, _ in draws]
+            for number, output in vllm_platform.outputs(self._llm, asked, params, self._transfer.request):
                 index, member = draws[number]
-                completion = _completion(output.outputs[0])
+                completion = completion_of(output.outputs[0])
                 # Greedy samples are equal: vLLM draws one, which is repeated.
                 for copy in [member] if sampling.temperature > 0 else range(requests[index][0].n):
                     yield index, copy, completion
@@ -269,29 +273,7 @@ class VLLMEngine(RolloutEngine):
             raise EngineError(f"vLLM failed while it was generating: {_cause(error)}") from error
 
     def _sampling_params(self, request: GenerationRequest, sampling: Sampling, seed: int) -> Any:
-        return vllm_platform.import_vllm().SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            max_tokens=request.max_new_tokens,
-            stop_token_ids=self._stop_ids,
-            stop=self._setup.stop_strings,
-            seed=seed,
-            logprobs=0,  # for the sampled token only
-            flat_logprobs=True,
-            detokenize=bool(self._setup.stop_strings),
-            skip_special_tokens=False,  # a text may be that of a special token
-        )
-
-
-def request_seeds(seed: int | tuple[int, ...], count: int) -> list[int]:
-    """One seed a request. Its sequences count up from it."""
-    return [int(s) for s in np.random.SeedSequence(seed).generate_state(count, np.uint32)]
-
-
-def _completion(output: Any) -> Completion:
-    return Completion(tuple(output.token_ids), tuple(output.logprobs.logprobs), output.finish_reason == "stop")
+        return sampling_params(request, sampling, self._stop_ids, self._setup.stop_strings, seed)
 
 
 def _cause(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import importlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from rpo_lightning.core.seeds import generator_states, set_generator_states
 from rpo_lightning.rollout.engine import EngineSetup
 
 OLDEST = (0, 24)
+# Older versions cannot load a base's weights once its layers take adapters.
+OLDEST_WITH_ADAPTERS = (0, 32)
 # Enough for 512 sequences of 1,000 tokens with a 135M model. vLLM's default takes most of the memory.
 CPU_CACHE_BYTES = 2 * 2**30
 
@@ -45,6 +47,26 @@ def import_vllm() -> Any:
     if _version() < OLDEST:
         raise ConfigurationError(f"vLLM {vllm.__version__} is too old: install {OLDEST[0]}.{OLDEST[1]} or newer")
     return vllm
+
+
+def require_adapters() -> None:
+    """Check that this vLLM can serve an adapter on a base that is loaded after its start.
+
+    Raises:
+        ConfigurationError: It is too old.
+    """
+    vllm = import_vllm()
+    if _version() < OLDEST_WITH_ADAPTERS:
+        oldest = ".".join(map(str, OLDEST_WITH_ADAPTERS))
+        raise ConfigurationError(
+            f"model.engine.sync=adapter needs vLLM {oldest} or newer, and this is {vllm.__version__}: install that, "
+            "or set model.engine.sync=merged"
+        )
+
+
+def adapter_ranks() -> list[int]:
+    """The ranks that vLLM can make room for, rising."""
+    return sorted(get_args(importlib.import_module("vllm.config.lora").MaxLoRARanks))
 
 
 def on_cpu() -> bool:
@@ -108,14 +130,20 @@ def require_own_device(device: torch.device, setup: EngineSetup) -> None:
         )
 
 
-def outputs(llm: Any, prompts: Sequence[Any], params: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+def outputs(llm: Any, prompts: Sequence[Any], params: Sequence[Any], adapter: Any = None) -> Iterator[tuple[int, Any]]:
     """Generate, and yield the number of every request and its output as soon as it ends.
 
     Where nobody waits for the rest, its requests are taken back.
+
+    Args:
+        llm: The engine.
+        prompts: The requests' prompts.
+        params: Their sampling parameters.
+        adapter: The adapter to generate with, from ``load_adapter``.
     """
     if not prompts:
         return
-    ids = llm.enqueue(prompts, params, use_tqdm=False)
+    ids = llm.enqueue(prompts, params, lora_request=adapter, use_tqdm=False)
     numbers = {_external(id_): number for number, id_ in enumerate(ids)}
     try:
         while llm.llm_engine.has_unfinished_requests():
@@ -163,6 +191,40 @@ def load_weights(llm: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
     if on_cpu() and _version() < (0, 32):
         llm.collective_rpc(_renew_output_head)
+
+
+def engine_dtype(llm: Any) -> torch.dtype:
+    """The dtype that an engine computes in."""
+    dtype: torch.dtype = llm.llm_engine.vllm_config.model_config.dtype
+    return dtype
+
+
+def load_adapter(llm: Any, number: int, folder: str) -> Any:
+    """Replace the adapter of a running engine.
+
+    Args:
+        llm: The engine.
+        number: The new adapter's number, which no adapter of this engine has had.
+        folder: Where it is. It is not read again.
+
+    Returns:
+        vLLM's request for the adapter, to generate with.
+    """
+    for earlier in llm.llm_engine.list_loras():
+        llm.llm_engine.remove_lora(earlier)
+    request = importlib.import_module("vllm.lora.request").LoRARequest(f"policy-{number}", number, folder)
+    llm.llm_engine.add_lora(request)
+    return request
+
+
+def unserved_layers(llm: Any, number: int) -> list[str]:
+    """Names of layers that an adapter was made for and that this engine computes without it. vLLM ignores them."""
+    return sorted({name for names in llm.collective_rpc(_unserved, args=(number,)) for name in names})
+
+
+def _unserved(worker: Any, number: int) -> set[str]:
+    manager = worker.model_runner.lora_manager._adapter_manager
+    return set(manager.get_adapter(number).loras) - set(manager.modules)
 
 
 def _renew_output_head(worker: Any) -> None:
