@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rpo_lightning.policy.lora import LoRA
 from rpo_lightning.rewards import UniformRandomReward
 from rpo_lightning.rollout import GenerationRequest, Sampling, TransformersEngine, VLLMEngine
 from tests.conftest import make_data, make_module, make_trainer
@@ -23,10 +26,17 @@ class RecordedVLLM:
     def wake_up(self, tags=None):
         self.calls.append(f"wake {' '.join(tags or ['all'])}")
 
-    def collective_rpc(self, method, kwargs=None):
+    def collective_rpc(self, method, args=(), kwargs=None):
+        if callable(method):
+            return []
         self.calls.append(str(method))
         if kwargs:
             assert [name for name, _ in kwargs["weights_iterator"]]
+
+    @property
+    def llm_engine(self):
+        config = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.bfloat16))
+        return SimpleNamespace(vllm_config=config, list_loras=set, add_lora=lambda _: self.calls.append("add adapter"))
 
     def reset_prefix_cache(self):
         self.calls.append("reset prefix cache")
@@ -40,8 +50,9 @@ def calls(monkeypatch):
     return found
 
 
-def engine_asleep(calls, policy, level):
-    engine = VLLMEngine(sleep_level=level)
+def engine_asleep(calls, policy, level, sync="merged"):
+    engine = VLLMEngine(sleep_level=level, sync=sync)
+    engine._transfer._holds_base_of = policy
     engine._llm, engine._used_sleep_level, engine._weights_version = RecordedVLLM(calls), level, 0
     engine._policy = policy
     engine.sleep()
@@ -66,11 +77,24 @@ def test_torchs_cache_is_emptied_before_an_engine_wakes_with_the_weights_it_has(
     assert calls == ["sleep 1", "empty torch's cache", "wake all"]
 
 
-def test_level_2_is_the_default_on_a_gpu_since_a_sync_follows_every_update(monkeypatch):
+@pytest.mark.parametrize("level", [1, 2])
+def test_an_engine_that_is_given_adapters_gets_the_base_again_only_if_its_sleep_dropped_it(policy, calls, level):
+    policy = LoRA(rank=2).apply(policy)
+    engine = engine_asleep(calls, policy, level, sync="adapter")
+    engine.load_weights(policy, 1)
+    assert calls == [
+        f"sleep {level}", "empty torch's cache", "wake weights", *(["reload_weights"] if level == 2 else []),
+        "add adapter", "empty torch's cache", "wake kv_cache", "reset prefix cache",
+    ]  # fmt: skip
+
+
+def test_level_2_is_the_default_on_a_gpu_if_a_sync_gives_all_weights_and_level_1_if_not(monkeypatch):
     monkeypatch.setattr("rpo_lightning.rollout.vllm.platform.on_cpu", lambda: False)
     monkeypatch.setattr("rpo_lightning.rollout.vllm.platform.earlier_engine_holds_memory", lambda: False)
     assert VLLMEngine()._supported_sleep_level() == 2
+    assert VLLMEngine(sync="adapter")._supported_sleep_level() == 1
     assert VLLMEngine(sleep_level=1)._supported_sleep_level() == 1
+    assert VLLMEngine(sleep_level=2, sync="adapter")._supported_sleep_level() == 2
 
 
 def test_no_gradient_lives_through_a_rollout(tmp_path):

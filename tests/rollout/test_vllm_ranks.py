@@ -13,7 +13,9 @@ import pytest
 pytestmark = pytest.mark.long
 
 
-@pytest.mark.parametrize(("tensor_parallel_size", "policy"), [(1, "whole"), (1, "sharded"), (2, "whole")])
+@pytest.mark.parametrize(
+    ("tensor_parallel_size", "policy"), [(1, "whole"), (1, "sharded"), (2, "whole"), (2, "adapted")]
+)
 def test_ranks_are_in_sync_and_sample_differently(tmp_path, tensor_parallel_size, policy):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -25,6 +27,6 @@ def test_ranks_are_in_sync_and_sample_differently(tmp_path, tensor_parallel_size
     )
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert [len(first["tokens"]), len(second["tokens"])] == [2, 2 if policy == "sharded" else 3]
+    assert [len(first["tokens"]), len(second["tokens"])] == [2, 3 if policy == "whole" else 2]
     assert first["tokens"] != second["tokens"][:2]
     assert max(first["largest"], second["largest"]) < 1e-4

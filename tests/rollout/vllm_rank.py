@@ -1,7 +1,8 @@
 """One of two ranks that roll out on vLLM; run by torchrun from ``test_vllm_ranks.py``.
 
-Arguments: tensor-parallel size, whether the policy is sharded (FSDP2), output folder. Writes this rank's
-samples, and the largest difference of the engine's log-probs from the policy's after a change of weights.
+Arguments: tensor-parallel size; ``whole``, ``sharded`` (FSDP2), or ``adapted`` (sharded, and the engine is given the
+adapter alone); output folder. Writes this rank's samples, and the largest difference of the engine's log-probs from the
+policy's after a change of weights.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from torch.distributed.fsdp import fully_shard
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from rpo_lightning.core.seeds import SeedPurpose, derive_seed
+from rpo_lightning.policy.lora import LoRA
 from rpo_lightning.policy.tokenizer import load_tokenizer
 from rpo_lightning.rollout import EngineSetup, GenerationRequest, Sampling, VLLMEngine
+from rpo_lightning.rollout.vllm.weight_transfer import Sync
 
 
 def main() -> None:
-    size, sharded, folder = int(sys.argv[1]), sys.argv[2] == "sharded", Path(sys.argv[3])
+    size, kind, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     rank = int(os.environ["RANK"])
     torch.distributed.init_process_group("gloo")
     tokenizer = load_tokenizer("embedded:arithmetic-reasoner")
@@ -34,17 +37,21 @@ def main() -> None:
     )  # fmt: skip
     policy = LlamaForCausalLM(config).eval()
     policy.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
-    if sharded:
+    if kind == "adapted":
+        policy = LoRA(rank=4, options={"init_lora_weights": False}).apply(policy)
+    if kind != "whole":
         fully_shard(policy, mesh=init_device_mesh("cpu", (2,)))
-    engine = VLLMEngine(tensor_parallel_size=size, options={"max_num_seqs": 16, "block_size": 32})
+    sync: Sync = "adapter" if kind == "adapted" else "merged"
+    engine = VLLMEngine(tensor_parallel_size=size, sync=sync, options={"max_num_seqs": 16, "block_size": 32})
     engine.attach(policy, tokenizer, EngineSetup(max_length=256, rank=rank, local_rank=rank, world_size=2))
     engine.load_weights(policy, 0)
     with torch.no_grad():
         for parameter in policy.parameters():
-            parameter.mul_(1.5)
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
     engine.load_weights(policy, 1)
     # Both ranks have the same questions. The second has one more, unless the policy is sharded.
-    requests = [GenerationRequest((5, 6, 7, 8 + i), 3, 20) for i in range(2 if sharded else 2 + rank)]
+    requests = [GenerationRequest((5, 6, 7, 8 + i), 3, 20) for i in range(2 + rank if kind == "whole" else 2)]
     outputs = engine.generate(requests, Sampling(), derive_seed(SeedPurpose.TRAINING, rank, 0))
     largest = 0.0
     for request, completions in zip(requests, outputs, strict=True):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
 
 from rpo_lightning.cache.cuts import UniformCut
 from rpo_lightning.callbacks import ExperienceCacheCallback, WeightSyncCallback
+from rpo_lightning.cli.main import main
 from rpo_lightning.core.errors import ConfigurationError, EngineError, RewardError
+from rpo_lightning.policy.load import resolve_policy
 from rpo_lightning.rewards import FunctionReward, UniformRandomReward
 from rpo_lightning.rollout import Sampling, VLLMEngine
 from tests.conftest import make_data, make_module, make_trainer
@@ -84,6 +88,39 @@ def test_a_resumed_run_continues_as_the_uninterrupted_one(tmp_path):
         whole.policy.state_dict().items(), resumed.policy.state_dict().values(), strict=True
     ):
         assert torch.equal(first, second), name
+
+
+ADAPTER_RUN = [
+    "fit", "--config", str(Path(__file__).parents[2] / "configs" / "quickstart_vllm.yaml"), "--model.adapter", "LoRA",
+    "--model.adapter.rank", "4", "--model.engine.sync", "adapter", "--model.optimizer.lr", "0.01",
+    "--model.rewards", '[{"class_path": "UniformRandomReward"}]', "--model.group_size", "4", "--data.batch_size", "4",
+    "--model.max_response_tokens", "64", "--data.train.size", "12", "--data.val.size", "8", "--trainer.max_steps", "3",
+    "--trainer.callbacks", '[{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", '
+    '"init_args": {"every_n_train_steps": 2, "save_top_k": -1}}]', "--trainer.enable_progress_bar", "false",
+]  # fmt: skip
+
+
+def test_a_run_that_gives_vllm_the_adapter_alone_is_in_sync_and_resumes_exactly(tmp_path, monkeypatch):
+    def run(folder, *options):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        main([*ADAPTER_RUN, *options])
+        (written,) = folder.glob("runs/quickstart_vllm/version_0")
+        log = metrics(written)
+        # After an update of this size, an engine with stale weights would be 100 times as far away.
+        assert (log["mismatch/logprob_max"].dropna() < 1e-4).all()
+        weights = load_file(written / "policy" / "model.safetensors")
+        return written, log[log["loss/total"].notna()], weights
+
+    written, whole, expected = run(tmp_path / "whole")
+    saved = next(written.glob("checkpoints/*step=2.ckpt"))
+    assert all("lora_" in name for name in torch.load(saved, weights_only=True)["state_dict"])
+    _, resumed, found = run(tmp_path / "resumed", "--ckpt_path", str(saved))
+    assert len(whole) == 3
+    assert resumed["loss/entropy"].tolist() == whole["loss/entropy"].tolist()[2:]
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    start = load_file(Path(resolve_policy("embedded:arithmetic-reasoner")) / "model.safetensors")
+    assert any((expected[name] - start[name]).abs().max() > 0.01 for name in start)
 
 
 def test_a_rollout_grades_while_vllm_decodes(tmp_path, monkeypatch):
