@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from rpo_lightning.policy.lora import has_adapter
 from rpo_lightning.policy.weights import adapted_layers, gathered, underlying_model
 
+NO_ADAPTER = "the policy has no adapter: set model.adapter=LoRA"
+
 
 def adapter_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Stream A (rank × inputs) and B (outputs × rank) of every adapted layer.
@@ -39,7 +41,7 @@ def adapter_problem(policy: nn.Module) -> str | None:
         What is wrong and what to change, or ``None``.
     """
     if not has_adapter(policy):
-        return "the policy has no adapter: set model.adapter=LoRA"
+        return NO_ADAPTER
     from peft.tuners.lora import LoraLayer
 
     for name, layer in adapted_layers(policy).items():

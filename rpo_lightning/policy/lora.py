@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA; Hu et al., arXiv 2106.09685) through PEFT, on quantised weights too (QLoRA, 2305.14314).
 
 Only the adapter trains. The policy without its adapter is the starting policy and serves as the KL penalty's reference:
-no second model is needed. The rollout engine gets merged weights.
+no second model is needed. The rollout engine gets merged weights, or vLLM the adapter alone (``VLLMEngine.sync``).
 """
 
 from __future__ import annotations

@@ -131,6 +131,16 @@ class RolloutEngine(ABC):
         """Version of the weights that the engine holds; ``None`` before the first sync."""
         return self._weights_version
 
+    def require_servable(self, has_adapter: bool) -> None:  # noqa: B027 (optional)
+        """Check what is known before the policy is loaded.
+
+        Args:
+            has_adapter: Whether the policy has an adapter.
+
+        Raises:
+            ConfigurationError: The engine cannot serve such a policy with its settings.
+        """
+
     @abstractmethod
     def attach(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setup: EngineSetup = EngineSetup()

@@ -25,7 +25,7 @@ from rpo_lightning.policy.elementwise.choice import ElementwiseKernels, require_
 from rpo_lightning.policy.export import export_policy
 from rpo_lightning.policy.limits import require_known_tokens, require_positions
 from rpo_lightning.policy.load import load_configuration, load_policy, require_files
-from rpo_lightning.policy.lora import LoRA
+from rpo_lightning.policy.lora import LoRA, has_adapter
 from rpo_lightning.policy.parallel.base import Placement
 from rpo_lightning.policy.parallel.strategies import placement_for, prepare_strategy
 from rpo_lightning.policy.prefix_sharing.flash_choice import (
@@ -84,6 +84,7 @@ class PolicyModule(LightningModule):
         elif tokenizer is None:
             raise ConfigurationError("model.policy is a model, not a name: give model.tokenizer too")
         require_stop(stop, tokenizer)
+        engine.require_servable(adapter is not None or has_adapter(policy))
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
         self.policy: PreTrainedModel | None = None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from rpo_lightning.cli.main import main
 from rpo_lightning.cli.memory.activations import activation_parts, around_layers_bytes, saved_by_head_bytes
 from rpo_lightning.cli.memory.estimate import estimate
 from rpo_lightning.cli.memory.model import ModelShape, model_shape, shape_of
@@ -247,6 +249,15 @@ def test_vllm_takes_its_share_while_it_is_awake_and_keeps_nothing_but_graphs_asl
     # Without the GPU's size: what is beside vLLM in the rollout may be 60 % of it.
     open_end = estimate(ROUND, replace(plan, checkpointing=True))
     assert open_end.smallest_device == max(open_end.total("rollout") / 0.6, open_end.total("backward"))
+
+
+def test_an_engine_that_is_given_adapters_keeps_its_weights_in_the_cpus_memory_asleep(capsys):
+    config = str(Path(__file__).parents[2] / "configs" / "dapo_rpo_lora.yaml")
+    arguments = ["memory", "--config", config, "--model.policy", REASONER, "--gpu_memory_gib", "80"]
+    main(arguments)
+    assert "vLLM's weights while it sleeps" not in capsys.readouterr().out
+    main([*arguments, "--model.engine.sync", "adapter"])
+    assert "vLLM's weights while it sleeps" in capsys.readouterr().out
 
 
 def test_a_share_that_does_not_hold_the_engines_weights_does_not_fit():

@@ -35,7 +35,9 @@ def test_the_quickstart_makes_an_iteration_in_mixed_precision(tmp_path, monkeypa
 
 
 # The default level first.
-@pytest.mark.parametrize(("sleep_level", "policy"), [(n, head) for n in "210" for head in ("tied", "untied")])
+@pytest.mark.parametrize(
+    ("sleep_level", "policy"), [(n, kind) for n in "210" for kind in ("tied", "untied", "adapted")]
+)
 def test_vllm_follows_the_policy_with_cuda_graphs_and_through_sleep(policy, sleep_level):
     command = [
         sys.executable,

@@ -13,7 +13,16 @@ from rpo_lightning.rollout import EngineSetup, GenerationRequest, Sampling, VLLM
 from rpo_lightning.rollout.vllm import platform as vllm_platform
 from rpo_lightning.rollout.vllm import weight_transfer
 from tests.conftest import REASONER
-from tests.rollout.test_vllm_engine import FP32, QUESTIONS, differences, largest_difference, requests, start, untied
+from tests.rollout.test_vllm_engine import (
+    FP32,
+    QUESTIONS,
+    change,
+    differences,
+    largest_difference,
+    requests,
+    start,
+    untied,
+)
 
 pytestmark = pytest.mark.long
 __all__ = ["start"]  # a fixture
@@ -30,13 +39,9 @@ def adapted(policy, **lora):
     return LoRA(**{"rank": 4, "alpha": 8, **lora}, options=options).apply(policy)
 
 
-def change(policy, seed):
-    """Change what trains, as an update does."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * parameter.std() * torch.randn(parameter.shape, generator=generator))
+def update(policy, seed):
+    """Change what trains."""
+    change(policy, seed, size=0.3, only_trained=True)
 
 
 def trained_bytes(policy):
@@ -66,7 +71,7 @@ def test_after_every_change_only_the_adapter_is_given_and_log_probs_equal_the_po
     assert engine.synced_bytes == all_bytes(policy)
     assert largest_difference(engine, policy, tokenizer) < FP32
     for seed in (1, 2, 3):
-        change(policy, seed)
+        update(policy, seed)
         assert largest_difference(engine, policy, tokenizer) > 100 * FP32  # a stale engine is noticed
         before = {n: t.clone() for n, t in policy.state_dict().items()}
         sync(engine, policy)
@@ -87,7 +92,7 @@ def test_the_prefix_cache_never_gives_what_an_earlier_adapter_computed(running, 
         assert engine.metrics()["rollout/prefix_cache_hit_share"] == pytest.approx(3 / 4 * 192 / 200)
         assert differences(long, outputs, policy).abs().max() < FP32
         before = engine._transfer.request.lora_name
-        change(policy, seed)
+        update(policy, seed)
         sync(engine, policy)
         assert engine._transfer.request.lora_name != before  # part of the keys of the prefix cache
 
@@ -146,7 +151,7 @@ def test_another_policy_restarts_the_engine_with_its_base_and_its_adapter(runnin
     engine.attach(policy, tokenizer, EngineSetup(max_length=512))
     sync(engine, policy)
     assert largest_difference(engine, policy, tokenizer) < largest
-    change(policy, seed=1)
+    update(policy, seed=1)
     sync(engine, policy)
     assert engine.synced_bytes == trained_bytes(policy)
     assert largest_difference(engine, policy, tokenizer) < largest

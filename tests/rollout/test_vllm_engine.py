@@ -67,10 +67,10 @@ def largest_difference(engine, policy, tokenizer, temperature=1.0) -> float:
     return differences(asked, outputs, policy, temperature=temperature).abs().max().item()
 
 
-def change(policy, seed=0, size=0.05):
+def change(policy, seed=0, size=0.05, only_trained=False):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in policy.parameters():
+        for parameter in (p for p in policy.parameters() if p.requires_grad or not only_trained):
             scale = parameter.float().std() if parameter.numel() > 1 else 0.0
             parameter.add_((size * scale * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype))
 

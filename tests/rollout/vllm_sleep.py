@@ -1,6 +1,6 @@
 """A vLLM engine on a GPU that follows a policy through changes of weights and sleep; run by ``tests/gpu/test_runs.py``.
 
-Arguments: ``tied`` or ``untied`` output head; sleep level.
+Arguments: ``tied`` or ``untied`` output head, or ``adapted``, where the engine is given the adapter alone; sleep level.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from typing import cast
 import torch
 
 from rpo_lightning.policy.load import load_policy
+from rpo_lightning.policy.lora import LoRA
 from rpo_lightning.policy.tokenizer import load_tokenizer
 from rpo_lightning.rollout import EngineSetup, Sampling, VLLMEngine
 from rpo_lightning.rollout.vllm.engine import SleepLevel
+from rpo_lightning.rollout.vllm.weight_transfer import Sync
 from tests.conftest import REASONER
 from tests.rollout.test_vllm_engine import change, differences, requests, untied
 
@@ -29,10 +31,12 @@ def assert_in_sync(engine, policy, tokenizer):
 
 
 def main() -> None:
-    head, level = sys.argv[1], cast(SleepLevel, int(sys.argv[2]))
+    kind, level = sys.argv[1], cast(SleepLevel, int(sys.argv[2]))
     tokenizer, policy = load_tokenizer(REASONER), load_policy(REASONER)
-    policy = (untied(policy) if head == "untied" else policy).bfloat16().cuda()
-    engine = VLLMEngine(gpu_memory_utilization=0.2, options={"max_num_seqs": 32}, sleep_level=level)
+    policy = (untied(policy) if kind == "untied" else policy).bfloat16()
+    policy = (LoRA(rank=4, options={"init_lora_weights": False}).apply(policy) if kind == "adapted" else policy).cuda()
+    sync: Sync = "adapter" if kind == "adapted" else "merged"
+    engine = VLLMEngine(gpu_memory_utilization=0.2, options={"max_num_seqs": 32}, sleep_level=level, sync=sync)
     engine.attach(policy, tokenizer, EngineSetup(max_length=512))
     engine.load_weights(policy, version=0)
     assert_in_sync(engine, policy, tokenizer)
@@ -41,7 +45,7 @@ def main() -> None:
         engine.sleep()
         freed = torch.cuda.mem_get_info()[0] - free
         assert (freed > 2**30) == (level > 0), freed
-        change(policy.cpu(), seed=version)
+        change(policy.cpu(), seed=version, only_trained=True)
         policy.cuda()
         engine.load_weights(policy, version)
         assert_in_sync(engine, policy, tokenizer)

@@ -146,7 +146,8 @@ def _engine(engine: Mapping[str, Any] | None, ranks: int) -> EnginePlan:
             f"{ranks}"
         )
     size = _ENGINE_BYTES.get(str(options.get("dtype", arguments.get("dtype"))))
-    return EnginePlan(True, 0.5 if share is None else share, 2 if level is None else level, parallel, size)
+    usual = 1 if arguments.get("sync") == "adapter" else 2
+    return EnginePlan(True, 0.5 if share is None else share, usual if level is None else level, parallel, size)
 
 
 def _strategy(strategy: Any, ranks: int) -> dict[str, Any]:

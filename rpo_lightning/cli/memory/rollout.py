@@ -27,7 +27,7 @@ _ROOM = 128
 
 
 def engine_weight_bytes(shape: ModelShape, plan: Plan) -> float:
-    """Bytes of vLLM's weights on each rank: adapters are merged, nothing is quantised."""
+    """Bytes of vLLM's weights on each rank: nothing is quantised. Adapters are merged, or small and not counted."""
     size = plan.engine.bytes_per_number or min(plan.precision.computed, 4)
     base = shape.parameters if not shape.has_adapter else shape.frozen + shape.quantized
     return base * size / plan.engine.tensor_parallel

@@ -22,13 +22,14 @@ from typing_extensions import override
 
 from rpo_lightning.core.errors import ConfigurationError, EngineError
 from rpo_lightning.core.types import Completion
+from rpo_lightning.policy.adapter_weights import NO_ADAPTER
 from rpo_lightning.policy.tokenizer import stop_token_ids
 from rpo_lightning.rollout.engine import EngineSetup, GenerationRequest, OnFinished, RolloutEngine, Sampling
 from rpo_lightning.rollout.vllm import platform as vllm_platform
 from rpo_lightning.rollout.vllm.options import start_options
 from rpo_lightning.rollout.vllm.requests import completion_of, request_seeds, sampling_params
 from rpo_lightning.rollout.vllm.tensor_parallel import TensorParallelGroup
-from rpo_lightning.rollout.vllm.weight_transfer import Sync, transfer_for
+from rpo_lightning.rollout.vllm.weight_transfer import Sync, refused, transfer_for
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,11 @@ class VLLMEngine(RolloutEngine):
         self._seen_seconds = (0.0, 0.0)
 
     # -- life ------------------------------------------------------------------------------------
+
+    @override
+    def require_servable(self, has_adapter: bool) -> None:
+        if self.sync == "adapter" and not has_adapter:
+            raise refused(NO_ADAPTER)
 
     def attach(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setup: EngineSetup = EngineSetup()

@@ -95,7 +95,7 @@ class AdapterTransfer(WeightTransfer):
     def require_policy(self, policy: PreTrainedModel) -> None:
         problem = adapter_problem(policy)
         if problem is not None:
-            raise _refused(problem)
+            raise refused(problem)
         vllm_platform.require_adapters()
 
     @override
@@ -104,7 +104,7 @@ class AdapterTransfer(WeightTransfer):
         ranks = vllm_platform.adapter_ranks()
         largest = settings.get("max_lora_rank", max(ranks))
         if rank > largest:
-            raise _refused(f"the adapter has rank {rank}, and vLLM serves at most {largest}: lower model.adapter.rank")
+            raise refused(f"the adapter has rank {rank}, and vLLM serves at most {largest}: lower model.adapter.rank")
         return {
             "enable_lora": True,
             "max_lora_rank": min(r for r in ranks if r >= rank),
@@ -134,7 +134,7 @@ class AdapterTransfer(WeightTransfer):
             self.request = vllm_platform.load_adapter(llm, self._number, name)
         unserved = vllm_platform.unserved_layers(llm, self._number)
         if unserved:
-            raise _refused(
+            raise refused(
                 f"vLLM has no layer {unserved[0]} that takes an adapter: leave it out of model.adapter.target_modules"
             )
         return size + adapter_bytes
@@ -151,7 +151,8 @@ def transfer_for(sync: Sync) -> WeightTransfer:
     return AdapterTransfer() if sync == "adapter" else MergedTransfer()
 
 
-def _refused(problem: str) -> ConfigurationError:
+def refused(problem: str) -> ConfigurationError:
+    """The error for a policy whose adapter vLLM cannot be given alone."""
     return ConfigurationError(f"model.engine.sync=adapter: {problem}, or set model.engine.sync=merged")
 
 
