@@ -21,7 +21,7 @@ from rpo_lightning.core.seeds import generator_states, set_generator_states
 from rpo_lightning.rollout.engine import EngineSetup
 
 OLDEST = (0, 24)
-# Older versions cannot load a base's weights once its layers take adapters.
+# 0.24 cannot load a base's weights once its layers take adapters. Versions between have not been tried.
 OLDEST_WITH_ADAPTERS = (0, 32)
 # Enough for 512 sequences of 1,000 tokens with a 135M model. vLLM's default takes most of the memory.
 CPU_CACHE_BYTES = 2 * 2**30
