@@ -1,4 +1,4 @@
-"""Logs sample completions: a file of the run, and tables in TensorBoard and Weights & Biases."""
+"""Logs sample completions: a file of the run, and tables in TensorBoard, Weights & Biases and MLflow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from rpo_lightning.callbacks.run_folder import RunFolderCallback
 from rpo_lightning.core.errors import ConfigurationError
@@ -27,7 +27,8 @@ class CompletionsCallback(RunFolderCallback):
     """Logs some completions of a training batch, with prefix and suffix in columns of their own.
 
     Appends rows to ``completions.jsonl`` in the run's folder. Beyond 64 MiB the file becomes
-    ``completions-earlier.jsonl``, and the one of that name goes. A TensorBoard or Weights & Biases logger gets a table.
+    ``completions-earlier.jsonl``, and the one of that name goes. TensorBoard, Weights & Biases and MLflow
+    get a table.
 
     Args:
         every_n_batches: Training batches from one log to the next.
@@ -65,6 +66,9 @@ class CompletionsCallback(RunFolderCallback):
                 logger.experiment.add_text("completions", _markdown(rows), pl_module.global_step)
             elif isinstance(logger, WandbLogger):
                 logger.log_table("completions", list(COLUMNS), [[row[c] for c in COLUMNS] for row in rows])
+            elif isinstance(logger, MLFlowLogger):  # a file each: MLflow writes a table whole, however long
+                table = {c: [row[c] for row in rows] for c in COLUMNS}
+                logger.experiment.log_table(logger.run_id, table, f"completions/step-{pl_module.global_step:06d}.json")
 
     def _rows(self, group: Group, tokenizer: Any) -> list[dict[str, Any]]:
         order = sorted(range(len(group.rewards)), key=lambda i: group.rewards[i])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -450,6 +451,24 @@ def test_completions_are_logged_as_a_table_with_prefix_and_suffix_apart(tmp_path
     events = EventAccumulator(str(tmp_path)).Reload()
     assert "rollout/decoded_tokens_per_sample" in events.Tags()["scalars"]
     assert "completions/text_summary" in events.Tags()["tensors"]
+
+
+def test_completions_are_tables_in_mlflow_too(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="needs mlflow or mlflow-skinny, which no extra brings")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # newer versions ask before they keep runs in files
+    logger = MLFlowLogger(tracking_uri=f"file:{tmp_path}")
+    completions = CompletionsCallback(every_n_batches=1, groups=1)
+    make_trainer(tmp_path, logger=logger, callbacks=[completions], max_steps=2).fit(
+        make_module(), datamodule=make_data()
+    )
+    client = mlflow.MlflowClient(f"file:{tmp_path}")
+    names = [file.path for file in client.list_artifacts(logger.run_id, "completions")]
+    assert names == ["completions/step-000001.json", "completions/step-000002.json"]
+    folder = Path(client.get_run(logger.run_id).info.artifact_uri.removeprefix("file:"))
+    tables = [pd.read_json(folder / name, orient="split", dtype=str) for name in names]
+    written = pd.read_json(next(tmp_path.rglob("completions.jsonl")), lines=True, dtype=str)
+    assert list(pd.concat(tables)["suffix"]) == list(written["suffix"])
+    assert list(tables[0].columns) == list(written.columns)
 
 
 def test_a_policy_object_needs_its_tokenizer_and_trains_in_place(tmp_path, policy, tokenizer):
