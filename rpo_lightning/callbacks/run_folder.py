@@ -90,10 +90,12 @@ class RunFolderCallback(Callback):
     Attributes:
         folder: The run's folder, from ``setup`` on.
         unwritten: The files that could not be written.
+        leaves_final_files: Whether its files are to be there after training, or the run ends with an error.
     """
 
     folder: Path
     unwritten: Unwritten
+    leaves_final_files = False
 
     def setup(self, trainer: Trainer, pl_module: RPOModule, stage: str) -> None:
         """Look the run's folder up; a collective."""
@@ -117,6 +119,7 @@ class FinalFilesCallback(RunFolderCallback, ABC):
     files are then written in ``on_fit_end``. So are those that could not be written before.
     """
 
+    leaves_final_files = True
     _has_written = False
 
     @abstractmethod
@@ -148,7 +151,7 @@ def require_final_files(trainer: Trainer) -> None:
         RunFileError: One of them could not.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, FinalFilesCallback):
+        if isinstance(callback, RunFolderCallback) and callback.leaves_final_files:
             for path, cause in callback.unwritten.causes.items():
                 raise RunFileError(
                     f"{path}: could not be written ({cause}). Make room, or mend its folder; the same command with "

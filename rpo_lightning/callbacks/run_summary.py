@@ -34,6 +34,8 @@ class RunSummaryCallback(RunFolderCallback):
     It also asks for a validation after the last update. There is none if ``check_val_every_n_epoch`` skips that epoch.
     """
 
+    leaves_final_files = True
+
     def __init__(self) -> None:
         self.decoded_tokens = 0
         self.responses = 0

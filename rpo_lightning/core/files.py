@@ -40,13 +40,18 @@ class Unwritten:
         try:
             yield
         except OSError as error:
-            cause = error.strerror or one_line(error)
+            cause = cause_of(error)
             if path not in self.causes:
                 log.warning(f"{path}: could not be written ({cause}). The run goes on; {kept}")
             self.causes[path] = cause
         else:
             if self.causes.pop(path, None) is not None:
                 log.info(f"{path}: could be written again")
+
+
+def cause_of(error: OSError) -> str:
+    """What the system says, such as "No space left on device", without the words that a library puts around it."""
+    return os.strerror(error.errno) if error.errno else one_line(error)
 
 
 def write_parquet(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:

@@ -109,6 +109,9 @@ _OF_A_POLICY = re.compile(
     r"|chat_template\.jinja|tokenizer\.model|spiece\.model|vocab\.txt|merges\.txt"
 )
 
+# Safetensors and tokenizers write in Rust, and raise errors of their own.
+_ERROR_OF_RUST = re.compile(r"\(os error (\d+)\)")
+
 
 @contextmanager
 def writing_policy(folder: str | Path) -> Iterator[Path]:
@@ -132,8 +135,9 @@ def writing_policy(folder: str | Path) -> Iterator[Path]:
             put_on_disk(path)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if "(os error" in str(error):  # safetensors and tokenizers write in Rust, and raise errors of their own
-            raise OSError(one_line(error)) from error
+        number = _ERROR_OF_RUST.search(str(error))
+        if number:
+            raise OSError(int(number[1]), one_line(error)) from error
         raise
     if is_new:
         partial.replace(folder)

@@ -50,7 +50,6 @@ def finish(runs: Runs, notes: Path, disk: Path, policy: Path, whole: Path) -> No
     assert difference(whole, notes) is None
 
 
-@pytest.mark.slow
 def test_a_run_on_a_full_disk_keeps_what_it_has_and_is_resumed_when_there_is_room(
     runs, micro_policy, whole, tmp_path, small_disk
 ):
@@ -59,7 +58,7 @@ def test_a_run_on_a_full_disk_keeps_what_it_has_and_is_resumed_when_there_is_roo
     assert "No space left on device" in the_line(tmp_path, "error:")
     assert "--ckpt_path last then writes it" in the_line(tmp_path, "error:")
     assert "The run goes on" in the_line(tmp_path, "step=6.ckpt: this checkpoint could not be written")
-    for file in ("policy-step=8", "policy", "cache.parquet", "metrics.csv"):
+    for file in ("policy-step=8", "policy", "cache.parquet", "summary.json"):  # the page of metrics.csv has room
         assert the_line(tmp_path, f"{file}: could not be written (No space left on device). The run goes on")
     assert "Traceback" not in (tmp_path / "output.txt").read_text()
     (run,) = small_disk.glob("runs/x/*")
@@ -84,7 +83,6 @@ def test_a_run_goes_on_through_a_disk_that_is_full_for_a_while(runs, micro_polic
     assert sorted(path.name for path in run.glob("checkpoints/*")) == ["epoch=1-step=8.ckpt", "last.ckpt"]
 
 
-@pytest.mark.slow
 def test_a_run_whose_folder_becomes_read_only_is_resumed_when_it_can_be_written(
     runs, micro_policy, whole, tmp_path, small_disk
 ):
@@ -104,7 +102,6 @@ def test_a_run_whose_folder_is_removed_makes_it_again(runs, micro_policy, whole,
     assert {"policy", "cache.parquet", "metrics.csv", "checkpoints", "summary.json"} <= left
 
 
-@pytest.mark.slow
 def test_checkpoints_that_are_too_large_for_the_disk_end_nothing(runs, micro_policy, whole, tmp_path):
     """The same without a file system of its own: no file may grow beyond a limit."""
     limit = Fault(STEP, 2, does="limit_files 30000")
@@ -124,3 +121,15 @@ def test_a_cache_that_cannot_be_saved_while_it_is_filled_is_filled(runs, micro_p
     assert "every checkpoint holds the cache too" in the_line(tmp_path, "cache.parquet: could not be written")
     (tmp_path / "runs").symlink_to(small_disk / "runs")
     assert difference(whole, tmp_path) is None
+
+
+@pytest.mark.slow
+def test_a_summary_alone_that_cannot_be_written_ends_the_run_with_its_line(
+    runs, micro_policy, whole, tmp_path, small_disk
+):
+    full = Fault("rpo_lightning.callbacks.run_summary:RunSummaryCallback.on_fit_end", 1, does=f"fill {small_disk}")
+    assert runs.run(tmp_path, command_on(small_disk, tmp_path, micro_policy), full) == [2], tail(tmp_path)
+    assert "summary.json: could not be written" in the_line(tmp_path, "error:")
+    (small_disk / "filling").unlink()
+    finish(runs, tmp_path, small_disk, micro_policy, whole)
+    assert (small_disk / "runs" / "x" / "version_1" / "summary.json").exists()

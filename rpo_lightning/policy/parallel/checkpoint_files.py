@@ -21,7 +21,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
 from rpo_lightning.core.errors import CheckpointError, one_line
-from rpo_lightning.core.files import put_on_disk, replacing
+from rpo_lightning.core.files import cause_of, put_on_disk, replacing
 
 log = logging.getLogger(__name__)
 
@@ -84,10 +84,10 @@ class WholeCheckpointIO(TorchCheckpointIO):
             last = newest_whole(checkpoints_in(path.parent))
             kept = "there is none yet" if last is None else f"the last one is {last}"
             log.warning(
-                f"{path}: this checkpoint could not be written ({one_line(cause)}). The run goes on and keeps the "
+                f"{path}: this checkpoint could not be written ({cause_of(cause)}). The run goes on and keeps the "
                 f"checkpoints that it has; {kept}"
             )
-        self.failure = one_line(cause)
+        self.failure = cause_of(cause)
 
 
 def require_whole(path: Path) -> None:
