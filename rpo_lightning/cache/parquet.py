@@ -100,9 +100,32 @@ def read_cache(path: str | Path, tokenizer_fingerprint: str, vocabulary_size: in
 def filling_of(path: str | Path) -> dict[str, Any] | None:
     """How far the filling of a cache file is; ``None`` if it is complete, damaged, or no cache."""
     with suppress(*_DAMAGED):
-        filling = (pq.read_schema(path).metadata or {}).get(b"filling")
-        return None if filling is None else dict(json.loads(filling))
+        return _filling_of(path)
     return None
+
+
+def whole_filling_of(path: str | Path) -> dict[str, Any] | None:
+    """How far the filling of a cache file is; ``None`` if it is complete. All of a filling is read once.
+
+    Raises:
+        CacheError: The file is damaged.
+    """
+    try:
+        filling = _filling_of(path)
+        if filling is not None:
+            with pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True) as file:
+                for _ in file.iter_batches(BATCH_ROWS):
+                    pass
+    except _DAMAGED as error:
+        raise CacheError(f"{path}: not a readable Parquet file ({one_line(error)})") from error
+    return filling
+
+
+def _filling_of(path: str | Path) -> dict[str, Any] | None:
+    filling = json.loads((pq.read_schema(path).metadata or {}).get(b"filling", b"null"))
+    if not isinstance(filling, dict | None):
+        raise ValueError("its filling is no JSON object")
+    return filling
 
 
 def _read_whole(path: Path, tokenizer_fingerprint: str, vocabulary_size: int | None) -> ExperienceCache:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rpo_lightning.cache.parquet import filling_of, read_cache
+from rpo_lightning.cache.parquet import filling_of, read_cache, whole_filling_of
 from rpo_lightning.cache.prefixes import CachedPrefixes
 from rpo_lightning.callbacks.answer_progress import AnswerBar
 from rpo_lightning.core.errors import CacheError
@@ -22,6 +22,7 @@ from rpo_lightning.core.hashing import short_name
 from rpo_lightning.core.seeds import SeedPurpose, derive_seed, run_seed
 from rpo_lightning.core.types import Group, Prompt, full_path_request
 from rpo_lightning.policy.weights import policy_fingerprint
+from rpo_lightning.rewards.identity import description
 from rpo_lightning.rollout.engine import Sampling
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class FillingProgress:
     """How far a filling is; saved with the cache.
 
     Attributes:
-        origin: Identifies what the answers depend on: policy, seed, sampling and limits.
+        origin: Identifies what the answers depend on: policy, seed, sampling, limits, and what grades them.
         uids: The questions to fill, in order.
         done: How many of them are filled.
         tokens: Tokens decoded for them.
@@ -61,8 +62,15 @@ class FillingProgress:
         return {**asdict(self), "uids": list(self.uids)}
 
     @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> FillingProgress:
-        """The inverse of ``as_dict``."""
+    def from_dict(cls, saved: dict[str, Any], where: str) -> FillingProgress:
+        """The inverse of ``as_dict``.
+
+        Raises:
+            CacheError: It is none that ``as_dict`` has made.
+        """
+        kinds: dict[str, Any] = {"origin": str, "uids": list, "done": int, "tokens": int, "seconds": int | float}
+        if saved.keys() != kinds.keys() or not all(isinstance(saved[name], kinds[name]) for name in kinds):
+            raise CacheError(f"{where}: does not tell how far its filling is: name another one")
         return cls(**{**saved, "uids": tuple(saved["uids"])})
 
 
@@ -92,27 +100,37 @@ class CacheFilling:
         uids = tuple(p.uid for p in prompts if p.uid not in known)
         return FillingProgress(self._origin(prompts) if uids else "", uids)  # it reads all weights
 
-    def saved_in(self, path: Path, new: FillingProgress) -> FillingProgress:
+    def saved_in(self, path: Path, new: FillingProgress, must_be_sound: bool) -> FillingProgress:
         """Take up the filling that a cache file holds, if its answers are those that a new one would give.
 
         Args:
             path: The file of a run that was stopped.
             new: What is to be done otherwise.
+            must_be_sound: Whether the user has named the file, and it must hold what it should.
 
         Returns:
             The progress to go on from: that of the file, whose cache is taken, or ``new``.
+
+        Raises:
+            CacheError: The file must be sound and is not.
         """
         saved = filling_of(path)
         if saved is None:
             return new
-        progress = FillingProgress.from_dict(saved)
-        if progress.origin != new.origin or not {*new.uids} <= {*progress.uids}:
-            log.warning(
-                f"{path}: was filled with another policy, seed, sampling, limit or set of questions, so this run fills "
-                "its cache anew"
-            )
+        try:
+            progress = FillingProgress.from_dict(saved, str(path))
+            if progress.origin != new.origin or not {*new.uids} <= {*progress.uids}:
+                log.warning(
+                    f"{path}: was filled with another policy, seed, sampling, limit, reward, verifier or set of "
+                    "questions, so this run fills its cache anew"
+                )
+                return new
+            cache = read_cache(path, self._served.cache.tokenizer_fingerprint, self._module.vocabulary_size)
+        except CacheError as error:
+            if must_be_sound:
+                raise
+            log.warning(f"{error}. This run fills its cache anew")
             return new
-        cache = read_cache(path, self._served.cache.tokenizer_fingerprint, self._module.vocabulary_size)
         self._served.cache.load_state_dict(cache.state_dict())
         log.info(f"{path}: the cache is filled on from question {progress.done} of {len(progress.uids)}")
         return progress
@@ -191,10 +209,10 @@ class CacheFilling:
             # What template, system prompt and examples make of the questions, which their identifiers do not tell.
             short_name("".join(short_name(f"{p.uid} {p.token_ids}") for p in prompts)),
             served.keep_unfinished,
-            type(served.refresh).__name__,
-            type(module.engine).__name__,
-            type(module.grader.verifier).__name__,
-            [(reward.name, reward.weight) for reward in module.grader.rewards],
+            description(type(served.refresh)),
+            description(type(module.engine)),
+            description(module.grader.verifier),
+            [(reward.name, reward.weight, description(reward)) for reward in module.grader.rewards],
         )
         return short_name(repr(parts))
 
@@ -214,8 +232,25 @@ class SavingClock:
         self._next = time.monotonic() + max(SECONDS_BETWEEN_SAVES, seconds / SHARE_OF_SAVING)
 
 
-def newest_filling(folders: Sequence[Path], name: str) -> Path | None:
-    """The newest cache file of a run that filled it and wrote no later one, in any of the folders."""
+def newest_filling(
+    folders: Sequence[Path], name: str, than: Path | None = None, tell: Callable[[str], None] = lambda _: None
+) -> Path | None:
+    """The newest whole cache file of a run that filled it and wrote no later one, in any of the folders.
+
+    Args:
+        folders: The folders.
+        name: The name of cache files.
+        than: A file that it must not be older than.
+        tell: Takes a line for each damaged one that is newer and passed over.
+    """
     paths = [folder / name for folder in folders if (folder / name).is_file()]
-    unfinished = [path for path in paths if filling_of(path) is not None]
-    return max(unfinished, key=lambda path: path.stat().st_mtime_ns, default=None)
+    oldest = 0 if than is None else than.stat().st_mtime_ns
+    for path in sorted({*paths}, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        if path.stat().st_mtime_ns < oldest:
+            return None
+        try:
+            if whole_filling_of(path) is not None:
+                return path
+        except CacheError as error:
+            tell(f"{error}: it is passed over")
+    return None

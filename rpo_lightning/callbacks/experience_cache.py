@@ -220,7 +220,7 @@ class ExperienceCacheCallback(FinalFilesCallback):
             self._filling = filling.new(prompts)
             begun = self.filled_by or (None if self.path is None else Path(self.path))
             if begun is not None and self._filling.uids:
-                self._filling = filling.saved_in(begun, self._filling)
+                self._filling = filling.saved_in(begun, self._filling, must_be_sound=self.filled_by is None)
             self.filled_by = None  # a later fit has a cache
         if not self._filling.is_complete:
             sync_engine(trainer)
@@ -295,5 +295,5 @@ class ExperienceCacheCallback(FinalFilesCallback):
         self.initialisation_tokens = state_dict["initialisation_tokens"]
         self.initialisation_seconds = state_dict["initialisation_seconds"]
         filling = state_dict.get("filling")  # not in checkpoints of earlier releases
-        self._filling = None if filling is None else FillingProgress.from_dict(filling)
+        self._filling = None if filling is None else FillingProgress.from_dict(filling, "the checkpoint's cache")
         self._is_restored = True

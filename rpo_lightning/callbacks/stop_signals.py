@@ -5,7 +5,7 @@ it writes a checkpoint inside the signal's handler, with half an update in it. O
 in the middle of other collectives. Without SLURM, SIGUSR1 kills the process.
 
 Here a handler only takes a note. After the update, all ranks agree on whether one of them has a note. Then they write a
-checkpoint, or have SLURM requeue the job as Lightning does, and end.
+checkpoint and end. On SLURM they have the job requeued, as Lightning does, where nothing was trained yet too.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from rpo_lightning.callbacks.run_folder import run_checkpoints
+from rpo_lightning.callbacks.after_stop import requeued, slurm_checkpoint, stop_checkpoint, what_is_kept
 
 if TYPE_CHECKING:
     from rpo_lightning.module import RPOModule
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-HOW_TO_GO_ON = "go on with the same command and --ckpt_path last"
 
 
 class StopSignals(_SignalConnector):
@@ -41,12 +40,21 @@ class StopSignals(_SignalConnector):
     Attributes:
         received: The first signal of this process.
         agreed: The signal that ends the run, once the ranks have agreed on it.
+        saved: The checkpoint that holds what the run was at its end; ``None`` if none was written.
+        has_trained: Whether an iteration has ended.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
         self.received = 0
         self.agreed = 0
+        self.saved: Path | None = None
+        self.has_trained = False
+
+    @property
+    def is_to_be_requeued(self) -> bool:
+        """Whether SLURM shall start the job again."""
+        return bool(self.agreed) and self.agreed == self.requeue_signal
 
     @property
     def requeue_signal(self) -> int:
@@ -65,9 +73,10 @@ class StopSignals(_SignalConnector):
             if earlier in (signal.SIG_DFL, signal.default_int_handler) or number == signal.SIGTERM:
                 self._register_signal(number, self._handler(earlier))
 
-    def requeue(self) -> None:
-        """Write a checkpoint for SLURM and have it requeue the job; a collective."""
-        self._slurm_sigusr_handler_fn(self.agreed, None)  # type: ignore[arg-type]
+    def save(self) -> None:
+        """Write a checkpoint for the run that goes on, where SLURM's or ``--ckpt_path last`` finds it; a collective."""
+        write = slurm_checkpoint if self.is_to_be_requeued else stop_checkpoint
+        self.saved = write(self.trainer)
 
     def _handler(self, earlier: Any) -> Any:
         def note(number: int, frame: Any) -> None:
@@ -88,25 +97,25 @@ class StopSignals(_SignalConnector):
 class StopSignalsCallback(Checkpoint):
     """Writes a checkpoint and ends the run after a signal. ``RPOModule`` adds one itself.
 
-    It is a ``Checkpoint``, because Lightning calls those last, when the cache and the others know the update.
+    It is a ``Checkpoint``, because Lightning calls those last, when the cache and the others know the update, and have
+    written their files after an exception.
     """
 
     best_model_path = ""  # which Lightning asks the first of the checkpoint callbacks for
 
-    def __init__(self) -> None:
-        self._saved: Path | None = None
-
     def setup(self, trainer: Trainer, pl_module: RPOModule, stage: str) -> None:
         """Replace Lightning's handlers before it registers them; evaluations that follow get Lightning's again."""
-        self._saved = None
         trainer._signal_connector = StopSignals(trainer) if stage == "fit" else _SignalConnector(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: RPOModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write a checkpoint if the run is to end, and have Lightning end it once it has logged the update."""
+        signals = _signals(trainer)
+        signals.has_trained = True
         if _agrees(trainer, pl_module) and not 0 < trainer.max_steps <= trainer.global_step:
-            self._stop(trainer)
+            signals.save()
+            signals.received_sigterm = True
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: RPOModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -114,47 +123,26 @@ class StopSignalsCallback(Checkpoint):
         """The same in the middle of a validation, which the resumed run begins again."""
         if trainer.state.fn != "fit" or trainer.received_sigterm or not _agrees(trainer, pl_module):
             return
-        if trainer.sanity_checking:
-            trainer._signal_connector.received_sigterm = True
-        else:
-            self._stop(trainer)
+        signals = _signals(trainer)
+        if not trainer.sanity_checking:
+            signals.save()
+        signals.received_sigterm = True
 
     def on_exception(self, trainer: Trainer, pl_module: RPOModule, exception: BaseException) -> None:
-        """Say how to go on, and give the process the exit code of its signal."""
+        """Have SLURM requeue the job, say how to go on, and give the process the exit code of its signal."""
         signals = trainer._signal_connector
         if not (isinstance(exception, SIGTERMException) and isinstance(signals, StopSignals) and signals.agreed):
             return
         # Lightning kills the first rank when a process that it started ends with another code than 0.
         is_started_by_lightning = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
         exception.code = 0 if is_started_by_lightning and trainer.local_rank else 128 + signals.agreed
+        kept = what_is_kept(trainer, signals.saved, signals.has_trained)
         if trainer.is_global_zero:
-            name, after = signal.Signals(signals.agreed).name, f"after update {trainer.global_step}"
-            saved = "nothing was trained yet" if self._saved is None else f"checkpoint {self._saved}"
-            log.warning(f"{name}: the run ended {after} ({saved}): {HOW_TO_GO_ON}")
-
-    def _stop(self, trainer: Trainer) -> None:
-        signals = trainer._signal_connector
-        assert isinstance(signals, StopSignals)
-        if signals.agreed == signals.requeue_signal:
-            self._saved = Path(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
-            signals.requeue()
-        else:
-            self._saved = self._save(trainer)
-        signals.received_sigterm = True
-
-    @staticmethod
-    def _save(trainer: Trainer) -> Path | None:
-        """Write a checkpoint, unless one of this update is there; a collective."""
-        savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-        if not savers or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return None
-        for saver in savers:
-            if saver._last_global_step_saved == trainer.global_step and not saver.save_weights_only:
-                return Path(saver._last_checkpoint_saved)
-        folder = Path(savers[0].dirpath or run_checkpoints(trainer))
-        path = folder / f"stopped-step={trainer.global_step}.ckpt"
-        trainer.save_checkpoint(path)
-        return path
+            how = kept.how_to_go_on
+            if signals.is_to_be_requeued and (kept.by_slurm or not signals.has_trained):
+                how = requeued() or how
+            name = signal.Signals(signals.agreed).name
+            log.warning(f"{name}: the run ended after update {trainer.global_step} ({kept.what}): {how}")
 
 
 def stop_between_batches(trainer: Trainer) -> None:
@@ -164,7 +152,15 @@ def stop_between_batches(trainer: Trainer) -> None:
         SIGTERMException: One has arrived at any rank.
     """
     if _agrees(trainer, trainer.lightning_module):
+        signals = _signals(trainer)
+        if signals.is_to_be_requeued:
+            signals.save()
         raise SIGTERMException
+
+
+def _signals(trainer: Trainer) -> StopSignals:
+    assert isinstance(trainer._signal_connector, StopSignals)
+    return trainer._signal_connector
 
 
 def _agrees(trainer: Trainer, module: Any) -> bool:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
 
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
 
 from rpo_lightning.callbacks import ExperienceCacheCallback
@@ -17,7 +18,7 @@ from rpo_lightning.callbacks.run_folder import experiment_runs, last_checkpoint
 from rpo_lightning.core.checkpoint_file import require_checkpoint
 from rpo_lightning.core.errors import ConfigurationError, RPOError, one_line
 from rpo_lightning.core.run_files import CACHE_FILE
-from rpo_lightning.policy.parallel.checkpoint_files import checkpoints_in, require_whole
+from rpo_lightning.policy.parallel.checkpoint_files import require_whole
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +31,8 @@ def found_checkpoint(
 ) -> str | None:
     """The checkpoint that a setting names; the newest last one of this experiment for ``last``.
 
-    Each run has its own folder, so Lightning would find none. A cache that was being filled when a run was stopped may
-    be newer than any checkpoint: then it is filled on.
+    Each run has its own folder, so Lightning would find none for ``last``. A cache that was being filled when a run was
+    stopped may be newer than any checkpoint: then it is filled on.
 
     Args:
         trainer: The trainer.
@@ -43,41 +44,75 @@ def found_checkpoint(
         ConfigurationError: There is no file at a given path, or it is no checkpoint of a run like this.
         CheckpointError: It is torn or corrupt.
     """
-    if path == "last":
-        last = last_checkpoint(trainer, to_train)
-        filling = _taken_up(trainer, cache, than=last) if to_train else None
-        if filling is not None:
-            log.info(f"--ckpt_path last: {filling}, a cache that was being filled")
-            return None
-        if last is None:
-            log.warning("--ckpt_path last: there is none yet, so no checkpoint is loaded")
-            return None
-        log.info(f"--ckpt_path last: {last}")
-        path = str(last)
-    elif path is None and to_train and int(os.environ.get("SLURM_RESTART_COUNT", 0)):
-        _taken_up(trainer, cache, than=None)  # SLURM starts the same command again
-    if path in (None, "best", "hpc", "registry") or "://" in str(path):
-        return path
-    file = Path(str(path))
-    if not file.exists():
-        raise ConfigurationError(f"--ckpt_path {path}: no such file: check the path")
-    if file.is_file() and checkpoints_in(file.parent) - {file.absolute()}:
-        require_whole(file)  # a damaged one is refused with the last good one beside it
-    require_checkpoint(file, to_train, trainer.strategy.restore_checkpoint_after_setup)
-    if file.is_file():
-        require_whole(file)
+    if path is None:
+        path = _of_slurm(trainer, to_train, cache)
+    elif path == "last":
+        path = _newest(trainer, to_train, cache)
+    else:
+        _require_usable(path, to_train, trainer)
     return path
 
 
+def _require_usable(path: str, to_train: bool, trainer: Trainer) -> None:
+    """Check a checkpoint that was named, once: it may be large."""
+    if path in ("best", "hpc", "registry") or "://" in path:
+        return
+    file = Path(path)
+    if not file.exists():
+        raise ConfigurationError(f"--ckpt_path {path}: no such file: check the path")
+    if file.is_file():
+        require_whole(file)
+    require_checkpoint(file, to_train, trainer.strategy.restore_checkpoint_after_setup)
+
+
+def _newest(trainer: Trainer, to_train: bool, cache: ExperienceCacheCallback | None) -> str | None:
+    """What ``last`` is: a checkpoint; ``None`` if a cache is filled on, or if there is nothing yet."""
+    last = last_checkpoint(trainer, to_train)
+    filling = _taken_up(trainer, cache, than=last) if to_train else None
+    if filling is not None:
+        log.info(f"--ckpt_path last: {filling}, a cache that was being filled")
+    elif last is None:
+        log.warning("--ckpt_path last: there is none yet, so no checkpoint is loaded")
+    else:
+        log.info(f"--ckpt_path last: {last}")
+        return str(last)
+    _load_none(trainer)
+    return None
+
+
+def _of_slurm(trainer: Trainer, to_train: bool, cache: ExperienceCacheCallback | None) -> str | None:
+    """What a job goes on from without ``--ckpt_path``: SLURM starts the same command again.
+
+    It is the checkpoint that Lightning has written for that, or a newer cache that was being filled.
+    """
+    if not SLURMEnvironment.detect():
+        return None
+    path = trainer._checkpoint_connector._hpc_resume_path
+    is_remote = path is not None and "://" in path
+    if to_train and int(os.environ.get("SLURM_RESTART_COUNT", 0)) and not is_remote:
+        filling = _taken_up(trainer, cache, than=None if path is None else Path(path))
+        if filling is not None:
+            log.info(f"SLURM has started the job again: {filling}, a cache that was being filled")
+            _load_none(trainer)
+            return None
+    if path is not None:
+        log.info(f"SLURM: {path}")
+        _require_usable(path, to_train, trainer)
+    return path
+
+
+def _load_none(trainer: Trainer) -> None:
+    """Have Lightning load no checkpoint. On SLURM it would take one that it has written, without a word."""
+    trainer._checkpoint_connector._ckpt_path = None
+    trainer._checkpoint_connector._user_managed = True
+
+
 def _taken_up(trainer: Trainer, cache: ExperienceCacheCallback | None, than: Path | None) -> Path | None:
-    """Have the cache go on from the newest one of the experiment that was being filled, if newer than a file."""
+    """Have the cache go on from the newest one of the experiment that was being filled, if no older than a file."""
     if cache is None or cache.initialisation != "eager":
         return None
-    newest = newest_filling(experiment_runs(trainer), CACHE_FILE)
-    if newest is None or (than is not None and than.stat().st_mtime_ns > newest.stat().st_mtime_ns):
-        return None
-    cache.filled_by = newest
-    return newest
+    cache.filled_by = newest_filling(experiment_runs(trainer), CACHE_FILE, than, log.warning)
+    return cache.filled_by
 
 
 @contextmanager

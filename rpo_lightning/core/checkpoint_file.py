@@ -63,11 +63,6 @@ def _read(path: Path) -> Mapping[str, Any]:
     Raises:
         ConfigurationError: It is damaged, or holds Python objects.
     """
-    if not zipfile.is_zipfile(path):
-        size = path.stat().st_size
-        raise ConfigurationError(
-            f"--ckpt_path {path}: {'an empty file' if not size else 'torn, or no checkpoint'}: name another checkpoint"
-        )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:

@@ -124,7 +124,8 @@ class EpochRepair:
     Without it, Lightning 2.6 misreads checkpoints written after a run has stopped: its default one with ``max_steps``,
     or ``trainer.save_checkpoint`` after ``fit``. If the run stopped within an epoch, Lightning counts that epoch as
     done and skips the rest of it. If the run stopped at the end of an epoch, Lightning resumes that epoch, finds
-    nothing left in it, and shuffles the next epoch as if it were the one after.
+    nothing left in it, and shuffles the next epoch as if it were the one after. If the checkpoint was written before
+    the first batch, as while a cache is filled, Lightning counts an update that was never made.
     """
 
     def __init__(self) -> None:
@@ -138,14 +139,15 @@ class EpochRepair:
         epochs = loops["fit_loop"]["epoch_progress"]
         batches = loops["fit_loop"]["epoch_loop.batch_progress"]
         is_counted = epochs["total"]["processed"] == epochs["total"]["started"] > 0
-        self._begins_epoch = is_counted and batches["is_last_batch"]
+        is_untouched = not batches["total"]["ready"]
+        self._begins_epoch = is_untouched or (is_counted and batches["is_last_batch"])
         if is_counted and not batches["is_last_batch"] and batches["current"]["processed"]:
             for counts in (epochs["total"], epochs["current"]):
                 counts["processed"] -= 1
                 counts["completed"] = min(counts["completed"], counts["processed"])
 
     def start(self, fit_loop: Any) -> None:
-        """Begin a new epoch if the checkpoint's is complete. Call it when training starts."""
+        """Begin a new epoch if the checkpoint's is complete, or was not begun. Call it when training starts."""
         if self._begins_epoch:
             fit_loop._restarting = False
             fit_loop.epoch_loop.restarting = False

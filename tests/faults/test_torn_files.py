@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rpo_lightning.cache.cache import CachedResponse, ExperienceCache
 from rpo_lightning.cache.parquet import read_cache, write_cache
+from rpo_lightning.callbacks import run_folder
 from rpo_lightning.callbacks.run_folder import last_checkpoint
+from rpo_lightning.cli import checkpoints
+from rpo_lightning.cli.main import main
 from rpo_lightning.core.errors import CacheError, CheckpointError
 from rpo_lightning.core.files import Unwritten, append, replacing
 from rpo_lightning.policy.parallel.checkpoint_files import WholeCheckpointIO, write_folders_whole
 from tests.conftest import make_data, make_module, make_trainer
+from tests.faults.bad_inputs.case import RUN, RUN_FILE
+from tests.faults.compare import difference
+from tests.faults.kill import Fault
+from tests.faults.runs import arguments
 
 
 def flip(data: bytes, at: int) -> bytes:
@@ -96,6 +106,58 @@ def test_a_damaged_cache_is_refused_with_the_last_good_one(tmp_path, damage):
     ):
         read_cache(bad, "tokenizer")
     assert len(read_cache(good, "tokenizer")) == 50
+
+
+def _another_bit(path: Path) -> None:
+    path.write_bytes(DAMAGES["with another bit"](path.read_bytes()))
+
+
+def _a_token_that_there_is_not(path: Path) -> None:
+    table = pq.read_table(path)
+    ids = [None if row is None else [48, *row[1:]] for row in table["token_ids"].to_pylist()]
+    at = table.schema.get_field_index("token_ids")
+    pq.write_table(table.set_column(at, table.schema.field(at), pa.array(ids, table.schema.field(at).type)), path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (_another_bit, "it is passed over"),
+        pytest.param(_a_token_that_there_is_not, "This run fills its cache anew", marks=pytest.mark.slow),
+    ],
+)
+def test_last_passes_over_a_damaged_cache_that_was_being_filled(runs, micro_policy, whole, tmp_path, damage, told):
+    killed = Fault("rpo_lightning.rewards.grading:Grading.finish", 3)
+    command = arguments(tmp_path, micro_policy)
+    assert runs.run(tmp_path, command, killed) == [-9]
+    (file,) = tmp_path.glob("runs/x/*/cache.parquet")
+    damage(file)
+    assert runs.run(tmp_path, [*command, "--ckpt_path=last"]) == [0], (tmp_path / "output.txt").read_text()[-1500:]
+    (line,) = [line for line in (tmp_path / "output.txt").read_text().splitlines() if told in line]
+    assert str(file) in line
+    assert difference(whole, tmp_path) is None
+
+
+def test_last_reads_the_checkpoint_that_it_takes_once_before_it_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(RUN_FILE).write_text(RUN)
+    main(["fit", "--config", RUN_FILE])
+    looks = []
+    for holder, name in ((zipfile.ZipFile, "testzip"), (run_folder, CHECK), (checkpoints, CHECK)):
+        monkeypatch.setattr(holder, name, _noting(looks, name, getattr(holder, name)))
+    main(["fit", "--config", RUN_FILE, "--ckpt_path", "last", "--trainer.max_steps", "2"])
+    assert sorted(looks) == [CHECK, "testzip"]
+
+
+CHECK = "require_checkpoint"
+
+
+def _noting(looks, name, function):
+    def noted(*args, **settings):
+        looks.append(name)
+        return function(*args, **settings)
+
+    return noted
 
 
 class Stopped(BaseException):

@@ -140,6 +140,8 @@ def damage_of(path: Path) -> str | None:
 
 @lru_cache(maxsize=64)
 def _damage_of_file(path: Path, modified: int, size: int) -> str | None:
+    if not zipfile.is_zipfile(path):
+        return "torn, or no checkpoint" if size else "an empty file"
     try:
         with zipfile.ZipFile(path) as archive:
             corrupt = archive.testzip()
