@@ -290,10 +290,21 @@ class ExperienceCacheCallback(FinalFilesCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the cache. Lightning calls ``setup`` first."""
-        self.cache.load_state_dict(state_dict["cache"])
-        require_usable_notes(self.cut, self.cache, "the checkpoint's cache")
+        self._restore(self.cache, state_dict)
         self.initialisation_tokens = state_dict["initialisation_tokens"]
         self.initialisation_seconds = state_dict["initialisation_seconds"]
         filling = state_dict.get("filling")  # not in checkpoints of earlier releases
         self._filling = None if filling is None else FillingProgress.from_dict(filling, "the checkpoint's cache")
         self._is_restored = True
+
+    def require_state(self, state_dict: dict[str, Any], module: RPOModule) -> None:
+        """Check the state of a checkpoint, before the policy is loaded.
+
+        Raises:
+            CacheError: It is damaged, or of another tokenizer.
+        """
+        self._restore(ExperienceCache(tokenizer_fingerprint(module.tokenizer), module.vocabulary_size), state_dict)
+
+    def _restore(self, cache: ExperienceCache, state_dict: dict[str, Any]) -> None:
+        cache.load_state_dict(state_dict["cache"])
+        require_usable_notes(self.cut, cache, "the checkpoint's cache")

@@ -15,10 +15,12 @@ from lightning.pytorch import Trainer
 from rpo_lightning.callbacks import ExperienceCacheCallback
 from rpo_lightning.callbacks.cache_filling import newest_filling
 from rpo_lightning.callbacks.run_folder import experiment_runs, last_checkpoint
-from rpo_lightning.core.checkpoint_file import require_checkpoint
+from rpo_lightning.core.checkpoint_file import read_checkpoint, require_checkpoint
 from rpo_lightning.core.errors import ConfigurationError, RPOError, one_line
 from rpo_lightning.core.run_files import CACHE_FILE
+from rpo_lightning.module import RPOModule
 from rpo_lightning.policy.parallel.checkpoint_files import require_whole
+from rpo_lightning.update.checkpoint import require_same_policy
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,28 @@ def _require_usable(path: str, to_train: bool, trainer: Trainer) -> None:
     if file.is_file():
         require_whole(file)
     require_checkpoint(file, to_train, trainer.strategy.restore_checkpoint_after_setup)
+
+
+def require_fitting(path: str | None, model: RPOModule, cache: ExperienceCacheCallback | None) -> None:
+    """Check that a checkpoint's weights and cache are those of a run like this, before the policy is loaded.
+
+    Args:
+        path: The checkpoint. Folders and remote files are not looked into.
+        model: The module.
+        cache: The run's cache, if it is to be restored.
+
+    Raises:
+        ConfigurationError: It is of another policy.
+        CacheError: Its cache is damaged, or of another tokenizer.
+    """
+    if path is None or not Path(path).is_file():
+        return
+    checkpoint = read_checkpoint(Path(path))
+    if model.outline is not None and model.adapter is None:
+        require_same_policy(checkpoint, model.outline, trained_only=False)
+    state = None if cache is None else checkpoint.get("callbacks", {}).get(cache.state_key)
+    if cache is not None and state:
+        cache.require_state(state, model)
 
 
 def _newest(trainer: Trainer, to_train: bool, cache: ExperienceCacheCallback | None) -> str | None:

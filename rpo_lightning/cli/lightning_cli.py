@@ -27,7 +27,7 @@ from rpo_lightning.callbacks import (
     RunSummaryCallback,
 )
 from rpo_lightning.callbacks.run_folder import require_final_files, run_folder
-from rpo_lightning.cli.checkpoints import found_checkpoint, reading
+from rpo_lightning.cli.checkpoints import found_checkpoint, reading, require_fitting
 from rpo_lightning.cli.commands import LIGHTNING_COMMANDS
 from rpo_lightning.cli.config_files import require_config_files, require_numbers
 from rpo_lightning.cli.lightning_parser import RPOArgumentParser
@@ -147,10 +147,11 @@ class RPOCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        """Make the classes, and look at the policy's files before data is read.
+        """Make the classes, and look at the files of policy and checkpoint before data is read.
 
         Raises:
-            ConfigurationError: A class refuses its settings, or the policy cannot be loaded.
+            ConfigurationError: A class refuses its settings, the policy cannot be loaded, or the checkpoint is of
+                another one.
         """
         try:
             super().instantiate_classes()
@@ -160,6 +161,8 @@ class RPOCLI(LightningCLI):
                 raise
             raise ConfigurationError(of_chosen_class(str(error))) from error
         self.model.require_policy()
+        cache = self._get(self.config_init, "cache") if self.subcommand == "fit" else None
+        require_fitting(self._checkpoint, self.model, cache)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, with the cache and the progress bar before its other callbacks.

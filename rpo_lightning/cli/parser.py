@@ -6,11 +6,14 @@ Lightning's is not imported here: ``report`` and ``cache show`` need none of it.
 from __future__ import annotations
 
 import re
-from typing import NoReturn
+from contextvars import ContextVar
+from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
+from typing_extensions import override
 
 from rpo_lightning.cli.commands import COMMANDS, TOOL_COMMANDS
+from rpo_lightning.cli.construction import ClassMaker
 from rpo_lightning.core.errors import ConfigurationError, own_cause
 
 _OF_THE_UPDATE = (
@@ -69,6 +72,8 @@ _PLAIN = tuple(
 # Alternatives of a type that a value is not; a class that is one may have refused the value's settings.
 _NOT_MEANT = re.compile(r"Expected a|Not of type|Import path")
 
+_is_making: ContextVar[bool] = ContextVar("_is_making", default=False)
+
 
 class PlainArgumentParser(ArgumentParser):
     """Raises errors as one line, where argparse prints the usage and exits."""
@@ -85,6 +90,29 @@ class PlainArgumentParser(ArgumentParser):
         if own is not None:
             raise own
         raise ConfigurationError(in_one_line(message)) from ex
+
+    @override
+    def instantiate(self, namespace: Namespace, *args: Any, **settings: Any) -> Namespace:
+        """Make the classes that a config names.
+
+        Raises:
+            RPOError: One of them could not be made.
+        """
+        if _is_making.get():  # a nested class, which is made by the call that is going on
+            return super().instantiate(namespace, *args, **settings)
+        make = ClassMaker(namespace)
+        instantiators = {"instantiators": [(make, object, True)]}
+        token = _is_making.set(True)
+        try:
+            made: Namespace = super().instantiate(namespace, *args, **{**instantiators, **settings})
+        except Exception:
+            if make.failure is not None:
+                raise make.failure  # noqa: B904 (it has a cause of its own)
+            raise
+        finally:
+            _is_making.reset(token)
+            make.is_done = True
+        return made
 
 
 def of_chosen_class(message: str) -> str:

@@ -16,6 +16,7 @@ from rpo_lightning.core.errors import ConfigurationError, one_line
 # What the trainer needs besides the weights to go on.
 _OF_TRAINING = ("epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers")
 _OF_RUN = ("iteration", "seed", "guard", "buffers", "generators")
+_OF_PROGRESS = ("epoch_progress", "epoch_loop.batch_progress")
 _FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
 
 
@@ -37,7 +38,7 @@ def require_checkpoint(path: Path, to_train: bool, takes_folders: bool) -> None:
                 "strategy of the run that wrote it"
             )
         return
-    checkpoint = _read(path)
+    checkpoint = read_checkpoint(path)
     if "rpo" not in checkpoint or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise ConfigurationError(
             f"--ckpt_path {path}: not a checkpoint of an RPO run: name a file that fit wrote, or start from exported "
@@ -49,6 +50,7 @@ def require_checkpoint(path: Path, to_train: bool, takes_folders: bool) -> None:
     missing = [key for key in _OF_TRAINING if key not in checkpoint]
     missing += [key for key in ("epoch", "global_step") if not isinstance(checkpoint.get(key, 0), int)]
     missing += ["optimizer_states"] if not checkpoint.get("optimizer_states", True) else []
+    missing += [f"loops.fit_loop.{key}" for key in _OF_PROGRESS if not _is_progress(checkpoint.get("loops"), key)]
     missing += [f"rpo.{key}" for key in _OF_RUN if not isinstance(run, Mapping) or key not in run]
     if missing:
         raise ConfigurationError(
@@ -57,8 +59,8 @@ def require_checkpoint(path: Path, to_train: bool, takes_folders: bool) -> None:
         )
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    """What a file holds.
+def read_checkpoint(path: Path) -> Mapping[str, Any]:
+    """What a file holds. Its tensors are mapped: they are read when they are used.
 
     Raises:
         ConfigurationError: It is damaged, or holds Python objects.
@@ -77,3 +79,10 @@ def _read(path: Path) -> Mapping[str, Any]:
             f"--ckpt_path {path}: torn, or no checkpoint ({one_line(error)[:80]}): name another checkpoint"
         ) from error
     return found if isinstance(found, Mapping) else {}
+
+
+def _is_progress(loops: Any, key: str) -> bool:
+    """Whether the state of Lightning's loops has two counts of this name."""
+    of_fit = loops.get("fit_loop") if isinstance(loops, Mapping) else None
+    counts = of_fit.get(key) if isinstance(of_fit, Mapping) else None
+    return isinstance(counts, Mapping) and all(isinstance(counts.get(name), Mapping) for name in ("total", "current"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
@@ -141,6 +141,7 @@ class RPODataModule(LightningDataModule):
                 self.read(split, name, module.tokenizer, module.grader.verifier, module.grader.rewards)
         if stage == TrainerFn.FITTING.value:
             self._require_a_batch()
+            require_validations(self.trainer, len(self.train_dataloader()))
 
     def _sets(self, split: str) -> dict[str, Questions]:
         """The sets of a split by name; a single one has an empty name."""
@@ -331,6 +332,26 @@ class RPODataModule(LightningDataModule):
         if split not in self.prompts:
             raise DataError(f"data.{split} is not set: give it a file, a data set name or a data source")
         return self.prompts[split]
+
+
+def require_validations(trainer: Trainer, batches: int) -> None:
+    """Check that an epoch has as many batches as a validation comes after. Lightning does once the policy is loaded.
+
+    Args:
+        trainer: The trainer of a training run.
+        batches: The training batches of an epoch.
+
+    Raises:
+        ConfigurationError: It has fewer.
+    """
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+    every = trainer.val_check_interval
+    if isinstance(every, int) and every > batches and trainer.check_val_every_n_epoch is not None:
+        raise ConfigurationError(
+            f"trainer.val_check_interval={every} is more than the {batches} training batches of an epoch: lower it, or "
+            "set trainer.check_val_every_n_epoch=null to count batches of all epochs"
+        )
 
 
 def _own_generator() -> torch.Generator:

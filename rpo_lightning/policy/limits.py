@@ -7,21 +7,21 @@ from typing import Any
 from rpo_lightning.core.errors import ConfigurationError
 
 
-def require_positions(policy: Any, longest_prompt: int, max_response_tokens: int) -> None:
+def require_positions(config: Any, longest_prompt: int, max_response_tokens: int) -> None:
     """Check that the longest sequence of a run fits into the policy's positions.
 
     Beyond the limit, rotary embeddings silently compute positions that were never trained. Learned embeddings raise an
     ``IndexError`` in the middle of a run.
 
     Args:
-        policy: The policy.
+        config: The configuration of the policy's text model.
         longest_prompt: Length of the longest prompt in tokens.
         max_response_tokens: Longest response in tokens.
 
     Raises:
         ConfigurationError: The longest sequence does not fit.
     """
-    positions = max_positions(policy.config.get_text_config())
+    positions = max_positions(config)
     if positions is not None and longest_prompt + max_response_tokens > positions:
         room = positions - longest_prompt
         remedy = (

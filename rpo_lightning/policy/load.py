@@ -6,6 +6,7 @@ Nothing is executed that a folder or a hub repository brings, unless ``trust_rem
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from rpo_lightning.core.errors import ConfigurationError, one_line
 
 EMBEDDED_PREFIX = "embedded:"
 _EMBEDDED_FOLDERS = {"arithmetic-reasoner": Path(__file__).parent / "arithmetic_reasoner"}
 _WEIGHTS, _INDEX, _GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
+_ADAPTER = "adapter_config.json"
 
 
 def resolve_policy(name: str) -> str:
@@ -43,6 +46,26 @@ def resolve_policy(name: str) -> str:
     return str(Path(name).expanduser()) if is_folder_name else name
 
 
+def require_no_lone_adapter(name: str) -> None:
+    """Check that a folder is no adapter without its policy, which is no policy.
+
+    Args:
+        name: A folder, a hub name, or an embedded model.
+
+    Raises:
+        ConfigurationError: It is one.
+    """
+    folder = Path(resolve_policy(name))
+    if not (folder / _ADAPTER).is_file() or (folder / "config.json").exists():
+        return
+    base = _json_object(folder / _ADAPTER).get("base_model_name_or_path")
+    of = f" of {base}" if isinstance(base, str) and base else ""
+    raise ConfigurationError(
+        f"model.policy={name}: holds an adapter{of} alone, no policy: merge it (export.merged=true, or PEFT's "
+        "merge_and_unload) and name the merged folder; to train the adapter further, resume its run with --ckpt_path"
+    )
+
+
 def load_configuration(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Load the configuration of a policy.
 
@@ -53,6 +76,7 @@ def load_configuration(name: str, trust_remote_code: bool = False) -> PreTrained
     Raises:
         ConfigurationError: No configuration is found there.
     """
+    require_no_lone_adapter(name)
     folder = resolve_policy(name)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -74,7 +98,7 @@ def require_files(name: str) -> None:
         return
     if (folder / _GENERATION).exists():  # transformers would go on without it, and without its end-of-sequence tokens
         _json_object(folder / _GENERATION)
-    if (folder / "adapter_config.json").exists() or list(folder.glob("pytorch_model*.bin")):
+    if (folder / _ADAPTER).exists() or list(folder.glob("pytorch_model*.bin")):
         return
     files = [folder / _WEIGHTS]
     if (folder / _INDEX).exists():
@@ -114,6 +138,37 @@ def load_policy(name: str, trust_remote_code: bool = False, **options: Any) -> P
         ConfigurationError: No causal language model is found there, or its weights are not all there.
     """
     require_files(name)
+    return _loaded(name, trust_remote_code, **options).train()
+
+
+def load_outline(name: str, trust_remote_code: bool = False) -> PreTrainedModel | None:
+    """A policy's parameters with names and shapes, but without numbers, made from the headers of its weights.
+
+    Args:
+        name: A folder, a hub name, or an embedded model.
+        trust_remote_code: Whether Python code that the folder brings may be executed.
+
+    Returns:
+        The model on torch's ``meta`` device; ``None`` where it takes a download, a quantiser, or ``accelerate`` is
+        missing. Loading the policy finds what is wrong then.
+
+    Raises:
+        ConfigurationError: No causal language model is found there, or its weights are not all there.
+    """
+    config = load_configuration(name, trust_remote_code)
+    is_quantised = getattr(config, "quantization_config", None) is not None
+    if not Path(resolve_policy(name)).is_dir() or is_quantised or find_spec("accelerate") is None:
+        return None
+    has_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        return _loaded(name, trust_remote_code, device_map="meta")
+    finally:
+        if has_bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _loaded(name: str, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve_policy(name),
@@ -124,7 +179,7 @@ def load_policy(name: str, trust_remote_code: bool = False, **options: Any) -> P
         )
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # likewise
+    except Exception as error:  # a bad value raises whatever its use raises
         raise not_loaded(name, "causal language model", error) from error
     model: PreTrainedModel = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])
@@ -133,7 +188,7 @@ def load_policy(name: str, trust_remote_code: bool = False, **options: Any) -> P
             f"model.policy={name}: its weights lack {missing[0]} and {len(missing) - 1} more that config.json asks "
             "for: copy all files of the model"
         )
-    return model.train()
+    return model
 
 
 def not_loaded(name: str, what: str, error: Exception) -> ConfigurationError:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
-from rpo_lightning.core.errors import ConfigurationError, RewardError
+from rpo_lightning.core.errors import ConfigurationError, RewardError, one_line
 from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards.arguments import Arguments, name_of
 from rpo_lightning.rewards.base import Reward
@@ -43,6 +43,10 @@ def import_function(path: str) -> Callable[..., Any]:
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise ConfigurationError(f"cannot import the function {path!r}: {error}") from error
+    except Exception as error:  # whatever the module's own code raises
+        raise ConfigurationError(
+            f"cannot import the function {path!r}: its module raised {type(error).__name__}: {one_line(error)}"
+        ) from error
     if not callable(function):
         raise ConfigurationError(f"{path!r} is not callable")
     return function

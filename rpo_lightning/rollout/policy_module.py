@@ -24,7 +24,13 @@ from rpo_lightning.core.types import Group, RolloutRequest
 from rpo_lightning.policy.elementwise.choice import ElementwiseKernels, require_choice, use_elementwise_kernels
 from rpo_lightning.policy.export import export_policy
 from rpo_lightning.policy.limits import require_known_tokens, require_positions
-from rpo_lightning.policy.load import load_configuration, load_policy, require_files
+from rpo_lightning.policy.load import (
+    load_configuration,
+    load_outline,
+    load_policy,
+    require_files,
+    require_no_lone_adapter,
+)
 from rpo_lightning.policy.lora import LoRA, has_adapter
 from rpo_lightning.policy.parallel.base import Placement
 from rpo_lightning.policy.parallel.strategies import placement_for, prepare_strategy
@@ -80,6 +86,7 @@ class PolicyModule(LightningModule):
         require_choice(elementwise_kernels)
         require_flash_attention(flash_attention)
         if isinstance(policy, str):
+            require_no_lone_adapter(policy)
             tokenizer = load_tokenizer(policy, trust_remote_code)
         elif tokenizer is None:
             raise ConfigurationError("model.policy is a model, not a name: give model.tokenizer too")
@@ -112,14 +119,29 @@ class PolicyModule(LightningModule):
         """
         if isinstance(self._policy_source, str):
             require_files(self._policy_source)
-        _ = self.vocabulary_size
+        _ = self.vocabulary_size, self.outline
 
     @cached_property
     def vocabulary_size(self) -> int:
         """How many token ids the policy knows, from its configuration."""
+        return int(self._configuration.vocab_size)
+
+    @cached_property
+    def outline(self) -> PreTrainedModel | None:
+        """The policy's parameters without numbers, before it is loaded; ``None`` if that cannot be told cheaply.
+
+        Raises:
+            ConfigurationError: Its weights are not those that its configuration asks for.
+        """
+        source = self._policy_source
+        return load_outline(source, self.trust_remote_code) if isinstance(source, str) else source
+
+    @cached_property
+    def _configuration(self) -> Any:
+        """The configuration of the policy's text model."""
         source = self._policy_source
         config = load_configuration(source, self.trust_remote_code) if isinstance(source, str) else source.config
-        return int(config.get_text_config().vocab_size)
+        return config.get_text_config()
 
     def setup(self, stage: str) -> None:
         """Configure the strategy before the policy is loaded."""
@@ -128,6 +150,9 @@ class PolicyModule(LightningModule):
     def configure_model(self) -> None:
         """Load the policy, place it on the ranks, and attach the engine."""
         self.ranks.follow(None if self._trainer is None else self._trainer.strategy)
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if hasattr(data, "longest_prompt"):
+            require_positions(self._configuration, data.longest_prompt, self.max_response_tokens)
         if self.policy is None:
             placement = placement_for(self._trainer)
             with placement.loading():
@@ -136,9 +161,7 @@ class PolicyModule(LightningModule):
                 others = self.prepare_policy(placement)
             for model in (self.policy, *others):
                 placement.place(model)
-        data: Any = getattr(self._trainer, "datamodule", None)
         if hasattr(data, "longest_prompt"):
-            require_positions(self.policy, data.longest_prompt, self.max_response_tokens)
             require_known_tokens(self.policy, data.highest_token_id)
         self.engine.attach(self.policy, self.tokenizer, self._engine_setup())
         self._let_grader_use_cores()

@@ -46,9 +46,11 @@ DAMAGES = {
 def saved(tmp_path_factory) -> Path:
     """Two checkpoints of a policy."""
     folder = tmp_path_factory.mktemp("saved")
+    counts = {"total": {}, "current": {}}
+    loops = {"fit_loop": {"epoch_progress": counts, "epoch_loop.batch_progress": counts}}
     for number in (1, 2):
         run = dict.fromkeys(("iteration", "seed", "guard", "buffers", "generators"))
-        progress = {"epoch": 0, "global_step": number, "loops": {}, "callbacks": {}, "lr_schedulers": []}
+        progress = {"epoch": 0, "global_step": number, "loops": loops, "callbacks": {}, "lr_schedulers": []}
         content = {"state_dict": {"weight": torch.arange(10_000.0) * number}, "rpo": run, **progress}
         content["optimizer_states"] = [{}]
         WholeCheckpointIO().save_checkpoint(content, folder / f"step={number}.ckpt")

@@ -103,7 +103,7 @@ CHECKPOINTS = [
     BadInput("text for the number of updates", _FIT, make=_changed(lambda saved: saved.update(global_step="many")),
              line="--ckpt_path bad.ckpt: holds no global_step, which training needs to go on: name a checkpoint that was saved without save_weights_only, or start from exported weights with model.policy"),
     BadInput("a checkpoint without the trainer's progress", _FIT, make=_changed(lambda saved: saved.update(loops={})),
-             line="--ckpt_path bad.ckpt: damaged, or not of this run's kind (…): name another checkpoint"),
+             line="--ckpt_path bad.ckpt: holds no loops.fit_loop.epoch_progress, which training needs to go on: name a checkpoint that was saved without save_weights_only, or start from exported weights with model.policy"),
     BadInput("a checkpoint of another policy", _FIT,
              make=_changed(lambda saved: saved["state_dict"].update({"policy.model.norm.weight": torch.zeros(7)})),
              line="the checkpoint is of another policy or adapter: model.norm.weight has shape [7] in the checkpoint and shape [96] in this run. Set model.policy and model.adapter as in the run that wrote it"),

@@ -6,6 +6,24 @@ from tests.faults.bad_inputs.case import BadInput, run
 
 _OWN_REWARD = '--model.rewards \'[{"class_path": "FunctionReward", "init_args": {"function": "nowhere.f"}}]\''
 
+_FAILS = {
+    "failing.py": """\
+from rpo_lightning import cache, rewards
+from lightning.pytorch import Callback
+class Mine(rewards.AccuracyReward):
+    def __init__(self): {}["words"]
+class Verifies(rewards.ExactMatchVerifier):
+    def __init__(self):
+        open("nowhere")
+class Calls(Callback):
+    def __init__(self):
+        raise RuntimeError
+class Cuts(cache.UniformCut):
+    def __init__(self):
+        raise SystemExit(3)
+"""
+}
+
 # fmt: off
 CLASSES = [
     BadInput("a class that does not exist", run("fit", "--model.objective NoSuchObjective"),
@@ -30,6 +48,17 @@ CLASSES = [
              line="ArithmeticChain needs size >= 1 and 1 <= operations <= 108; got size=0, operations=3"),
     BadInput("a reward function that does not exist", run("fit", _OWN_REWARD),
              line="cannot import the function 'nowhere.f': No module named 'nowhere'"),
+    BadInput("a reward whose constructor fails", run("fit", """--model.rewards '[{"class_path": "failing.Mine"}]'"""), files=_FAILS,
+             line="model.rewards: failing.Mine could not be made, its constructor raised KeyError: 'words' (failing.py, line 4): mend the class, or its settings"),
+    BadInput("a verifier whose constructor fails", run("fit", "--model.verifier failing.Verifies"), files=_FAILS,
+             line="model.verifier: failing.Verifies could not be made, its constructor raised FileNotFoundError: [Errno 2] No such file or directory: 'nowhere' (failing.py, line 7): mend the class, or its settings"),
+    BadInput("a callback whose constructor fails", run("fit", "--trainer.callbacks failing.Calls"), files=_FAILS,
+             line="trainer.callbacks: failing.Calls could not be made, its constructor raised RuntimeError (failing.py, line 10): mend the class, or its settings"),
+    BadInput("a cut whose constructor ends the program", run("fit", "--cache.cut failing.Cuts"), files=_FAILS,
+             line="cache.cut: failing.Cuts could not be made, its constructor raised SystemExit: 3 (failing.py, line 13): mend the class, or its settings"),
+    BadInput("a reward function whose module fails", run("fit", _OWN_REWARD.replace("nowhere", "raising")),
+             files={"raising.py": "{}['words']\n"},
+             line="cannot import the function 'raising.f': its module raised KeyError: 'words'"),
     BadInput("an optimizer that is none", run("fit", "--model.optimizer collections.Counter"),
              line="model.optimizer: a subclass of Optimizer is expected, got collections.Counter"),
     BadInput("a negative learning rate", run("fit", "--model.optimizer torch.optim.AdamW --model.optimizer.lr -1"),
@@ -54,7 +83,7 @@ TRAINER = [
     BadInput("a validation after every 0 epochs", run("fit", "--trainer.check_val_every_n_epoch 0"),
              line="trainer.check_val_every_n_epoch must be at least 1, got 0"),
     BadInput("a validation after more batches than there are", run("fit", "--trainer.val_check_interval 100"),
-             line="`val_check_interval` (100) must be less than or equal to the number of the training batches (2).…"),
+             line="trainer.val_check_interval=100 is more than the 2 training batches of an epoch: lower it, or set trainer.check_val_every_n_epoch=null to count batches of all epochs"),
     BadInput("clipping by the trainer", run("fit", "--trainer.gradient_clip_val 1"),
              line="trainer.gradient_clip_val has no effect on this module: use model.update.max_grad_norm"),
     BadInput("a file for the runs' folder", run("fit", "--trainer.default_root_dir file"), files={"file": ""},

@@ -122,7 +122,7 @@ ROWS = [
            '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "answer": "2"}\n',
            line="bad.jsonl, row 1: a conversation of 2 messages needs a chat template, and the tokenizer has none (or it is turned off)"),
     _lines("a system prompt without a chat template", GOOD, "--data.system_prompt Calculate",
-           line="data.system_prompt needs a chat template, and the tokenizer has none (or it is turned off)"),
+           line="data.system_prompt needs a chat template, and the tokenizer has none (or it is turned off): name a Jinja file with data.chat_template"),
     _lines("a chat template that there is not", GOOD, "--data.use_chat_template true",
            line="data.use_chat_template is true, but the tokenizer has no chat template"),
     _lines("an answer that is null", '{"question": "1a+1=", "answer": null}\n',
