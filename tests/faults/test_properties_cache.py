@@ -103,6 +103,8 @@ def test_a_cache_equals_plain_dictionaries_after_any_changes_and_round_trips(ste
         else:
             cache = through_file(cache) if kind == "file" else through_checkpoint(cache)
         assert contents(cache) == expected(model)
+    for through in (through_file, through_checkpoint):
+        assert contents(through(cache)) == expected(model)
     held = [held for entry in model.entries.values() for held in entry["slots"].values()]
     found = cache.statistics(step=10)
     assert (found["entries"], found["responses"]) == (len(model.entries), len(held))
