@@ -105,9 +105,17 @@ def test_log_probs_equal_the_policys_after_every_change_of_weights(start, policy
         assert largest_difference(engine, policy, tokenizer) < FP32
 
 
-def test_a_bf16_engine_is_as_close_to_fp32_as_a_bf16_policy_is(start, policy, tokenizer):
+def test_a_bf16_engine_is_as_close_to_fp32_as_a_bf16_policy_is_and_says_if_the_processor_is_slow_in_it(
+    start, policy, tokenizer, monkeypatch, caplog
+):
     policy = policy.to(torch.bfloat16)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     engine = start(policy)
+    told = [r.getMessage() for r in caplog.records if "slow" in r.getMessage()]
+    assert told == [
+        "vLLM decodes in bfloat16, which is slow on this processor (no AVX-512): set model.engine.dtype to float32"
+    ]
     change(policy)
     engine.load_weights(policy, 1)
     exact = copy.deepcopy(policy).float()

@@ -137,6 +137,7 @@ class VLLMEngine(RolloutEngine):
             own = {"enable_sleep_mode": self._used_sleep_level > 0, **self._transfer_options}
             options = start_options(self._policy, folder, self._setup, self.tensor_parallel_size, own, self.settings)
             log.info(f"starting vLLM {vllm.__version__} in {options['dtype']}")
+            vllm_platform.warn_of_slow_dtype(options["dtype"])
             try:
                 self._llm = vllm.LLM(**options)
             except Exception as error:

@@ -7,7 +7,9 @@ The engine runs in the trainer's process.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -19,6 +21,8 @@ from torch import Tensor
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.seeds import generator_states, set_generator_states
 from rpo_lightning.rollout.engine import EngineSetup
+
+log = logging.getLogger(__name__)
 
 OLDEST = (0, 24)
 # 0.24 cannot load a base's weights once its layers take adapters. Versions between have not been tried.
@@ -72,6 +76,16 @@ def adapter_ranks() -> list[int]:
 def on_cpu() -> bool:
     """Whether this is vLLM's CPU build."""
     return bool(importlib.import_module("vllm.platforms").current_platform.is_cpu())
+
+
+def warn_of_slow_dtype(dtype: str) -> None:
+    """Say so if vLLM computes on this processor in a dtype for which it has no instructions."""
+    has_vectors = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if on_cpu() and is_x86 and not has_vectors and dtype in ("bfloat16", "float16"):
+        log.warning(
+            f"vLLM decodes in {dtype}, which is slow on this processor (no AVX-512): set model.engine.dtype to float32"
+        )
 
 
 def earlier_engine_holds_memory() -> bool:
