@@ -15,8 +15,7 @@ from rpo_lightning.policy.load import load_policy
 from rpo_lightning.policy.lora import LoRA
 from rpo_lightning.policy.tokenizer import load_tokenizer
 from rpo_lightning.rollout import EngineSetup, Sampling, VLLMEngine
-from rpo_lightning.rollout.vllm.engine import SleepLevel
-from rpo_lightning.rollout.vllm.weight_transfer import Sync
+from rpo_lightning.rollout.vllm.weight_transfer import SleepLevel, Sync
 from tests.conftest import REASONER
 from tests.rollout.test_vllm_engine import change, differences, requests, untied
 

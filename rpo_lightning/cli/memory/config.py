@@ -16,6 +16,7 @@ from rpo_lightning.cli.memory.plan import EnginePlan, Plan, Precision, Sharding
 from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.policy.lora import LoRA
 from rpo_lightning.rollout.vllm.engine import VLLMEngine
+from rpo_lightning.rollout.vllm.weight_transfer import transfer_for
 
 # Used if data.max_prompt_tokens is not set.
 ASSUMED_PROMPT_TOKENS = 1024
@@ -146,7 +147,7 @@ def _engine(engine: Mapping[str, Any] | None, ranks: int) -> EnginePlan:
             f"{ranks}"
         )
     size = _ENGINE_BYTES.get(str(options.get("dtype", arguments.get("dtype"))))
-    usual = 1 if arguments.get("sync") == "adapter" else 2
+    usual = transfer_for(arguments.get("sync") or "merged").usual_sleep_level
     return EnginePlan(True, 0.5 if share is None else share, usual if level is None else level, parallel, size)
 
 

@@ -22,18 +22,15 @@ from typing_extensions import override
 
 from rpo_lightning.core.errors import ConfigurationError, EngineError
 from rpo_lightning.core.types import Completion
-from rpo_lightning.policy.adapter_weights import NO_ADAPTER
 from rpo_lightning.policy.tokenizer import stop_token_ids
 from rpo_lightning.rollout.engine import EngineSetup, GenerationRequest, OnFinished, RolloutEngine, Sampling
 from rpo_lightning.rollout.vllm import platform as vllm_platform
 from rpo_lightning.rollout.vllm.options import start_options
 from rpo_lightning.rollout.vllm.requests import completion_of, request_seeds, sampling_params
 from rpo_lightning.rollout.vllm.tensor_parallel import TensorParallelGroup
-from rpo_lightning.rollout.vllm.weight_transfer import Sync, refused, transfer_for
+from rpo_lightning.rollout.vllm.weight_transfer import SleepLevel, Sync, transfer_for
 
 log = logging.getLogger(__name__)
-
-SleepLevel = Literal[0, 1, 2]
 
 
 class VLLMEngine(RolloutEngine):
@@ -102,8 +99,7 @@ class VLLMEngine(RolloutEngine):
 
     @override
     def require_servable(self, has_adapter: bool) -> None:
-        if self.sync == "adapter" and not has_adapter:
-            raise refused(NO_ADAPTER)
+        self._transfer.require_servable(has_adapter)
 
     def attach(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setup: EngineSetup = EngineSetup()
@@ -150,9 +146,7 @@ class VLLMEngine(RolloutEngine):
 
     def _supported_sleep_level(self) -> SleepLevel:
         if not vllm_platform.on_cpu():
-            # Level 2 drops the base's weights, which an adapter's sync does not give again.
-            usual: SleepLevel = 1 if self.sync == "adapter" else 2
-            wanted = usual if self.sleep_level is None else self.sleep_level
+            wanted = self._transfer.usual_sleep_level if self.sleep_level is None else self.sleep_level
             if wanted and vllm_platform.earlier_engine_holds_memory():
                 log.warning(
                     "an earlier vLLM engine of this process still holds memory, and vLLM allows a process one engine "

@@ -24,11 +24,12 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from rpo_lightning.core.errors import ConfigurationError
-from rpo_lightning.policy.adapter_weights import adapter_problem, adapter_shape, adapter_weights
+from rpo_lightning.policy.adapter_weights import NO_ADAPTER, adapter_problem, adapter_shape, adapter_weights
 from rpo_lightning.policy.weights import checkpoint_weights
 from rpo_lightning.rollout.vllm import platform as vllm_platform
 
 Sync = Literal["merged", "adapter"]
+SleepLevel = Literal[0, 1, 2]
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -38,10 +39,15 @@ class WeightTransfer(ABC):
     Attributes:
         request: The adapter that vLLM generates with; ``None`` if it is merged.
         remedy: What to do if vLLM does not take the weights, for messages.
+        usual_sleep_level: What vLLM releases on a GPU while the policy trains, unless the user says otherwise.
     """
 
     request: Any = None
     remedy: str = ""
+    usual_sleep_level: SleepLevel = 2
+
+    def require_servable(self, has_adapter: bool) -> None:  # noqa: B027 (optional)
+        """Check what is known before the policy is loaded; see ``RolloutEngine.require_servable``."""
 
     def require_policy(self, policy: PreTrainedModel) -> None:  # noqa: B027 (optional)
         """Check that this policy can be given to vLLM so.
@@ -86,10 +92,16 @@ class AdapterTransfer(WeightTransfer):
     """Gives vLLM the base's weights once, and the adapter at every sync."""
 
     remedy = "; if vLLM cannot serve adapters of this policy, set model.engine.sync=merged"
+    usual_sleep_level = 1  # level 2 drops the base's weights, which a sync does not give again
 
     def __init__(self) -> None:
         self._holds_base_of: PreTrainedModel | None = None
         self._number = 0
+
+    @override
+    def require_servable(self, has_adapter: bool) -> None:
+        if not has_adapter:
+            raise refused(NO_ADAPTER)
 
     @override
     def require_policy(self, policy: PreTrainedModel) -> None:
@@ -130,7 +142,7 @@ class AdapterTransfer(WeightTransfer):
         adapter_bytes = sum(w.nbytes for w in tensors.values())
         self._number += 1
         with _memory_folder(adapter_bytes) as name:
-            _write_adapter(Path(name), tensors, adapter_shape(policy)[0])
+            _write_adapter(Path(name), tensors)
             self.request = vllm_platform.load_adapter(llm, self._number, name)
         unserved = vllm_platform.unserved_layers(llm, self._number)
         if unserved:
@@ -177,8 +189,9 @@ def _memory_folder(size: int) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="rpo-lightning-adapter-", dir=_SHARED_MEMORY if has_room else None)
 
 
-def _write_adapter(folder: Path, tensors: dict[str, Tensor], rank: int) -> None:
+def _write_adapter(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write an adapter as PEFT does. Its matrices B are scaled already: alpha / rank is 1."""
+    rank = max(w.shape[0] for name, w in tensors.items() if ".lora_A." in name)
     targets = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors})
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets}
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
