@@ -19,10 +19,10 @@ from rpo_lightning.cache.prefixes import CachedPrefixes
 from rpo_lightning.callbacks.answer_progress import AnswerBar
 from rpo_lightning.core.errors import CacheError
 from rpo_lightning.core.hashing import short_name
+from rpo_lightning.core.identity import description
 from rpo_lightning.core.seeds import SeedPurpose, derive_seed, run_seed
 from rpo_lightning.core.types import Group, Prompt, full_path_request
 from rpo_lightning.policy.weights import policy_fingerprint
-from rpo_lightning.rewards.identity import description
 from rpo_lightning.rollout.engine import Sampling
 
 if TYPE_CHECKING:

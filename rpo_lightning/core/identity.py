@@ -1,4 +1,4 @@
-"""Tells whether what grades responses is what graded them before: its class, settings, functions, and their source."""
+"""Tells whether what an answer depends on is what it was before: classes, settings, functions, and their source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKAGE = __package__.partition(".")[0]
 
 
 def description(thing: Any) -> tuple[Any, ...]:
-    """Describe a verifier, a reward, a function or a class with texts and numbers, equal in every process.
+    """Describe an object, a function or a class with texts and numbers, equal in every process.
 
     A function or class of the user's is described by its module, its qualified name and a hash of its source, if that
     can be read; a class by those that it is derived from too. What they call is not looked into.

@@ -10,13 +10,13 @@ import sys
 import pytest
 
 from rpo_lightning.callbacks import ExperienceCacheCallback
+from rpo_lightning.core.identity import description
 from rpo_lightning.rewards import (
     AccuracyReward,
     ExactMatchVerifier,
     FunctionReward,
     LengthAwareAccuracyReward,
 )
-from rpo_lightning.rewards.identity import description
 from tests.conftest import make_data, make_module, make_trainer
 
 MODULE = """
