@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
+from common.fitted import ROOT, fitted
 from common.machine import hardware
 
-ROOT = Path(__file__).parents[1]
 PAPER_CUT = [
     "--cache.cut=FractionOfShortestCut", "--cache.refresh=EpsilonGreedyRefresh", "--cache.initialisation=eager",
     "--cache.budget=FullBudget",
@@ -37,18 +34,14 @@ COLUMNS = ("accuracy_before", "accuracy_after", "decoded_tokens_per_sample", "to
 
 def run(arm: str, seed: int, updates: int, folder: Path) -> dict[str, float]:
     """Run one arm with one seed in a process of its own; returns its summary."""
+    options = [
+        f"--seed_everything={seed}",
+        f"--trainer.max_steps={updates}",
+        "--trainer.enable_progress_bar=false",
+        *ARMS[arm],
+    ]
     save_dir = folder / arm.replace(" ", "_").replace("'", "") / str(seed)
-    command = [
-        sys.executable, "-m", "rpo_lightning", "fit", f"--config={ROOT}/configs/quickstart.yaml",
-        f"--seed_everything={seed}", f"--trainer.max_steps={updates}", "--trainer.enable_progress_bar=false",
-        f"--trainer.logger.init_args.save_dir={save_dir}", *ARMS[arm],
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"{arm}, seed {seed}: failed\n{done.stderr[-2000:]}")
-    (summary,) = save_dir.glob("*/*/summary.json")
-    result: dict[str, float] = json.loads(summary.read_text())
+    result: dict[str, float] = fitted("configs/quickstart.yaml", options, save_dir, threads=1)
     print(f"{arm}, seed {seed}: {result['accuracy_before']:.3f} -> {result['accuracy_after']:.3f}", flush=True)
     return result
 

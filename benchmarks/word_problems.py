@@ -13,35 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from common.fitted import ROOT, fitted
 from common.machine import hardware
 from common.tables import table
 
-ROOT = Path(__file__).parents[1]
 CONFIG = "configs/word_problems_smollm2.yaml"
 ARMS = {"RPO": [], "full path": ["--cache=null"]}
 COLUMNS = ("accuracy_before", "accuracy_after", "decoded_tokens_per_sample", "seconds")
-
-
-def run(arm: str, seed: int, updates: list[str], folder: Path) -> dict[str, Any]:
-    """The summary of a run, which is made or continued if it has not ended."""
-    save_dir = folder / arm.replace(" ", "_") / str(seed)
-    if not list(save_dir.glob("*/*/summary.json")):
-        command = [
-            sys.executable, "-m", "rpo_lightning", "fit", f"--config={CONFIG}", f"--seed_everything={seed}",
-            f"--trainer.logger.init_args.save_dir={save_dir}", *updates, *ARMS[arm],
-        ]  # fmt: skip
-        if list(save_dir.glob("*/*/checkpoints/*.ckpt")):
-            command.append("--ckpt_path=last")
-        subprocess.run(command, cwd=ROOT, check=True, stdin=subprocess.DEVNULL)
-    summaries = sorted(save_dir.glob("*/*/summary.json"))
-    return dict(json.loads(summaries[-1].read_text()))
 
 
 def rows(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, object]]:
@@ -71,7 +54,8 @@ def main() -> None:
         results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
         for seed in range(seeds):
             for arm in ARMS:
-                results[arm].append(run(arm, seed, updates, folder))
+                options = [f"--seed_everything={seed}", *updates, *ARMS[arm]]
+                results[arm].append(fitted(CONFIG, options, folder / arm.replace(" ", "_") / str(seed)))
                 report = {
                     "hardware": hardware(),
                     "config": CONFIG,

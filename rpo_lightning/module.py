@@ -303,7 +303,8 @@ class RPOModule(EvaluationModule):
         parts = min(self.update.minibatches_per_pass, self.ranks.most(len(groups)))
         advantages = self._advantages.advantages(groups, self._reward_weights, self.ranks)
         minibatches = _split(list(zip(groups, advantages, strict=True)), parts) * self.update.passes_per_rollout
-        waiting = [*groups, *surplus] if len(minibatches) > 1 else surplus
+        teaching = [g for g, a in zip(groups, advantages, strict=True) if self._loss.learns_from(a)]
+        waiting = [*teaching, *surplus] if len(minibatches) > 1 else surplus
         if len(minibatches) > 1 or self.buffer is not None:
             with self.timer("old_logprobs"):
                 self._loss.store_old_logprobs(waiting)

@@ -31,6 +31,7 @@ from rpo_lightning.policy.prefix_sharing.rows import (
 from rpo_lightning.policy.prefix_sharing.transfer import received_together
 from rpo_lightning.update.importance import ImportanceCorrection
 from rpo_lightning.update.inputs import GivenInputs, GivenLogprobs
+from rpo_lightning.update.loss_rows import LossRows
 from rpo_lightning.update.metrics import UpdateMetrics
 from rpo_lightning.update.mismatch import Mismatch
 from rpo_lightning.update.objectives.base import LossInputs, Objective
@@ -134,12 +135,11 @@ class PolicyLoss:
             forward: Runs the forward pass of a micro-batch.
 
         Returns:
-            The update's metrics over all ranks, ``loss/…`` and ``mismatch/…``.
+            The update's metrics over all ranks, ``loss/…`` and ``mismatch/…``. ``loss/tokens`` counts all loss tokens.
+            Means and extremes are of those that are computed.
         """
-        rows = rows_of(groups, self.settings.loss_scope)
-        lengths = {(r.group, r.member): self._loss_length(groups, r) for r in rows}
-        counts = [float(sum(lengths.values())), float(sum(n > 0 for n in lengths.values()))]
-        totals = self.ranks.sum(torch.tensor(counts, dtype=torch.float64))
+        rows = LossRows.of(groups, self.settings, self.ranks)
+        computed_rows = rows.to_compute(advantages, self.objective.learns_from_zero_advantages)
         metrics = UpdateMetrics()
 
         def loss_of(step: Pass | None) -> Tensor:
@@ -148,16 +148,20 @@ class PolicyLoss:
             if step.closes:
                 assert step.context is not None
                 return step.context.loss()
-            inputs, computed = self._inputs(groups, step, advantages, lengths, totals, metrics.mismatch)
+            inputs, computed = self._inputs(groups, step, advantages, rows, metrics.mismatch)
             output = self.objective(inputs)
             self.processed_tokens["update"] += step.tokens
             self.processed_tokens["reference_logprobs"] += step.tokens if self.reference is not None else 0
             metrics.add(output, computed, inputs.mask_BS)
             return output.loss * self.ranks.size
 
-        for step, is_last in self._in_step(self._passes(rows, self.settings.prefix_gradient)):
+        for step, is_last in self._in_step(self._passes(computed_rows, self.settings.prefix_gradient)):
             backward(forward(partial(loss_of, step)), is_last)
-        return metrics.take(self.ranks)
+        return metrics.take(self.ranks) | {"loss/tokens": rows.tokens}
+
+    def learns_from(self, advantages: Tensor) -> bool:
+        """Whether responses with these advantages, one at least, can change the gradient."""
+        return self.objective.learns_from_zero_advantages or bool((advantages != 0).any())
 
     def _passes(self, rows: Sequence[Row], gradient: bool) -> list[Pass]:
         limit, cost = self.settings.micro_batch_tokens, self._row_cost
@@ -192,16 +196,15 @@ class PolicyLoss:
         groups: Sequence[Group],
         step: Pass,
         advantages: Sequence[Tensor],
-        lengths: dict[tuple[int, int], int],
-        totals: Tensor,
+        loss_rows: LossRows,
         mismatch: Mismatch,
     ) -> tuple[LossInputs, TokenLogprobs]:
         reference_BS = self._reference_logprobs(step)
         with_entropy = self.objective.entropy_bonus > 0
         computed = self._logprobs(self.policy, step, self.settings.prefix_gradient, with_entropy)
         rows = computed.rows
-        lengths_B = torch.tensor([lengths[r.group, r.member] for r in rows])
-        weights_B = self.objective.sequence_weights(lengths_B, float(totals[0]), float(totals[1]))
+        lengths_B = torch.tensor([loss_rows.lengths[r.group, r.member] for r in rows])
+        weights_B = self.objective.sequence_weights(lengths_B, loss_rows.tokens, loss_rows.sequences)
         given = GivenInputs.of(groups, rows, advantages, lengths_B, weights_B, computed.logprobs_BS)
         mask_BS = computed.mask_BS & given.counted_B[:, None]
         old_BS = computed.logprobs_BS.detach()
@@ -240,10 +243,6 @@ class PolicyLoss:
             model, step.rows, self.temperature, self.pad_id, self.policy.device, self._full_logits, prefix_gradient,
             step.context, entropy_gradient,
         )  # fmt: skip
-
-    def _loss_length(self, groups: Sequence[Group], row: Row) -> int:
-        finished = groups[row.group].completions[row.member].finished
-        return 0 if self.settings.mask_truncated and not finished else row.scope_length
 
 
 def _without_context_gradient(cost: RowCost) -> RowCost:

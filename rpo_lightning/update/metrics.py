@@ -50,7 +50,6 @@ class UpdateMetrics:
         return {
             "loss/total": sums["total"],
             "loss/policy": sums["policy"],
-            "loss/tokens": sums["tokens"],
             "loss/ratio_deviation_max": float(ranks.max(self._ratio_deviation_max)),
             **{f"loss/{name}": sums[name] / tokens for name in ("entropy", "kl", "clip_share")},
             **self.mismatch.metrics(ranks),

@@ -103,3 +103,9 @@ def test_hard_questions_charges_supervised_training_and_stops_at_its_tokens(tmp_
         assert 0 <= arm["accuracy"][0] <= arm["pass@8"][0] <= 1
     # 48 x 32 whole traces of some 130 tokens with their questions were processed before.
     assert supervised["processed_tokens"] - supervised["decoded_tokens"] > 48 * 32 * 120
+
+
+@pytest.mark.slow
+def test_the_left_out_benchmark_computes_no_more_tokens_than_with_all_responses(tmp_path):
+    record = last_line(tmp_path, "left_out_responses.py", "--quick")
+    assert 0 < record["ratios"]["update_tokens"][0] <= 1

@@ -54,6 +54,13 @@ def total_rewards(groups: Sequence[Group]) -> list[Tensor]:
     return [torch.tensor(group.rewards, dtype=torch.float64) for group in groups]
 
 
+def centred(rewards: Tensor) -> Tensor:
+    """Rewards minus their mean, [G]; exactly 0 if all are equal, though their mean may be rounded to another number."""
+    if bool((rewards == rewards[0]).all()):
+        return torch.zeros_like(rewards)
+    return rewards - rewards.mean()
+
+
 def batch_moments(values: Sequence[Tensor], ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (n - 1) of the values of all ranks; a collective."""
     here = torch.cat([*values, torch.zeros(0, dtype=torch.float64)])

@@ -10,7 +10,7 @@ from torch import Tensor
 from rpo_lightning.core.errors import UpdateError
 from rpo_lightning.core.ranks import Ranks
 from rpo_lightning.core.types import Group
-from rpo_lightning.update.advantages.base import AdvantageEstimator, total_rewards
+from rpo_lightning.update.advantages.base import AdvantageEstimator, centred, total_rewards
 
 
 class MaxRL(AdvantageEstimator):
@@ -42,4 +42,4 @@ class MaxRL(AdvantageEstimator):
 
 def _divided(rewards: Tensor) -> Tensor:
     mean = rewards.mean()
-    return (rewards - mean) / mean if mean > 0 else torch.zeros_like(rewards)
+    return centred(rewards) / mean if mean > 0 else torch.zeros_like(rewards)

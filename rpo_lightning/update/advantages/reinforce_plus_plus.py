@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rpo_lightning.core.ranks import Ranks
 from rpo_lightning.core.types import Group
-from rpo_lightning.update.advantages.base import EPSILON, AdvantageEstimator, batch_moments, total_rewards
+from rpo_lightning.update.advantages.base import EPSILON, AdvantageEstimator, batch_moments, centred, total_rewards
 
 
 class ReinforcePlusPlus(AdvantageEstimator):
@@ -40,6 +40,6 @@ class ReinforcePlusPlusBaseline(AdvantageEstimator):
 
     def advantages(self, groups: Sequence[Group], reward_weights: Mapping[str, float], ranks: Ranks) -> list[Tensor]:
         """Centred within each group, and scaled by the centred rewards of the batch."""
-        centred = [r - r.mean() for r in total_rewards(groups)]
-        _, deviation = batch_moments(centred, ranks)
-        return [c / (deviation + EPSILON) for c in centred]
+        of_groups = [centred(r) for r in total_rewards(groups)]
+        _, deviation = batch_moments(of_groups, ranks)
+        return [c / (deviation + EPSILON) for c in of_groups]

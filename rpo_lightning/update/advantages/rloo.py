@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rpo_lightning.core.ranks import Ranks
 from rpo_lightning.core.types import Group
-from rpo_lightning.update.advantages.base import AdvantageEstimator, total_rewards
+from rpo_lightning.update.advantages.base import AdvantageEstimator, centred, total_rewards
 
 
 class RLOO(AdvantageEstimator):
@@ -21,4 +21,4 @@ class RLOO(AdvantageEstimator):
 
     def advantages(self, groups: Sequence[Group], reward_weights: Mapping[str, float], ranks: Ranks) -> list[Tensor]:
         """Rewards minus the mean of the other members'."""
-        return [r - (r.sum() - r) / (len(r) - 1) for r in total_rewards(groups)]
+        return [centred(r) * len(r) / (len(r) - 1) for r in total_rewards(groups)]

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from rpo_lightning.core.ranks import Ranks
 from rpo_lightning.core.types import Group
-from rpo_lightning.update.advantages.base import EPSILON, AdvantageEstimator, batch_moments, total_rewards
+from rpo_lightning.update.advantages.base import EPSILON, AdvantageEstimator, batch_moments, centred, total_rewards
 
 
 def group_advantages(rewards: Sequence[Sequence[float]]) -> list[Tensor]:
     """``(r_i - mean r) / (std r + 1e-6)`` within each group, [G], float64. The deviation is a sample's (n - 1)."""
     groups = [torch.tensor(r, dtype=torch.float64) for r in rewards]
-    return [(r - r.mean()) / (r.std() + EPSILON) for r in groups]
+    return [centred(r) / (r.std() + EPSILON) for r in groups]
 
 
 class GroupScaled(AdvantageEstimator):
@@ -37,7 +37,7 @@ class BatchScaled(AdvantageEstimator):
         """Centred within each group, and scaled by the batch."""
         rewards = total_rewards(groups)
         _, deviation = batch_moments(rewards, ranks)
-        return [(r - r.mean()) / (deviation + EPSILON) for r in rewards]
+        return [centred(r) / (deviation + EPSILON) for r in rewards]
 
 
 class Unscaled(AdvantageEstimator):
@@ -45,4 +45,4 @@ class Unscaled(AdvantageEstimator):
 
     def advantages(self, groups: Sequence[Group], reward_weights: Mapping[str, float], ranks: Ranks) -> list[Tensor]:
         """Centred within each group."""
-        return [r - r.mean() for r in total_rewards(groups)]
+        return [centred(r) for r in total_rewards(groups)]

@@ -81,17 +81,25 @@ class Objective(ABC):
         default_advantages: The estimator of the paper.
         needs_default_advantages: Whether another estimator makes it another method.
         corrects_mismatch: Whether its ratio is to the engine's log-probs, so that no importance correction is due.
+        ignores_zero_advantages: Whether ``token_losses`` and their gradient are 0 where the advantage is 0. The update
+            then leaves such responses out of its passes.
     """
 
     normalisation: ClassVar[Normalisation]
     default_advantages: ClassVar[type[AdvantageEstimator]] = GroupScaled
     needs_default_advantages: ClassVar[bool] = False
     corrects_mismatch: ClassVar[bool] = False
+    ignores_zero_advantages: ClassVar[bool] = False
 
     def __init__(self, beta: float = 0.0, entropy_bonus: float = 0.0) -> None:
         require_at_least_zero(beta=beta, entropy_bonus=entropy_bonus)
         self.beta = beta
         self.entropy_bonus = entropy_bonus
+
+    @property
+    def learns_from_zero_advantages(self) -> bool:
+        """Whether a response whose advantage is 0 has a gradient, that of KL penalty and entropy bonus included."""
+        return not self.ignores_zero_advantages or self.beta > 0 or self.entropy_bonus > 0
 
     def sequence_weights(self, lengths: Tensor, total_tokens: float, total_sequences: float) -> Tensor:
         """Weight of every loss token of each sequence.

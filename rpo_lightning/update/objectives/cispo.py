@@ -18,6 +18,7 @@ class CISPO(ClippedObjective):
     """
 
     normalisation: ClassVar[Normalisation] = "token"
+    ignores_zero_advantages: ClassVar[bool] = True
 
     def __init__(
         self, clip_low: float = 1.0, clip_high: float = 0.28, beta: float = 0.0, entropy_bonus: float = 0.0

@@ -42,6 +42,7 @@ class DPPO(Objective):
     """
 
     normalisation: ClassVar[Normalisation] = "token"
+    ignores_zero_advantages: ClassVar[bool] = True
     corrects_mismatch: ClassVar[bool] = True
 
     def __init__(self, threshold: float = 0.15, beta: float = 0.0, entropy_bonus: float = 0.0) -> None:

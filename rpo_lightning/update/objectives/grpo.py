@@ -20,6 +20,7 @@ class GRPO(ClippedObjective):
     """
 
     normalisation: ClassVar[Normalisation] = "sequence"
+    ignores_zero_advantages: ClassVar[bool] = True
 
     def __init__(
         self, clip_low: float = 0.2, clip_high: float = 0.2, beta: float = 0.0, entropy_bonus: float = 0.0

@@ -18,6 +18,7 @@ class GSPO(ClippedObjective):
     """
 
     normalisation: ClassVar[Normalisation] = "sequence"
+    ignores_zero_advantages: ClassVar[bool] = True
 
     def __init__(
         self, clip_low: float = 3e-4, clip_high: float = 4e-4, beta: float = 0.0, entropy_bonus: float = 0.0

@@ -30,6 +30,7 @@ class SAPO(Objective):
     """
 
     normalisation: ClassVar[Normalisation] = "sequence"
+    ignores_zero_advantages: ClassVar[bool] = True
 
     def __init__(
         self, tau_pos: float = 1.0, tau_neg: float = 1.05, beta: float = 0.0, entropy_bonus: float = 0.0
