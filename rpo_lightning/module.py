@@ -302,9 +302,11 @@ class RPOModule(EvaluationModule):
             self.engine.sleep()
         parts = min(self.update.minibatches_per_pass, self.ranks.most(len(groups)))
         advantages = self._advantages.advantages(groups, self._reward_weights, self.ranks)
-        minibatches = _split(list(zip(groups, advantages, strict=True)), parts) * self.update.passes_per_rollout
-        teaching = [g for g, a in zip(groups, advantages, strict=True) if self._loss.learns_from(a)]
-        waiting = [*teaching, *surplus] if len(minibatches) > 1 else surplus
+        of_pass = _split(list(zip(groups, advantages, strict=True)), parts)
+        minibatches = of_pass * self.update.passes_per_rollout
+        waiting = list(surplus)
+        if len(minibatches) > 1:
+            waiting += [g for part in of_pass for g in self._loss.computed_groups(*_unzipped(part))]
         if len(minibatches) > 1 or self.buffer is not None:
             with self.timer("old_logprobs"):
                 self._loss.store_old_logprobs(waiting)
@@ -323,8 +325,7 @@ class RPOModule(EvaluationModule):
         assert self._accumulation is not None
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        groups, advantages = [g for g, _ in minibatch], [a for _, a in minibatch]
-        metrics = self._loss.backward(groups, advantages, self._accumulation.backward, self._accumulation.forward)
+        metrics = self._loss.backward(*_unzipped(minibatch), self._accumulation.backward, self._accumulation.forward)
         is_usable = is_finite(metrics)
         if is_usable and "mismatch/logprob_mean" in metrics:
             self.guard.check(metrics["mismatch/logprob_mean"], self.global_step)
@@ -374,3 +375,8 @@ def _split(groups: list[T], parts: int) -> list[list[T]]:
     """Split into consecutive lists of nearly equal size, empty ones where there are fewer groups than parts."""
     bounds = [round(i * len(groups) / parts) for i in range(parts + 1)]
     return [groups[a:b] for a, b in pairwise(bounds)]
+
+
+def _unzipped(minibatch: list[tuple[Group, Tensor]]) -> tuple[list[Group], list[Tensor]]:
+    """The groups, and the advantages of each."""
+    return [group for group, _ in minibatch], [advantages for _, advantages in minibatch]

@@ -7,7 +7,7 @@ tokens whose loss is zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -138,7 +138,8 @@ class PolicyLoss:
             The update's metrics over all ranks, ``loss/…`` and ``mismatch/…``. ``loss/tokens`` counts all loss tokens.
             Means and extremes are of those that are computed.
         """
-        rows = LossRows.of(groups, self.settings, self.ranks)
+        rows = LossRows.of(groups, self.settings)
+        totals = rows.totals(self.ranks)
         computed_rows = rows.to_compute(advantages, self.objective.learns_from_zero_advantages)
         metrics = UpdateMetrics()
 
@@ -148,7 +149,7 @@ class PolicyLoss:
             if step.closes:
                 assert step.context is not None
                 return step.context.loss()
-            inputs, computed = self._inputs(groups, step, advantages, rows, metrics.mismatch)
+            inputs, computed = self._inputs(groups, step, advantages, rows.lengths, totals, metrics.mismatch)
             output = self.objective(inputs)
             self.processed_tokens["update"] += step.tokens
             self.processed_tokens["reference_logprobs"] += step.tokens if self.reference is not None else 0
@@ -157,11 +158,13 @@ class PolicyLoss:
 
         for step, is_last in self._in_step(self._passes(computed_rows, self.settings.prefix_gradient)):
             backward(forward(partial(loss_of, step)), is_last)
-        return metrics.take(self.ranks) | {"loss/tokens": rows.tokens}
+        return metrics.take(self.ranks) | {"loss/tokens": totals[0]}
 
-    def learns_from(self, advantages: Tensor) -> bool:
-        """Whether responses with these advantages, one at least, can change the gradient."""
-        return self.objective.learns_from_zero_advantages or bool((advantages != 0).any())
+    def computed_groups(self, groups: Sequence[Group], advantages: Sequence[Tensor]) -> list[Group]:
+        """Those of an update's groups that ``backward`` computes."""
+        rows = LossRows.of(groups, self.settings)
+        computed = rows.to_compute(advantages, self.objective.learns_from_zero_advantages)
+        return [groups[index] for index in dict.fromkeys(row.group for row in computed)]
 
     def _passes(self, rows: Sequence[Row], gradient: bool) -> list[Pass]:
         limit, cost = self.settings.micro_batch_tokens, self._row_cost
@@ -196,15 +199,16 @@ class PolicyLoss:
         groups: Sequence[Group],
         step: Pass,
         advantages: Sequence[Tensor],
-        loss_rows: LossRows,
+        lengths: Mapping[tuple[int, int], int],
+        totals: tuple[float, float],
         mismatch: Mismatch,
     ) -> tuple[LossInputs, TokenLogprobs]:
         reference_BS = self._reference_logprobs(step)
         with_entropy = self.objective.entropy_bonus > 0
         computed = self._logprobs(self.policy, step, self.settings.prefix_gradient, with_entropy)
         rows = computed.rows
-        lengths_B = torch.tensor([loss_rows.lengths[r.group, r.member] for r in rows])
-        weights_B = self.objective.sequence_weights(lengths_B, loss_rows.tokens, loss_rows.sequences)
+        lengths_B = torch.tensor([lengths[r.group, r.member] for r in rows])
+        weights_B = self.objective.sequence_weights(lengths_B, *totals)
         given = GivenInputs.of(groups, rows, advantages, lengths_B, weights_B, computed.logprobs_BS)
         mask_BS = computed.mask_BS & given.counted_B[:, None]
         old_BS = computed.logprobs_BS.detach()

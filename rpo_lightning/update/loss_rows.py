@@ -25,27 +25,27 @@ class LossRows:
     Attributes:
         rows: A row for each response with a token in the loss scope.
         lengths: Number of loss tokens by group and member; 0 for a response that is left out of the loss.
-        tokens: Number of loss tokens on all ranks.
-        sequences: Number of responses with loss tokens on all ranks.
     """
 
     rows: Sequence[Row]
     lengths: Mapping[tuple[int, int], int]
-    tokens: float
-    sequences: float
 
     @classmethod
-    def of(cls, groups: Sequence[Group], settings: UpdateSettings, ranks: Ranks) -> LossRows:
-        """Count the loss tokens of the groups of all ranks; a collective."""
+    def of(cls, groups: Sequence[Group], settings: UpdateSettings) -> LossRows:
+        """Find the loss tokens of groups."""
         rows = rows_of(groups, settings.loss_scope)
         lengths = {}
         for row in rows:
             finished = groups[row.group].completions[row.member].finished
             is_masked = settings.mask_truncated and not finished
             lengths[row.group, row.member] = 0 if is_masked else row.scope_length
-        counts = [float(sum(lengths.values())), float(sum(n > 0 for n in lengths.values()))]
+        return cls(rows, lengths)
+
+    def totals(self, ranks: Ranks) -> tuple[float, float]:
+        """Number of loss tokens, and of responses that have some, on all ranks; a collective."""
+        counts = [float(sum(self.lengths.values())), float(sum(n > 0 for n in self.lengths.values()))]
         tokens, sequences = ranks.sum(torch.tensor(counts, dtype=torch.float64)).tolist()
-        return cls(rows, lengths, tokens, sequences)
+        return tokens, sequences
 
     def to_compute(self, advantages: Sequence[Tensor], learns_from_zero_advantages: bool) -> list[Row]:
         """The rows that can change the gradient.
