@@ -11,8 +11,8 @@ from rpo_lightning.callbacks.run_folder import RunFolderCallback
 from rpo_lightning.core.files import replacing, write_parquet
 from rpo_lightning.core.ranks import gather_rows
 from rpo_lightning.core.run_files import EVALUATION_FILE, EVALUATION_TABLE
-from rpo_lightning.data.datamodule import set_key
 from rpo_lightning.data.prompts import LoadReport
+from rpo_lightning.data.question_sets import set_key
 from rpo_lightning.evaluation import Estimate
 from rpo_lightning.evaluation.evaluation import CONFIDENCE, average
 

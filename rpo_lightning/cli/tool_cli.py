@@ -17,7 +17,8 @@ from rpo_lightning.callbacks.answer_progress import AnswerProgressCallback
 from rpo_lightning.cli.lightning_cli import RPOCLI
 from rpo_lightning.cli.lightning_parser import RPOArgumentParser
 from rpo_lightning.core.errors import ConfigurationError
-from rpo_lightning.data.datamodule import RPODataModule, hub_split
+from rpo_lightning.data.datamodule import RPODataModule
+from rpo_lightning.data.question_sets import hub_split
 from rpo_lightning.data.sources import as_source
 from rpo_lightning.module import RPOModule
 

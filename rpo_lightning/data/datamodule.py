@@ -8,13 +8,10 @@ the full path, and so does all evaluation.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
@@ -22,25 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from rpo_lightning.core.errors import ConfigurationError, DataError
 from rpo_lightning.core.seeds import run_seed
 from rpo_lightning.core.types import Batch, Prompt, RolloutRequest, full_path_request
-from rpo_lightning.data.loader import ResumableLoader, batches_processed
+from rpo_lightning.data.loader import ResumableLoader, batches_processed, own_generator, require_validations
 from rpo_lightning.data.position import TrainingPosition
-from rpo_lightning.data.prompt_format import few_shot_messages, read_chat_template
-from rpo_lightning.data.prompts import LoadReport, PromptBuilder
+from rpo_lightning.data.prompts import LoadReport
+from rpo_lightning.data.question_sets import Examples, NamedQuestions, PromptSettings, Questions, QuestionSets
 from rpo_lightning.data.selection import QuestionSelection, SelectedQuestions, SelectedSampler
-from rpo_lightning.data.sources import DataSource, Row, as_source
 from rpo_lightning.rewards.base import Reward, Verifier
-
-log = logging.getLogger(__name__)
-
-_MAX_MESSAGES = 5
-
-
-# What users write for a set of questions. ``Path`` comes last, since the command line takes anything for one.
-Questions = str | DataSource | Sequence[Row] | Path
-# Solved examples. Text comes first, so that the command line leaves "7" as it is.
-Examples = str | DataSource | Sequence[Mapping[str, str | int | float]] | Path
-# Several sets by name, for evaluation.
-NamedQuestions = str | DataSource | Sequence[Row] | dict[str, str | DataSource | Path] | Path
 
 
 class RPODataModule(LightningDataModule):
@@ -96,38 +80,46 @@ class RPODataModule(LightningDataModule):
         selection: QuestionSelection | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("batch_size", batch_size),
-            ("eval_batch_size", eval_batch_size),
-            ("max_prompt_tokens", max_prompt_tokens),
-        ):
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value < 1:
                 raise ConfigurationError(f"data.{name} must be at least 1, got {value}")
-        self.sources = {"train": train, "val": val, "test": test, "predict": predict}
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.max_prompt_tokens = max_prompt_tokens
-        self.question_column = question_column
-        self.answer_column = answer_column
-        self.uid_column = uid_column
-        self.system_prompt = system_prompt
-        if chat_template is not None and use_chat_template is False:
-            raise ConfigurationError("data.chat_template is not used with data.use_chat_template=false: drop one")
         if selection is not None and not shuffle:
             raise ConfigurationError("data.selection asks questions in an order of its own: drop data.shuffle=false")
-        self.use_chat_template = use_chat_template
-        self.chat_template = chat_template
-        self.chat_template_kwargs = chat_template_kwargs
-        self.few_shot = few_shot
-        self.continue_final_message = continue_final_message
+        settings = PromptSettings(
+            max_prompt_tokens=max_prompt_tokens,
+            question_column=question_column,
+            answer_column=answer_column,
+            uid_column=uid_column,
+            system_prompt=system_prompt,
+            use_chat_template=use_chat_template,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            few_shot=few_shot,
+            continue_final_message=continue_final_message,
+        )
+        self.sets = QuestionSets({"train": train, "val": val, "test": test, "predict": predict}, settings)
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
         self.shuffle = shuffle
         self.selection = selection
         self.make_request: Callable[[Prompt], RolloutRequest] | None = None
-        self.prompts: dict[str, list[Prompt]] = {}
-        self.reports: dict[str, LoadReport] = {}
         self._position = TrainingPosition()
         self._selected: SelectedQuestions | None = None
-        self._read_with: tuple[PreTrainedTokenizerBase, Verifier] | None = None
+
+    @property
+    def sources(self) -> dict[str, NamedQuestions]:
+        """What ``train``, ``val``, ``test`` and ``predict`` are read from; what is not read yet may be replaced."""
+        return self.sets.sources
+
+    @property
+    def prompts(self) -> dict[str, list[Prompt]]:
+        """The prompts of the sets that have been read, by split, or split/name where a split has several."""
+        return self.sets.prompts
+
+    @property
+    def reports(self) -> dict[str, LoadReport]:
+        """What was left out of the sets that have been read."""
+        return self.sets.reports
 
     def setup(self, stage: str) -> None:
         """Read and tokenise the questions of a stage."""
@@ -137,18 +129,11 @@ class RPODataModule(LightningDataModule):
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
         for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
-            for name in self._sets(split) or ([""] if (stage, split) != ("fit", "val") else []):
+            for name in self.sets.of_split(split) or ([""] if (stage, split) != ("fit", "val") else []):
                 self.read(split, name, module.tokenizer, module.grader.verifier, module.grader.rewards)
         if stage == TrainerFn.FITTING.value:
             self._require_a_batch()
             require_validations(self.trainer, len(self.train_dataloader()))
-
-    def _sets(self, split: str) -> dict[str, Questions]:
-        """The sets of a split by name; a single one has an empty name."""
-        data = self.sources[split]
-        if isinstance(data, dict):
-            return dict(data)
-        return {"": data} if data else {}
 
     def read(
         self,
@@ -170,48 +155,11 @@ class RPODataModule(LightningDataModule):
         Raises:
             DataError: The set is not given, or cannot be read.
         """
-        if self._read_with is None or self._read_with[0] is not tokenizer or self._read_with[1] is not verifier:
-            self.prompts, self.reports, self._read_with = {}, {}, (tokenizer, verifier)
-            if self.chat_template is not None:
-                tokenizer.chat_template = read_chat_template(self.chat_template)
-        key = set_key(split, name)
-        if key in self.prompts:
-            return self.prompts[key]
-        if name not in self._sets(split):
-            return self._prompts(key)
-        data = self._sets(split)[name]
-        builder = PromptBuilder(
-            tokenizer=tokenizer,
-            verifier=verifier,
-            max_prompt_tokens=self.max_prompt_tokens,
-            question_column=self.question_column,
-            answer_column=self.answer_column,
-            uid_column=self.uid_column,
-            system_prompt=self.system_prompt,
-            use_chat_template=self.use_chat_template,
-            continue_final_message=self.continue_final_message,
-            chat_template_kwargs=self.chat_template_kwargs,
-            few_shot=few_shot_messages(as_source(self.few_shot, "train")) if self.few_shot else (),
-            rewards=rewards,
-        )
-        source = as_source(data, hub_split(split))
-        self.prompts[key], report = builder.build(source)
-        self.reports[key] = report
-        for message in report.unusable[:_MAX_MESSAGES]:
-            log.warning(message)
-        for message in (*report.only_text_message(), *report.left_out_message()):
-            log.info(f"{source!r}: {message}")
-        if report.unusable or report.overlong or report.duplicates:
-            log.warning(
-                f"{source!r}: {report.kept} questions kept; dropped {report.overlong} over "
-                f"{self.max_prompt_tokens} prompt tokens, {len(report.unusable)} without a usable question or gold "
-                f"answer, {report.duplicates} duplicates"
-            )
-        return self.prompts[key]
+        return self.sets.read(split, name, tokenizer, verifier, rewards)
 
     def evaluation_names(self, split: str) -> list[str]:
         """Names of the sets of ``val`` or ``test``, in the order of their loaders."""
-        return list(self._sets(split))
+        return list(self.sets.of_split(split))
 
     @property
     def longest_prompt(self) -> int:
@@ -250,7 +198,7 @@ class RPODataModule(LightningDataModule):
     def adopt_position(self) -> None:
         """Go on where the checkpoint's run stopped; see ``TrainingPosition``."""
         assert self.trainer is not None
-        self._position.adopt(self.trainer, self._questions_per_iteration(), self._prompts("train"))
+        self._position.adopt(self.trainer, self._questions_per_iteration(), self.sets.loaded("train"))
 
     def _questions_per_iteration(self) -> int:
         assert self.trainer is not None
@@ -258,7 +206,7 @@ class RPODataModule(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of prompts; the last incomplete one is dropped."""
-        prompts = self._prompts("train")
+        prompts = self.sets.loaded("train")
         assert self.trainer is not None
         trainer = self.trainer
         sampler: DistributedSampler[Prompt]
@@ -274,13 +222,13 @@ class RPODataModule(LightningDataModule):
             sampler=sampler,
             drop_last=True,
             collate_fn=Batch,
-            generator=_own_generator(),
+            generator=own_generator(),
         )
 
     def _require_a_batch(self) -> None:
         """Check that every rank has questions for an iteration."""
         assert self.trainer is not None
-        count, ranks = len(self._prompts("train")), self.trainer.world_size
+        count, ranks = len(self.sets.loaded("train")), self.trainer.world_size
         most = -(-count // ranks)
         if most < self.batch_size:
             raise DataError(
@@ -292,12 +240,12 @@ class RPODataModule(LightningDataModule):
         """Batches of validation prompts, a loader a set; none if a training run has nothing to validate on."""
         assert self.trainer is not None
         if self.trainer.state.fn == TrainerFn.VALIDATING:
-            return [self._eval_loader(set_key("val", name)) for name in self._sets("val") or [""]]
-        return [self._eval_loader(set_key("val", name)) for name in self._sets("val")]
+            return [self._eval_loader("val", name) for name in self.sets.of_split("val") or [""]]
+        return [self._eval_loader("val", name) for name in self.sets.of_split("val")]
 
     def test_dataloader(self) -> list[DataLoader[Prompt]]:
         """Batches of test prompts, a loader a set."""
-        return [self._eval_loader(set_key("test", name)) for name in self._sets("test") or [""]]
+        return [self._eval_loader("test", name) for name in self.sets.of_split("test") or [""]]
 
     def predict_dataloader(self) -> DataLoader[Prompt]:
         """Batches of prompts to answer."""
@@ -312,10 +260,10 @@ class RPODataModule(LightningDataModule):
         module: Any = trainer.lightning_module
         return Batch([full_path_request(prompt, module.max_response_tokens) for prompt in batch])
 
-    def _eval_loader(self, split: str) -> DataLoader[Prompt]:
+    def _eval_loader(self, split: str, name: str = "") -> DataLoader[Prompt]:
         """Equally many batches on all ranks, by repeating questions: engines over several ranks need it."""
         assert self.trainer is not None
-        prompts: Any = self._prompts(split)
+        prompts: Any = self.sets.loaded(split, name)
         world_size = self.trainer.world_size
         sampler: DistributedSampler[Prompt] = DistributedSampler(
             prompts, world_size, self.trainer.global_rank, shuffle=False
@@ -325,48 +273,5 @@ class RPODataModule(LightningDataModule):
             batch_size=self.eval_batch_size,
             sampler=sampler if world_size > 1 else None,
             collate_fn=Batch,
-            generator=_own_generator(),
+            generator=own_generator(),
         )
-
-    def _prompts(self, split: str) -> list[Prompt]:
-        if split not in self.prompts:
-            raise DataError(f"data.{split} is not set: give it a file, a data set name or a data source")
-        return self.prompts[split]
-
-
-def require_validations(trainer: Trainer, batches: int) -> None:
-    """Check that an epoch has as many batches as a validation comes after. Lightning does once the policy is loaded.
-
-    Args:
-        trainer: The trainer of a training run.
-        batches: The training batches of an epoch.
-
-    Raises:
-        ConfigurationError: It has fewer.
-    """
-    limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
-    every = trainer.val_check_interval
-    if isinstance(every, int) and every > batches and trainer.check_val_every_n_epoch is not None:
-        raise ConfigurationError(
-            f"trainer.val_check_interval={every} is more than the {batches} training batches of an epoch: lower it, or "
-            "set trainer.check_val_every_n_epoch=null to count batches of all epochs"
-        )
-
-
-def _own_generator() -> torch.Generator:
-    """What a loader draws from whenever it is iterated, and a resumed run iterates more often.
-
-    Without one it is torch's global generator, which dropout and user code may use.
-    """
-    return torch.Generator().manual_seed(run_seed())
-
-
-def hub_split(split: str) -> str:
-    """The split of a bare data set name that ours is read from."""
-    return "train" if split == "train" else "test"
-
-
-def set_key(split: str, name: str) -> str:
-    """Key of a set of questions: its split, and its name if it has one."""
-    return f"{split}/{name}" if name else split
