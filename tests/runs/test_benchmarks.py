@@ -109,3 +109,12 @@ def test_hard_questions_charges_supervised_training_and_stops_at_its_tokens(tmp_
 def test_the_left_out_benchmark_computes_no_more_tokens_than_with_all_responses(tmp_path):
     record = last_line(tmp_path, "left_out_responses.py", "--quick")
     assert 0 < record["ratios"]["update_tokens"][0] <= 1
+
+
+@pytest.mark.slow
+def test_the_selection_benchmark_compares_equally_many_updates(tmp_path):
+    every, informative = last_line(tmp_path, "question_selection.py", "--quick")["arms"].values()
+    assert every[0]["accuracy_before"] == informative[0]["accuracy_before"]
+    assert every[0]["samples"] >= 2 * 16 * 8
+    # Two updates need no more than the first epoch, which is the same.
+    assert every[0]["samples"] == informative[0]["samples"]

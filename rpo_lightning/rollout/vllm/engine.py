@@ -217,12 +217,16 @@ class VLLMEngine(RolloutEngine):
         )
 
     def metrics(self) -> dict[str, float]:
-        """``rollout/prefix_cache_hit_share``: share of prompt tokens found in the prefix cache since the last call."""
+        """``rollout/prefix_cache_hit_share``: share of prompt tokens found in the prefix cache since the last call.
+
+        ``rollout/synced_bytes``: bytes of the tensors that vLLM was given at the last sync.
+        """
         if self._llm is None:
             return {}
         seen, now = self._seen_cache_tokens, vllm_platform.prefix_cache_tokens(self._llm)
         self._seen_cache_tokens = now
-        return {"rollout/prefix_cache_hit_share": (now[1] - seen[1]) / max(now[0] - seen[0], 1)}
+        share = (now[1] - seen[1]) / max(now[0] - seen[0], 1)
+        return {"rollout/prefix_cache_hit_share": share, "rollout/synced_bytes": float(self.synced_bytes)}
 
     def prefill_share(self) -> float:
         """See ``RolloutEngine.prefill_share``. An estimate: vLLM counts time by request, and requests overlap."""
