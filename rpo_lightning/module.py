@@ -221,6 +221,13 @@ class RPOModule(EvaluationModule):
         updates = self.lr_schedule.length(self.trainer, self.update.updates_per_rollout, self.buffer is not None)
         return {"optimizer": optimizer, "lr_scheduler": self.lr_schedule.build(optimizer, updates)}
 
+    def written_tensors(self) -> list[Tensor]:
+        """See ``PolicyModule``; with the optimizer's states."""
+        optimizers: Any = [] if self._trainer is None else self.trainer.optimizers
+        states = [state for optimizer in optimizers for state in getattr(optimizer, "state", {}).values()]
+        values = [value for state in states if isinstance(state, dict) for value in state.values()]
+        return [*super().written_tensors(), *(value for value in values if isinstance(value, Tensor))]
+
     def on_fit_start(self) -> None:
         """Choose how gradients are accumulated, and look at the checkpoints' settings."""
         self._accumulation = accumulation_for(self.trainer.strategy, self)

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+from torch import Tensor
+
 from rpo_lightning.core.errors import ConfigurationError, RewardError, one_line
 from rpo_lightning.rewards.serving import told
 from rpo_lightning.rewards.worker import Loss, LostCallError, RaisedError
@@ -80,6 +82,7 @@ class GradingPool:
         self.beside_decoding = True
         self._cores = 1
         self._told: set[Loss] = set()
+        self._left_out: Callable[[], Sequence[Tensor]] = tuple
         self._workers: Workers | None = None
 
     def use_cores(self, cores: int, decoding: int) -> None:
@@ -92,6 +95,14 @@ class GradingPool:
         self.beside_decoding = cores > decoding
         self._cores = cores - decoding if self.beside_decoding else cores
 
+    def leave_out(self, tensors: Callable[[], Sequence[Tensor]]) -> None:
+        """Keep tensors out of the workers that are started from now on; see ``rpo_lightning.rewards.unshared``.
+
+        Args:
+            tensors: Returns the tensors that the trainer writes to. Called whenever a worker is started.
+        """
+        self._left_out = tensors
+
     def start(self) -> None:
         """Start the workers, and replace those that have ended or have made many calls.
 
@@ -102,7 +113,7 @@ class GradingPool:
             self._workers.renew()
             return
         count, spare = (self.workers, 0) if self.workers else (min(max(self._cores, 1), _MOST_WORKERS), 1)
-        self._workers = Workers(count, spare, self.memory_gib * 2**30)
+        self._workers = Workers(count, spare, self.memory_gib * 2**30, self._left_out)
 
     def submit(
         self,
@@ -214,7 +225,7 @@ class GradingPool:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_workers": None}
+        return {**self.__dict__, "_workers": None, "_left_out": tuple}
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -16,11 +16,14 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
+from torch import Tensor
+
 from rpo_lightning.rewards.serving import HEADER_BYTES, LARGEST_REPLY, serve
+from rpo_lightning.rewards.unshared import unshared
 
 # Why a call has no result: it was over the limit of time or of memory, or its process ended.
 Loss = Literal["time", "memory", "death"]
@@ -58,14 +61,16 @@ class Worker:
 
     Args:
         memory_bytes: How much its private memory may grow.
+        left_out: Tensors that it does not get.
 
     Attributes:
         calls: Number of calls that it got.
     """
 
-    def __init__(self, memory_bytes: float) -> None:
+    def __init__(self, memory_bytes: float, left_out: Sequence[Tensor] = ()) -> None:
         self.calls = 0
-        with _FORKING:
+        # The process goes on within this call, whose argument keeps it from freeing the tensors.
+        with _FORKING, unshared(left_out):
             self._socket, theirs = socket.socketpair()
             _TRAINERS_ENDS.add(self._socket)
             arguments = (theirs, list(_TRAINERS_ENDS), memory_bytes, os.getpid())

@@ -11,10 +11,12 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from rpo_lightning.core.errors import RewardError, one_line
 from rpo_lightning.rewards.worker import LostCallError, Worker
@@ -49,13 +51,15 @@ class Workers:
         count: How many processes grade at a time.
         spare: How many more there are. Each goes on with the other calls while one is slow.
         memory_bytes: How much a process's private memory may grow.
+        left_out: Names the tensors that processes do not get, whenever one is started.
 
     Raises:
         RewardError: No process can be started.
     """
 
-    def __init__(self, count: int, spare: int, memory_bytes: float) -> None:
+    def __init__(self, count: int, spare: int, memory_bytes: float, left_out: Callable[[], Sequence[Tensor]]) -> None:
         self._memory_bytes = memory_bytes
+        self._left_out = left_out
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._turns = threading.Semaphore(count)
         self._is_closed = False
@@ -140,7 +144,7 @@ class Workers:
             place.worker = None
         if place.worker is None:
             try:
-                place.worker = Worker(self._memory_bytes)
+                place.worker = Worker(self._memory_bytes, self._left_out())
             except OSError as error:
                 raise RewardError(
                     f"a grading process cannot be started: {one_line(error)}; free memory, or lower "

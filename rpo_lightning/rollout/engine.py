@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rpo_lightning.core.errors import ConfigurationError, EngineError
@@ -190,6 +191,10 @@ class RolloutEngine(ABC):
     def metrics(self) -> dict[str, float]:
         """Metrics of the rollouts since the last call, named ``rollout/…``."""
         return {}
+
+    def held_tensors(self) -> list[Tensor]:
+        """Tensors that the engine holds beside the policy's, such as weights of its own and a key–value cache."""
+        return []
 
     @abstractmethod
     def prefill_share(self) -> float:

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
@@ -165,6 +166,12 @@ class PolicyModule(LightningModule):
             require_known_tokens(self.policy, data.highest_token_id)
         self.engine.attach(self.policy, self.tokenizer, self._engine_setup())
         self._let_grader_use_cores()
+        self.grader.pool.leave_out(self.written_tensors)
+
+    def written_tensors(self) -> list[Tensor]:
+        """Tensors that a run writes to again and again. Grading processes would keep old copies of them."""
+        parameters = [] if self.policy is None else list(self.policy.parameters())
+        return [*parameters, *(p.grad for p in parameters if p.grad is not None), *self.engine.held_tensors()]
 
     def _load(self) -> PreTrainedModel:
         source, adapter = self._policy_source, self.adapter

@@ -17,6 +17,7 @@ from contextlib import closing
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -88,6 +89,7 @@ class VLLMEngine(RolloutEngine):
         self._setup = EngineSetup()
         self._stop_ids: list[int] = []
         self._llm: Any = None
+        self._held: list[Tensor] = []
         self._group = TensorParallelGroup()
         self._owns_process_group = False
         self._used_sleep_level: SleepLevel = 0
@@ -161,7 +163,7 @@ class VLLMEngine(RolloutEngine):
     @override
     def shutdown(self) -> None:
         if self._llm is not None:
-            llm, self._llm = self._llm, None
+            llm, self._llm, self._held = self._llm, None, []
             vllm_platform.stop(llm, self._owns_process_group)
         self._transfer.forget()
         self._weights_version = None
@@ -201,6 +203,7 @@ class VLLMEngine(RolloutEngine):
         if self._asleep:
             vllm_platform.wake(self._llm, "kv_cache")
             self._asleep = False
+        self._held = vllm_platform.held_tensors(self._llm)
         if not self._llm.reset_prefix_cache():
             raise EngineError(
                 "vLLM did not empty its prefix cache: requests are running, sync between calls of generate"
@@ -227,6 +230,10 @@ class VLLMEngine(RolloutEngine):
         self._seen_cache_tokens = now
         share = (now[1] - seen[1]) / max(now[0] - seen[0], 1)
         return {"rollout/prefix_cache_hit_share": share, "rollout/synced_bytes": float(self.synced_bytes)}
+
+    @override
+    def held_tensors(self) -> list[Tensor]:
+        return self._held
 
     def prefill_share(self) -> float:
         """See ``RolloutEngine.prefill_share``. An estimate: vLLM counts time by request, and requests overlap."""

@@ -190,6 +190,20 @@ def contained() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
+def held_tensors(llm: Any) -> list[Tensor]:
+    """The weights and the key–value cache of the engine's part in this process.
+
+    On a CPU vLLM packs weights into memory of its kernels, which no tensor names.
+    """
+    return [tensor for tensors in llm.collective_rpc(_held) for tensor in tensors]
+
+
+def _held(worker: Any) -> list[Tensor]:
+    runner = worker.model_runner
+    caches = getattr(runner, "kv_caches", [])
+    return [*runner.model.parameters(), *(cache for cache in caches if isinstance(cache, Tensor))]
+
+
 def wake(llm: Any, part: Literal["weights", "kv_cache"] | None = None) -> None:
     """Give an engine that sleeps its memory back: for its weights, for its key-value cache, or for both.
 
