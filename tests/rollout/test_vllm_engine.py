@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -193,6 +194,14 @@ def test_the_prefix_cache_hits_within_an_iteration_and_never_across_a_sync(start
     engine.load_weights(policy, 1)
     engine.generate([one], Sampling(), seed=1)
     assert engine.metrics()["rollout/prefix_cache_hit_share"] == 0
+
+
+def test_rollouts_and_syncs_draw_nothing_from_the_trainers_generators(policy, tokenizer, start):
+    engine = start(policy)
+    states = random.getstate(), torch.get_rng_state().tolist()
+    engine.generate(requests(tokenizer), Sampling(), seed=0)
+    engine.load_weights(policy, 1)
+    assert (random.getstate(), torch.get_rng_state().tolist()) == states
 
 
 def test_starting_an_engine_leaves_the_process_as_it_was(policy, tokenizer, start):

@@ -256,7 +256,7 @@ class VLLMEngine(RolloutEngine):
         mine = [(r, s) for r, s in zip(requests, request_seeds(seed, len(requests)), strict=True)]
         shared, start = self._group.gather(mine)
         found: dict[tuple[int, int], Completion] = {}
-        with closing(self._ended(shared, sampling)) as ended:
+        with vllm_platform.generators_kept(), closing(self._ended(shared, sampling)) as ended:
             for index, member, completion in ended:
                 if 0 <= index - start < len(requests):
                     found[index - start, member] = completion

@@ -177,17 +177,26 @@ def _external(request_id: str) -> str:
 @contextmanager
 def contained() -> Iterator[None]:
     """Restore what starting an engine changes in the process: seeds, precision, number of threads, its setter."""
-    states, numpy_state = generator_states(), np.random.get_state()
     precision = torch.get_float32_matmul_precision()
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     try:
-        yield
+        with generators_kept():
+            yield
     finally:
         torch.set_num_threads = set_threads
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Restore the global generators. vLLM draws from them, also when every request has a seed of its own."""
+    states, numpy_state = generator_states(), np.random.get_state()
+    try:
+        yield
+    finally:
         set_generator_states(states)
         np.random.set_state(numpy_state)
-        torch.set_float32_matmul_precision(precision)
 
 
 def held_tensors(llm: Any) -> list[Tensor]:
