@@ -1,8 +1,7 @@
 """One of two ranks that roll out on vLLM; run by torchrun from ``test_vllm_ranks.py``.
 
-Arguments: tensor-parallel size; ``whole``, ``sharded`` (FSDP2), or ``adapted`` (sharded, and the engine is given the
-adapter alone); output folder. Writes this rank's samples, and the largest difference of the engine's log-probs from the
-policy's after a change of weights.
+Argument: output folder. For every case of ``CASES``, one after the other, writes this rank's samples, and the largest
+difference of the engine's log-probs from the policy's after a change of weights.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,11 +23,12 @@ from rpo_lightning.policy.tokenizer import load_tokenizer
 from rpo_lightning.rollout import EngineSetup, GenerationRequest, Sampling, VLLMEngine
 from rpo_lightning.rollout.vllm.weight_transfer import Sync
 
+# Tensor-parallel size; ``whole``, ``sharded`` (FSDP2), or ``adapted`` (sharded, and the engine gets the adapter alone).
+CASES = [(1, "whole"), (1, "sharded"), (2, "whole"), (2, "adapted")]
 
-def main() -> None:
-    size, kind, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
-    rank = int(os.environ["RANK"])
-    torch.distributed.init_process_group("gloo")
+
+def roll_out(size: int, kind: str, rank: int) -> dict[str, Any]:
+    """Samples of an engine that has been given changed weights, and how far its log-probs are from the policy's."""
     tokenizer = load_tokenizer("embedded:arithmetic-reasoner")
     torch.manual_seed(0)
     # Two ranks share the four heads.
@@ -64,9 +65,16 @@ def main() -> None:
             difference = torch.tensor(completion.logprobs) - logprobs[-len(completion.token_ids) :]
             largest = max(largest, difference.abs().max().item())
     tokens = [[c.token_ids for c in completions] for completions in outputs]
-    (folder / f"{rank}.json").write_text(json.dumps({"tokens": tokens, "largest": largest}))
     engine.shutdown()
     assert torch.distributed.is_initialized()  # the engine did not make it
+    return {"tokens": tokens, "largest": largest}
+
+
+def main() -> None:
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo")
+    for size, kind in CASES:
+        (folder / f"{size}-{kind}-{rank}.json").write_text(json.dumps(roll_out(size, kind, rank)))
     torch.distributed.destroy_process_group()
 
 
