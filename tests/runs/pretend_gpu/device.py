@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.runs.pretend_gpu import flash
 
@@ -112,6 +111,28 @@ class PretendGPU(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
+def _tensors_in(value) -> list[torch.Tensor]:
+    """Tensors in arguments, however they are nested; torch's own function for trees takes ten times as long."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [x for part in value for x in _tensors_in(part)]
+
+
+def _with_tensors(value, change):
+    """Arguments or a result with ``change`` made to every tensor in them."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _with_tensors(part, change) for name, part in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)([_with_tensors(part, change) for part in value])
+    return value
+
+
 def _is_cuda(device) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
@@ -145,7 +166,7 @@ def _refuse_meeting(func, name, args, from_cpu) -> None:
 
 
 def _run(func, args, kwargs):
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    tensors = _tensors_in((args, kwargs))
     pretended = [x for x in tensors if isinstance(x, PretendTensor)]
     device = kwargs.get("device")
     if not pretended and not _is_cuda(device):
@@ -161,13 +182,13 @@ def _run(func, args, kwargs):
     result = _computed(func, args, kwargs, to_cpu or not pretended)
     if to_cpu:
         return result
-    result = tree_map(lambda x: PretendTensor(x) if isinstance(x, torch.Tensor) else x, result)
+    result = _with_tensors(result, PretendTensor)
     return return_and_correct_aliasing(func, args, kwargs, result) if pretended else result
 
 
 def _computed(func, args, kwargs, moves):
     on_cpu = {**kwargs, "device": torch.device("cpu")} if kwargs.get("device") is not None else kwargs
-    args, on_cpu = tree_map(lambda x: x.inner if isinstance(x, PretendTensor) else x, (args, on_cpu))
+    args, on_cpu = _with_tensors((args, on_cpu), lambda x: x.inner if isinstance(x, PretendTensor) else x)
     if func is aten._flash_attention_forward.default:
         return flash.forward(*args, **on_cpu)
     if func is aten._flash_attention_backward.default:

@@ -1,4 +1,4 @@
-"""The GPU path on a CPU build of torch: each file of claims runs in a process of its own, because it changes torch.
+"""The GPU path on a CPU build of torch: the files of claims run in a process of their own, because they change torch.
 
 ``claims_update.py``: six architectures, kernels, waits, planted faults, memory. ``claims_run.py``: ``Trainer.fit``.
 ``claims_flash.py``: other implementations of flash attention.
@@ -22,9 +22,8 @@ CLAIMS = sorted(Path(__file__).parent.glob("claims_*.py"))
 
 
 @pytest.mark.skipif(guard.obstacle() is not None, reason=str(guard.obstacle()))
-@pytest.mark.parametrize("claims", CLAIMS, ids=[path.stem for path in CLAIMS])
-def test_claims_hold_on_the_pretend_gpu(claims):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", claims]
+def test_claims_hold_on_the_pretend_gpu():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", *CLAIMS]
     done = subprocess.run(
         command, env={**os.environ, "RPO_PRETEND_GPU": "1"}, capture_output=True, text=True, check=False
     )
