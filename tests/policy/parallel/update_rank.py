@@ -1,8 +1,8 @@
 """One of the processes that update a policy on the same rollouts; run by torchrun from ``test_update_ranks.py``.
 
-Arguments: strategy (``single``, ``ddp``, ``fsdp2``), output folder. The first rank writes the parameters after every
-case of ``CASES`` and of ``FAULTS``. Every rank writes the largest number of members in a row for each case, and its
-parameters after 50 iterations in which groups are dropped at random.
+Arguments: output folder, strategies (``single``, ``ddp``, ``fsdp2``), one after the other. For each, the first rank
+writes the parameters after every case of ``CASES`` and of ``FAULTS``. Every rank writes the largest number of members
+in a row for each case, and its parameters after iterations in which groups are dropped at random.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ FAULTS: dict[str, dict[str, Any]] = {
     "reward": {"fault": "reward"},
     "engine's log-prob": {"fault": "-inf", "importance_correction": TokenTruncated()},
 }
+
+
+# By the nineteenth, every pair of shares that two ranks may keep has occurred.
+DROPPED_ITERATIONS = 20
 
 
 class GivenRollouts(RPOModule):
@@ -164,11 +168,10 @@ def note_rows() -> list[int]:
     return members
 
 
-def main() -> None:
-    name, folder = sys.argv[1], Path(sys.argv[2])
+def write_updates(name: str, folder: Path, members: list[int]) -> None:
+    """Write what this rank finds with a strategy."""
     rank = int(os.environ.get("RANK", "0"))
     found, fullest = {}, {}
-    members = note_rows()
     for case, settings in CASES.items():
         members.clear()
         found[case] = update(GivenRollouts(**settings), name, folder, 2)
@@ -182,8 +185,14 @@ def main() -> None:
     torch.save(fullest, folder / f"{name}-members-{rank}.pt")
     if name != "single":
         dropped = DroppedGroups(dynamic_sampling=DynamicSampling(max_refills=1, filter="reward"))
-        torch.save(update(dropped, name, folder, 50), folder / f"{name}-dropped-{rank}.pt")
-        assert dropped.iteration == 50
+        torch.save(update(dropped, name, folder, DROPPED_ITERATIONS), folder / f"{name}-dropped-{rank}.pt")
+        assert dropped.iteration == DROPPED_ITERATIONS
+
+
+def main() -> None:
+    members = note_rows()
+    for name in sys.argv[2:]:
+        write_updates(name, Path(sys.argv[1]), members)
 
 
 if __name__ == "__main__":
