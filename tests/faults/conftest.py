@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rpo_lightning.policy.export import save_policy
 from rpo_lightning.policy.tokenizer import load_tokenizer
 from tests.conftest import REASONER
-from tests.faults.runs import ROOT, TWO_RANKS, Runs, arguments
+from tests.faults.runs import ROOT, TWO_RANKS, VLLM, Runs, arguments
 
 
 @pytest.fixture(scope="session")
@@ -28,12 +28,23 @@ def runs() -> Iterator[Runs]:
 @pytest.fixture(scope="session")
 def micro_policy(tmp_path_factory) -> Path:
     """A policy of some thousand random weights, with the reasoner's tokenizer."""
-    folder = tmp_path_factory.mktemp("policy")
+    return make_policy(tmp_path_factory.mktemp("policy"), head_dim=8)
+
+
+@pytest.fixture(scope="session")
+def micro_policy_for_vllm(tmp_path_factory) -> Path:
+    """The same with heads that vLLM's kernels on a CPU can compute."""
+    return make_policy(tmp_path_factory.mktemp("policy-for-vllm"), head_dim=32)
+
+
+def make_policy(folder: Path, head_dim: int) -> Path:
+    """A policy of random weights, in a folder."""
     state = torch.get_rng_state()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=48, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        head_dim=head_dim, num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     save_policy(LlamaForCausalLM(config), load_tokenizer(REASONER), folder)
     torch.set_rng_state(state)
@@ -54,6 +65,15 @@ def whole_of_two(runs, micro_policy, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole-of-two")
     command = arguments(folder, micro_policy, TWO_RANKS)
     assert runs.run(folder, command, ranks=2) == [0, 0], (folder / "output.txt").read_text()[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole_with_vllm(runs, micro_policy_for_vllm, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run with rollouts on vLLM."""
+    folder = tmp_path_factory.mktemp("whole-with-vllm")
+    command = arguments(folder, micro_policy_for_vllm, VLLM)
+    assert runs.run(folder, command) == [0], (folder / "output.txt").read_text()[-3000:]
     return folder
 
 

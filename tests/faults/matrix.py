@@ -42,9 +42,13 @@ def kill_and_resume(
         code = runs.run(folder, [*command, *resume], fault, ranks=ranks)[fault.rank]
         if code != CODES[fault.does]:
             return f"the run ended with {code}, not with {CODES[fault.does]}: {tail(folder)}"
+        if runs.left:
+            return f"the run left processes behind: {runs.left}"
     codes = runs.run(folder, [*command, "--ckpt_path=last"], ranks=ranks)
     if any(codes):
         return f"the resumed run ended with {codes}: {tail(folder)}"
+    if runs.left:
+        return f"the resumed run left processes behind: {runs.left}"
     return difference(whole, folder, ranks)
 
 

@@ -9,6 +9,9 @@ _CACHE_FILE = "rpo_lightning.callbacks.experience_cache:write_cache"
 _MODULE = "rpo_lightning.module:RPOModule"
 
 _ENGINE = "rpo_lightning.rollout.transformers.engine:TransformersEngine"
+_VLLM_ENGINE = "rpo_lightning.rollout.vllm.engine:VLLMEngine"
+_VLLM_STEP = "vllm.v1.engine.llm_engine:LLMEngine.step"
+_VLLM_LOAD = "rpo_lightning.rollout.vllm.platform:load_weights"
 
 # By phase. The micro run fills 4 batches and makes 4 iterations of 2 updates, each with a checkpoint and its copy.
 POINTS: dict[str, dict[str, Fault]] = {
@@ -105,5 +108,45 @@ TWICE = {
         POINTS["checkpoint"]["while the second replaces the first"],
         Fault(f"{_MODULE}.validation_step", 1),
         Fault("rpo_lightning.policy.export:_save_unwrapped", 2),
+    ],
+}
+
+# With rollouts on vLLM. The run makes 40 steps of vLLM to fill the cache, 14 in the first two iterations, 20 in the
+# first validation, and 11 in the other two iterations. The first step of a rollout is its prefill.
+VLLM_POINTS: dict[str, dict[str, Fault]] = {
+    "filling": {
+        "when the engine has started": Fault(f"{_VLLM_ENGINE}._start", 1, "after"),
+        "after the prefill of the third batch": Fault(_VLLM_STEP, 21, "after"),
+        "while the third batch is decoded": Fault(_VLLM_STEP, 25),
+        "after the last batch": Fault(f"{_VLLM_ENGINE}.generate", 4, "after"),
+    },
+    "sampling": {
+        "before the first rollout": Fault(f"{_VLLM_ENGINE}.generate", 5),
+        "after the prefill of the third rollout": Fault(_VLLM_STEP, 75, "after"),
+        "while the third rollout is decoded": Fault(_VLLM_STEP, 78),
+    },
+    "sync": {
+        "before the third": Fault(_VLLM_LOAD, 3),
+        "after the third, before the prefix cache is emptied": Fault(_VLLM_LOAD, 3, "after"),
+        "after the last": Fault(f"{_VLLM_ENGINE}._copy_weights", 5, "after"),
+    },
+    "training": {
+        "before a backward pass": Fault("rpo_lightning.update.loss:PolicyLoss.backward", 4),
+        "between the updates of an iteration": Fault("torch.optim:AdamW.step", 5, "after"),
+    },
+    "checkpoint": {
+        "before its copy takes its name": Fault("torch:save", 2, "after"),
+        "while the second replaces the first": Fault("torch:save", 4),
+    },
+    "validation": {
+        "while it decodes": Fault(_VLLM_STEP, 60),
+        "while the last one decodes": Fault(_VLLM_STEP, 100),
+    },
+}
+VLLM_TWICE = {
+    "filling, sampling, checkpoint": [
+        VLLM_POINTS["filling"]["while the third batch is decoded"],
+        Fault(_VLLM_STEP, 28),
+        Fault("torch:save", 2),
     ],
 }

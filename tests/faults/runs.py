@@ -6,6 +6,7 @@ line for: starting Python costs ten times what such a run does.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -15,14 +16,27 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from rpo_lightning.rollout.vllm.platform import import_vllm
 from tests.faults.kill import Fault, set_up
 
 ROOT = Path(__file__).parents[2]
 TWO_RANKS = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=1"]
+_VLLM_OPTIONS = {"max_num_seqs": 8, "block_size": 32, "kv_cache_memory_bytes": 2**25}
+# A busy machine must not end a grading: what is compared depends on no clock.
+VLLM = [
+    "--model.engine=VLLMEngine",
+    f"--model.engine.options={json.dumps(_VLLM_OPTIONS)}",
+    "--model.grading.timeout_seconds=600",
+]
+# So long the processes that a run has started may take to notice that it has ended.
+SECONDS_TO_LEAVE = 20.0
 
 
 def arguments(folder: Path, policy: Path, settings: Sequence[str] = ()) -> list[str]:
@@ -64,10 +78,12 @@ class Runs:
 
     Attributes:
         seconds_apart: Seconds from the end of the last run's first rank to that of its last rank.
+        left: The command lines of processes that the last run has left behind.
     """
 
     def __init__(self) -> None:
         self.seconds_apart = 0.0
+        self.left: list[str] = []
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         environment.pop("PL_GLOBAL_SEED", None)
         self._server = subprocess.Popen(
@@ -109,6 +125,7 @@ class Runs:
         self._server.stdin.flush()
         ended = json.loads(self._server.stdout.readline())
         self.seconds_apart = max(ended["seconds"]) - min(ended["seconds"])
+        self.left = ended["left"]
         return list(ended["codes"])
 
     def close(self) -> None:
@@ -119,6 +136,7 @@ class Runs:
 
 
 def _serve() -> None:
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: what a run leaves behind becomes a child of this process
     for name in (
         "math_verify", "pyarrow.parquet", "transformers.models.llama.modeling_llama", "transformers.optimization",
         "rpo_lightning.cli.lightning_cli", "tests.faults.final_state",
@@ -126,6 +144,8 @@ def _serve() -> None:
         import_module(name)
     for line in sys.stdin:
         what = json.loads(line)
+        if VLLM[0] in what["command"]:
+            import_vllm()
         port = _free_port()
         children: list[int] = []
         for rank in range(what["ranks"]):
@@ -133,11 +153,30 @@ def _serve() -> None:
             if not children[-1]:
                 _run(what, rank, port)
         ended: dict[int, tuple[int, float]] = {}
-        for _ in children:
+        while not ended.keys() >= set(children):
             child, status = os.wait()
             ended[child] = (os.waitstatus_to_exitcode(status), time.monotonic())
         codes, seconds = zip(*(ended[child] for child in children), strict=True)
-        print(json.dumps({"codes": codes, "seconds": seconds}), flush=True)
+        print(json.dumps({"codes": codes, "seconds": seconds, "left": _left()}), flush=True)
+
+
+def _left() -> list[str]:
+    """The command lines of processes that ended runs have left behind, after they had time to end. They are killed."""
+    until = time.monotonic() + SECONDS_TO_LEAVE
+    while True:
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        found = psutil.Process().children(recursive=True)
+        if not found or time.monotonic() > until:
+            break
+        time.sleep(0.02)
+    lines = []
+    for process in found:
+        with suppress(psutil.Error):
+            lines.append(" ".join([str(process.pid), process.status(), *process.cmdline()]))
+            process.kill()
+    return lines
 
 
 def _free_port() -> int:
