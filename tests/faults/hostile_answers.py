@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 LONG = 100_000
-ENDLESS = "endless products"
+ENDLESS = "endless comparisons"
 
 _FRAGMENTS = [
     r"\frac", "{", "}", "(", ")", "[", "]", "^", "_", "\\", r"\sqrt", r"\boxed", r"\boxed{", "$", "1", "2", "9", "0",
@@ -136,6 +136,6 @@ _HOSTILE: dict[str, Callable[[random.Random], str]] = {
 
 
 def endless(source: random.Random) -> Answer:
-    """An answer of the kind ``ENDLESS``: a product of numbers that are too many to multiply."""
-    text = rf"\prod_{{n=1}}^{{{'9' * source.randint(6, 9)}}} n^{{{source.randint(50, 99)}}}"
-    return Answer(ENDLESS, _boxed(text), "5")
+    """An answer of the kind ``ENDLESS``: functions in functions, compared with a line."""
+    text = _nested(source.choice([r"\sin(", r"\log(", r"\exp("]), "x", ")", source.randint(14, 20))
+    return Answer(ENDLESS, _boxed(text), f"{source.randint(2, 999)}x + {source.randint(2, 999)}", 0.0)
