@@ -54,12 +54,31 @@ def test_packing_holds_every_response_once_and_keeps_its_budget(groups, budget, 
     assert suffixes == sum(sum(lengths) for lengths, _ in groups)
     whole = [one for one in shared if not one.continues]
     batches = micro_batches(whole, budget, cost.longest_shared)
-    for batch in batches:
-        has_branches = any(one.branches for one in batch)
-        tokens = sum(map(len, batch)) if has_branches else len(batch) * max(map(len, batch))
-        assert tokens <= budget or len(batch) == 1
-    # One that is filled greedily in the same order needs no fewer.
-    assert len(batches) <= len(whole)
+    assert all(tokens_of(batch) <= budget or len(batch) == 1 for batch in batches)
+    # Filling them one after the other, the longest row first, needs as many; and with a lower limit, more.
+    for beyond in (False, True):
+        limit = cost.longest_shared or 10**9
+        kind = [one for one in whole if (not one.branches and len(one) > limit) is beyond]
+        ours = [batch for batch in batches if batch[0] in kind]
+        assert len(ours) == len(filled(kind, budget))
+        several = [tokens_of(batch) for batch in ours if len(batch) > 1]
+        if several:
+            assert len(filled(kind, max(several) - 1)) > len(ours)
+
+
+def tokens_of(batch):
+    """Tokens of a micro-batch: rows are padded to the longest, or one after the other where one of them branches."""
+    return sum(map(len, batch)) if any(one.branches for one in batch) else len(batch) * max(map(len, batch))
+
+
+def filled(rows, budget):
+    batches = []
+    for row in sorted(rows, key=lambda r: (-len(r), r.members[0].group, r.members[0].member)):
+        if batches and tokens_of([*batches[-1], row]) <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
 
 
 REWARDS = st.lists(
