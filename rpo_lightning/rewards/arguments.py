@@ -7,6 +7,7 @@ other parameters are columns of the question's row.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter
@@ -37,7 +38,7 @@ class Arguments:
         required: Columns without which it cannot be called.
 
     Raises:
-        ConfigurationError: It takes no response.
+        ConfigurationError: It takes no response, needs what only TRL has, or its names and their order disagree.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -46,8 +47,10 @@ class Arguments:
         self._takes_row = any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
         self.is_batch = "completions" in named
         self._texts: dict[str, str] | None = None  # parameter: what it is given; None: the first three, in order
+        self._takes_prompts = self._takes_row or "prompts" in named
         if self.is_batch:
             self._given = set(_OF_A_BATCH)
+            _require_known(function, parameters)
         elif named & {"response", "solution_str"}:
             self._texts = {name: text for name, text in _OF_A_RESPONSE.items() if name in named}
             self._given = {*_TEXTS, *self._texts}
@@ -59,6 +62,7 @@ class Arguments:
                     f"{name_of(function)}({names}) takes no response: name a parameter response or completions, or "
                     "take prompt, response and answer in this order"
                 )
+            _require_order(function, first)
             self._given = {*_TEXTS, *first[: len(_TEXTS)]}
         columns = [p for p in parameters if p.name in named - self._given]
         self._columns = [p.name for p in columns]
@@ -110,18 +114,42 @@ class Arguments:
             prompts = [row["prompt"]] * len(group)
             completions = [[{"role": "assistant", "content": text}] for text in completions]
         lists = {name: [value] * len(group) for name, value in columns.items()}
-        return {"prompts": prompts, "completions": completions, **lists}
+        given = {"prompts": prompts} if self._takes_prompts else {}
+        return {**given, "completions": completions, **lists}
 
 
 def name_of(function: Callable[..., Any]) -> str:
     """A function's own name; an object's class."""
-    inner = getattr(function, "func", function)  # of a partial
+    inner = function.func if isinstance(function, functools.partial) else function
     name = getattr(inner, "__name__", type(inner).__name__)
     return "lambda" if name == "<lambda>" else str(name)
 
 
+def _require_known(function: Callable[..., Any], parameters: Sequence[Parameter]) -> None:
+    """Check that a function of a batch can be called without what TRL alone has."""
+    for p in parameters:
+        if p.name in ("prompt", "completion", "completion_ids") and p.default is Parameter.empty:
+            raise ConfigurationError(
+                f"{name_of(function)} takes {p.name!r}, which functions of a batch are not given: take prompts and "
+                "completions, or give the parameter a default"
+            )
+
+
+def _require_order(function: Callable[..., Any], names: Sequence[str]) -> None:
+    """Check that no parameter would be given, by its place, something else than its name says."""
+    for name, text in zip(names, _TEXTS, strict=False):
+        said = "response" if name == "completion" else _OF_A_RESPONSE.get(name, text)
+        if said != text:
+            raise ConfigurationError(
+                f"{name_of(function)}({', '.join(names)}) would be given the {text} as {name!r}: name the parameter of "
+                "the response response, then the order does not matter, or take prompt, response and answer in this "
+                "order"
+            )
+
+
 def _parameters(function: Callable[..., Any]) -> list[Parameter]:
-    fixed = getattr(inspect.unwrap(function), "keywords", {}) or {}  # those that a partial sets
+    inner = inspect.unwrap(function)
+    fixed = inner.keywords if isinstance(inner, functools.partial) else {}
     try:
         return [p for p in inspect.signature(function).parameters.values() if p.name not in fixed]
     except ValueError:  # some functions written in C do not tell

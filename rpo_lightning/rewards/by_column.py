@@ -54,7 +54,7 @@ class VerifierByColumn(Verifier):
         """That no verifier is for this row, or what its verifier says of it."""
         return self._column_problem(row) or self.of_row(row).row_problem(row)
 
-    def verify(self, prompt: str, response: str, answer: str, **row: Any) -> float:
+    def verify(self, /, prompt: str, response: str, answer: str, **row: Any) -> float:
         """The verdict of the question's verifier."""
         verifier = self.of_row(row)
         return verifier.verify(prompt, response, answer, **verifier.arguments.columns(row))

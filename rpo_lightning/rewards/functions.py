@@ -89,7 +89,7 @@ class UserFunction:
             self._number = next(_NUMBERS)
             _INHERITED[self._number] = self
 
-    def __call__(self, *texts: str, **named: Any) -> Any:
+    def __call__(self, /, *texts: str, **named: Any) -> Any:
         """The function's result; awaited if it has to be."""
         try:
             result = self.__wrapped__(*texts, **named)

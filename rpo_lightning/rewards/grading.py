@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,6 +116,10 @@ class Grading:
                     columns = verifier.arguments.columns(sample.row)
                     verdict = verifier.verify(sample.prompt, sample.response, sample.answer, **columns)
             (number,) = _finite([verdict], [sample], source)
+            if not 0 <= number <= 1:
+                raise RewardError(
+                    f"{source} returned {number:g}: a verdict lies between 0 (wrong) and 1 (right){question(sample)}"
+                )
             groups.setdefault(place[0], []).append(replace(sample, correct=number))
         return list(groups.values())
 
@@ -163,6 +167,11 @@ class Absences:
 
 def _known(values: Sequence[float | None], samples: Sequence[Sample], source: str) -> list[float | None]:
     """Plain numbers, and ``None`` where a term does not apply."""
+    if isinstance(values, str | bytes | Mapping | Set):
+        raise RewardError(
+            f"{source} returned {type(values).__name__} for {len(samples)} responses: return a list of numbers"
+            f"{question(samples[0])}"
+        )
     try:
         values = list(values)
     except TypeError:
@@ -185,6 +194,8 @@ def _finite(values: Sequence[float], samples: Sequence[Sample], source: str) -> 
     numbers = []
     for value, sample in zip(values, samples, strict=True):
         try:
+            if isinstance(value, str | bytes):  # float() would read it
+                raise TypeError(f"it is the text {value[:40]!r}")
             number = float(value)
         except Exception as error:
             raise RewardError(

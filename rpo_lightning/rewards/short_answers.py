@@ -12,9 +12,9 @@ from rpo_lightning.rewards.answers.parts import choice
 from rpo_lightning.rewards.base import AnswerVerifier
 
 # A letter alone, in either case.
-_ALONE = re.compile(r"[(\[]?([A-Za-z])[)\].:]?")
+_ALONE = re.compile(r"[(\[]?([A-Za-z])[)\].:!]?")
 # A capital letter at the beginning of an answer that is marked. "A" and "I" before a word may be words themselves.
-_FIRST = re.compile(r"(?![AI]\s+(?!because|since)\w)[(\[]?([A-Z])[)\]]?(?=[\s,;:.)–—-])")
+_FIRST = re.compile(r"(?![AI]\s+(?!because|since)\w)[(\[]?([A-Z])[)\]]?(?=[\s,;:.!?)–—-])")
 _BETWEEN = re.compile(r"(?:\s*(?:,|;|&|/|\band\b))+\s*|\s+")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _DECORATION = " \t\n*_`$\"'"
@@ -84,6 +84,7 @@ def _letters(text: str, is_marked: bool) -> str | None:
     """The letters of a choice in alphabetical order, such as ``A, C``; ``None`` if a text is no choice."""
     if not is_marked:
         text = text.strip().splitlines()[-1]
+    text = unicodedata.normalize("NFKC", text)  # full-width letters and brackets
     text = unwrapped(text).strip(_DECORATION)
     alone = [_ALONE.fullmatch(part.strip(_DECORATION)) for part in _BETWEEN.split(text)]
     if all(alone):

@@ -125,7 +125,7 @@ class FunctionVerifier(Verifier):
         """Those of the function."""
         return self._call.arguments
 
-    def verify(self, prompt: str, response: str, answer: str, **row: Any) -> float:
+    def verify(self, /, prompt: str, response: str, answer: str, **row: Any) -> float:
         """The function's verdict."""
         texts, named = self.arguments.of_response(prompt, response, answer, row)
         return cast(float, self._call(*texts, **named))

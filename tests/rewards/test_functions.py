@@ -6,6 +6,7 @@ import asyncio
 import functools
 import os
 import pickle
+import re
 
 import pytest
 
@@ -98,6 +99,20 @@ class Judge:
         return self.factor * row["difficulty"] + len(response)
 
 
+class WithWords:
+    """An object whose attributes are called like those of a partial."""
+
+    keywords = ("response", "answer")
+    func = None
+
+    def __call__(self, prompt, response, answer):
+        return len(response) + float(answer)
+
+
+def completions_alone(completions, answer):
+    return [len(text) for text in completions]
+
+
 VERL_ROW = {"data_source": "set"}
 EXPECTED = [
     (texts, [5.0, 9.0]),
@@ -109,6 +124,8 @@ EXPECTED = [
     (asynchronous_batch, [2.0, 6.0]),
     (functools.partial(named, difficulty=1), [12.0, 16.0]),
     (Judge(10), [32.0, 36.0]),
+    (WithWords(), [4.0, 8.0]),
+    (completions_alone, [2.0, 6.0]),
     (lambda response, difficulty: difficulty, [3.0, 3.0]),
 ]
 
@@ -156,6 +173,31 @@ def test_a_function_that_takes_no_response_is_refused():
         FunctionReward(lambda text: 1.0)
     with pytest.raises(ConfigurationError, match=r"as_trl\) takes completions, and a verifier judges one response"):
         FunctionVerifier(as_trl)
+
+
+@pytest.mark.parametrize(
+    ("function", "text"),
+    [
+        (lambda completion, answer, difficulty: 1.0, "would be given the prompt as 'completion'"),
+        (lambda prompt, answer, text: 1.0, "would be given the response as 'answer'"),
+        (lambda question, prompt, gold: 1.0, "would be given the response as 'prompt'"),
+        (lambda completions, completion_ids: [1.0], "takes 'completion_ids', which functions of a batch are not given"),
+        (lambda prompt, completions, **row: [1.0], "takes 'prompt', which functions of a batch are not given"),
+    ],
+)
+def test_a_function_that_would_be_given_something_else_than_its_names_say_is_refused(function, text):
+    with pytest.raises(ConfigurationError, match=re.escape(text)):
+        FunctionReward(function)
+
+
+def row_of(response, **row):
+    return row["self"]
+
+
+def test_a_column_may_be_called_like_a_parameter_of_methods(grade):
+    group = [sample("#2", row={"self": 0.5})]
+    ((graded,), _) = grade(row_of, groups=[group], verifier=FunctionVerifier(row_of))
+    assert (graded.rewards, graded.samples[0].correct) == ([0.5], 0.5)
 
 
 def test_a_function_that_cannot_be_pickled_and_comes_too_late_is_told_in_a_line(grade):
@@ -247,11 +289,15 @@ def test_a_lack_of_memory_is_a_limit_whatever_its_class_and_whatever_on_error_sa
     assert (graded.rewards, pool.killed, pool.failed) == ([1.0, 0.0], 1, 0)
 
 
+def is_two(response):
+    return fails_on_words(response) == 2
+
+
 def test_a_verifier_whose_function_raises_stops_with_the_question_or_counts_as_wrong(grade):
     with pytest.raises(RewardError, match=r"FunctionVerifier\.verify raised ValueError.*\(question q7\)$"):
-        grade(AccuracyReward(), verifier=FunctionVerifier(fails_on_words))
-    ((graded,), pool) = grade(AccuracyReward(), verifier=FunctionVerifier(fails_on_words, on_error="zero"))
-    assert [s.correct for s in graded.samples] == [2.0, 0.0]
+        grade(AccuracyReward(), verifier=FunctionVerifier(is_two))
+    ((graded,), pool) = grade(AccuracyReward(), verifier=FunctionVerifier(is_two, on_error="zero"))
+    assert [s.correct for s in graded.samples] == [1.0, 0.0]
     assert pool.failed == 1
 
 
@@ -262,6 +308,12 @@ def returns_one(completions, **kwargs):
 def test_a_batch_of_another_length_is_told_with_the_question(grade):
     with pytest.raises(RewardError, match=r"reward 'returns_one' returned 1 values for 2 responses.*\(question q7\)"):
         grade(returns_one)
+
+
+@pytest.mark.parametrize("values", [{"#2": 1.0, "#three": 0.0}, {1.0, 2.0}, "12", b"12"])
+def test_values_of_a_batch_without_an_order_or_as_text_are_refused(grade, values):
+    with pytest.raises(RewardError, match=rf"returned {type(values).__name__} for 2 responses: return a list.*q7\)$"):
+        grade(lambda completions: values)
 
 
 # -- verifiers that look at rows ------------------------------------------------------------------

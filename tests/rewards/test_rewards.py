@@ -12,6 +12,7 @@ from rpo_lightning.core.errors import ConfigurationError, RewardError
 from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards import (
     AccuracyReward,
+    ChoiceVerifier,
     CosineLengthReward,
     ExactMatchVerifier,
     FormatReward,
@@ -106,6 +107,22 @@ def test_a_gold_answer_that_cannot_be_parsed_is_told():
     assert MathVerifier().gold_problem("") is not None
 
 
+@pytest.mark.parametrize(
+    ("response", "verdict"),
+    [
+        ("The answer is B!", 1.0),
+        ("Answer: B! Not A.", 1.0),
+        ("\uff22", 1.0),  # a full-width letter
+        ("Answer: \uff08B\uff09", 1.0),  # full-width brackets
+        ("\u0412", 0.0),  # a Cyrillic letter
+        ("Answer: Bob", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_a_choice_is_read_however_it_is_written(response, verdict):
+    assert ChoiceVerifier().verify("", response, "B") == verdict
+
+
 def test_exact_match_needs_the_marker():
     verifier = ExactMatchVerifier()
     assert [verifier.verify("q", r, "7") for r in ("a#7", "7", "#7#8")] == [1.0, 0.0, 0.0]
@@ -144,6 +161,8 @@ class GivenReward(Reward):
         ([1.0], "reward 'given' returned 1 values for 2 responses"),
         ([1.0, 2.0, 3.0], "reward 'given' returned 3 values for 2 responses"),
         ([1.0, "two"], "reward 'given' returned str, which is no number"),
+        ([1.0, "2"], "reward 'given' returned str, which is no number: it is the text '2'"),
+        ([b"1", 1.0], "reward 'given' returned bytes, which is no number"),
     ],
 )
 def test_what_cannot_be_trained_on_is_told_with_the_term_that_returned_it(values, message):
@@ -155,13 +174,23 @@ def test_what_cannot_be_trained_on_is_told_with_the_term_that_returned_it(values
 class UndecidedVerifier(Verifier):
     isolated = False
 
+    def __init__(self, verdict=float("nan")):
+        self.verdict = verdict
+
     def verify(self, prompt, response, answer):
-        return float("nan")
+        return self.verdict
 
 
 def test_a_verdict_that_is_not_finite_is_an_error():
     with pytest.raises(RewardError, match="UndecidedVerifier returned nan for the response 'one'"):
         Grader(UndecidedVerifier(), [AccuracyReward()], GradingPool()).grade([[sample(1, response="one")]])
+
+
+@pytest.mark.parametrize("verdict", [-1, 2])
+def test_a_verdict_is_between_wrong_and_right(verdict):
+    grader = Grader(UndecidedVerifier(verdict), [AccuracyReward()], GradingPool())
+    with pytest.raises(RewardError, match=rf"UndecidedVerifier returned {verdict}: a verdict lies between 0 .*wrong"):
+        grader.grade([[sample(1, response="one")]])
 
 
 @pytest.mark.parametrize("name", ["mean", "std", "correct_share", "grading_killed"])
