@@ -8,10 +8,11 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, meta
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
-from rpo_lightning.core.errors import DataError
+from rpo_lightning.core.errors import DataError, one_line
 from rpo_lightning.data.sources import DataSource
 
 Message = Mapping[str, Any]
@@ -59,18 +60,24 @@ class PromptFormat:
                     f"data.{name} needs a chat template, and the tokenizer has none (or it is turned off): name a "
                     "Jinja file with data.chat_template"
                 )
+        # What the template has not been seen to write yet.
+        self._unproved = {"the question", *(["data.system_prompt"] if system_prompt else [])}
+        self._unproved |= {"data.few_shot"} if self.few_shot else set()
         self._require_variables()
 
     def _require_variables(self) -> None:
         """Check that the template reads what it is given: it would ignore a misspelt name."""
-        ours = set(signature(self.tokenizer.apply_chat_template).parameters) - _OF_TEMPLATES - {"kwargs"}
+        ours = set(signature(self.tokenizer.apply_chat_template).parameters) - _OF_TEMPLATES - {"kwargs"} | {"messages"}
         for name in self.variables:
             if name in ours:
                 raise DataError(
                     f"data.chat_template_kwargs.{name} is no variable of the chat template but set here: leave it out"
                 )
-            template = self.tokenizer.get_chat_template(tools=self.variables.get("tools"))
-            if re.search(rf"\b{re.escape(name)}\b", template) is None:
+            try:
+                template = self.tokenizer.get_chat_template(tools=self.variables.get("tools"))
+            except ValueError as error:
+                raise _of_template(error) from error
+            if not _reads(template, name):
                 raise DataError(
                     f"data.chat_template_kwargs.{name}: the tokenizer's chat template does not read it, so it would "
                     "change nothing: leave it out, or name a variable of the template"
@@ -104,6 +111,7 @@ class PromptFormat:
                 token_ids.pop()  # some tokenizers end every text with it
             return token_ids, thoughts_at_the_end(text)
         rendered = self._rendered(self._completed(messages), where)
+        self._require_effects(messages, rendered, where)
         token_ids = list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
         if token_ids and token_ids[-1] == eos:
             raise DataError(
@@ -116,13 +124,36 @@ class PromptFormat:
             return token_ids, said[said.rindex("<think>") :] if "<think>" in said else ""
         return token_ids, thoughts_at_the_end(rendered)
 
-    def _completed(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages with system prompt and examples."""
+    def _completed(self, messages: Sequence[Message], without: str = "") -> list[Message]:
+        """The messages with system prompt and examples, but for a setting."""
         has_own = messages[0]["role"] == "system"
         opening: list[Message] = list(messages[:1]) if has_own else []
-        if self.system_prompt and not has_own:
+        if self.system_prompt and not has_own and without != "data.system_prompt":
             opening = [{"role": "system", "content": self.system_prompt}]
-        return [*opening, *self.few_shot, *messages[has_own:]]
+        return [*opening, *(self.few_shot if without != "data.few_shot" else ()), *messages[has_own:]]
+
+    def _require_effects(self, messages: Sequence[Message], rendered: str, where: str) -> None:
+        """Check once that prompts are others without the system prompt, the examples, and with another question.
+
+        Raises:
+            DataError: The template leaves one of them out.
+        """
+        last = messages[-1]
+        another = [*messages[:-1], {**last, "content": f"{last['content']} another"}]
+        for name in sorted(self._unproved):
+            if name == "data.system_prompt" and messages[0]["role"] == "system":
+                continue  # the conversation keeps its own
+            changed = self._completed(another if name == "the question" else messages, without=name)
+            try:
+                has_effect = self._rendered(changed, where) != rendered
+            except DataError:  # the template asks for it
+                has_effect = True
+            if not has_effect:
+                raise DataError(
+                    f"{where}: the tokenizer's chat template leaves {name} out of the prompt: name another with "
+                    "data.chat_template" + (f", or leave {name} out" if name.startswith("data.") else "")
+                )
+            self._unproved.discard(name)
 
     def _rendered(self, messages: list[Any], where: str) -> str:
         continues = messages[-1]["role"] == "assistant"
@@ -142,12 +173,33 @@ class PromptFormat:
                 "another file with data.chat_template"
             ) from error
         except TemplateError as error:
-            reason = str(error).splitlines()[0]
+            reason = one_line(error)
             remedy = (
                 "leave out data.system_prompt and system messages" if "system" in reason.lower()
                 else "change the conversation, or set data.use_chat_template=false"
             )  # fmt: skip
             raise DataError(f"{where}: the tokenizer's chat template refuses it ({reason}): {remedy}") from error
+        except Exception as error:  # whatever Python raises on its expressions, and transformers on what it made
+            raise _of_template(error, where) from error
+
+
+def _reads(template: str, name: str) -> bool:
+    """Whether a template reads a variable: comments and texts that name it do not, nor does one that it sets itself."""
+    try:
+        return name in meta.find_undeclared_variables(
+            Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        )
+    except TemplateError:  # tags of other extensions
+        return re.search(rf"\b{re.escape(name)}\b", template) is not None
+
+
+def _of_template(error: Exception, where: str = "") -> DataError:
+    """The error of a template that cannot be used."""
+    at = f"{where}: " if where else ""
+    return DataError(
+        f"{at}the tokenizer's chat template fails ({type(error).__name__}: {one_line(error)}): mend it, or name "
+        "another with data.chat_template"
+    )
 
 
 def thoughts_at_the_end(prompt: str) -> str:

@@ -194,6 +194,8 @@ class PromptBuilder:
             ValueError: They cannot be used.
         """
         messages = read_messages(question)
+        if is_empty(messages[-1]["content"]) and messages[-1]["role"] != "assistant":
+            raise ValueError("the last message of its conversation is empty")
         if messages[-1]["role"] == "assistant" and not self.continue_final_message:
             raise ValueError(
                 "its conversation ends with a message of the assistant: leave that out, or set "

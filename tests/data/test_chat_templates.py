@@ -195,6 +195,85 @@ def test_a_variable_that_would_change_nothing_is_refused(chat, name, message):
         built(chat, chat_template_kwargs={name: False})
 
 
+@pytest.mark.parametrize(
+    ("template", "is_read"),
+    [
+        ("{% set enable_thinking = enable_thinking | default(true) %}{{ enable_thinking }}" + TURNS, True),
+        ("{# enable_thinking is an option #}" + TURNS, False),
+        ("{{ 'enable_thinking' }}" + TURNS, False),
+        ("{% set enable_thinking = true %}{{ enable_thinking }}" + TURNS, False),
+        (TURNS + "{% generation %}{{ enable_thinking }}{% endgeneration %}", True),  # a tag of transformers
+    ],
+)
+def test_a_template_that_only_mentions_a_variable_does_not_read_it(chat, template, is_read):
+    chat.chat_template = template
+    if is_read:
+        assert "False" in built(chat, chat_template_kwargs=OFF)[0]
+    else:
+        with pytest.raises(DataError, match=r"chat_template_kwargs\.enable_thinking: .* does not read it"):
+            built(chat, chat_template_kwargs=OFF)
+
+
+LAST = "{{ messages[-1].content }}"
+FEW = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "left_out"),
+    [
+        (LAST, {"system_prompt": "Think."}, r"data\.system_prompt"),
+        (LAST, {"few_shot": FEW}, r"data\.few_shot"),
+        ("{{ messages[0].content }}", {"few_shot": FEW}, "the question"),
+        ("constant", {}, "the question"),
+    ],
+)
+def test_a_template_that_leaves_a_setting_or_the_question_out_is_refused(chat, template, settings, left_out):
+    chat.chat_template = template
+    with pytest.raises(DataError, match=f"row 1: the tokenizer's chat template leaves {left_out} out of the prompt"):
+        built(chat, **settings)
+
+
+def test_a_system_message_of_the_row_is_no_sign_that_the_prompt_has_no_effect(chat):
+    chat.chat_template = TURNS
+    rows = [{"messages": [{"role": "system", "content": "Own."}, *user("1?")], "answer": "1"}, *ROWS]
+    prompts, _ = PromptBuilder(chat, MathVerifier(), 500, system_prompt="Think.", question_column=None).build(
+        Rows([{"question": row.get("messages") or row["question"], "answer": row["answer"]} for row in rows])
+    )
+    assert ["Think." in chat.decode(prompt.token_ids) for prompt in prompts] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "message"),
+    [
+        ("{{ messages[0].content + 3 }}", {}, r"fails \(TypeError: can only concatenate"),
+        ("{{ 1 / 0 }}", {}, r"fails \(ZeroDivisionError"),
+        ("{{ raise_exception('') }}", {}, r"refuses it \(TemplateError\)"),
+        ({"a": TURNS, "b": TURNS}, {}, r"fails \(ValueError: This model has multiple chat templates"),
+        ({"a": TURNS, "b": TURNS}, {"chat_template_kwargs": OFF}, r"fails \(ValueError: This model has multiple"),
+        (TURNS, {"chat_template_kwargs": {"messages": []}}, r"chat_template_kwargs\.messages is no variable"),
+    ],
+)
+def test_what_a_template_raises_is_told_in_a_line(chat, template, settings, message):
+    chat.chat_template = template
+    with pytest.raises(DataError, match=message):
+        built(chat, **settings)
+
+
+def test_a_template_that_changes_the_message_to_be_continued_is_told_in_a_line(chat):
+    chat.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+    rows = [{"messages": [*user("2+5?"), {"role": "assistant", "content": "it is"}], "answer": "7"}]
+    with pytest.raises(DataError, match=r"fails \(ValueError: continue_final_message is set but"):
+        built(chat, rows, continue_final_message=True)
+
+
+def test_a_conversation_whose_last_message_is_empty_is_left_out(chat):
+    prompts, report = PromptBuilder(chat, MathVerifier(), 500).build(
+        Rows([*ROWS, {"question": user("  "), "answer": "7"}])
+    )
+    assert len(prompts) == 1
+    assert "row 2: dropped, the last message of its conversation is empty" in report.unusable[0]
+
+
 @pytest.mark.parametrize("setting", [{"chat_template_kwargs": OFF}, {"few_shot": user("1+1?")}])
 def test_settings_of_templates_need_one(chat, setting):
     chat.chat_template = None
