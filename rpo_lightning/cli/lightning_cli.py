@@ -11,7 +11,15 @@ from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ProgressBar,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
@@ -39,6 +47,13 @@ from rpo_lightning.module import RPOModule
 
 log = logging.getLogger(__name__)
 
+# Callbacks that drive automatic optimisation, and what to set instead.
+_OF_AUTOMATIC_OPTIMISATION: dict[type[Callback], str] = {
+    GradientAccumulationScheduler: "data.batch_size for the batch and model.update.micro_batch_tokens for its parts",
+    BatchSizeFinder: "data.batch_size and model.update.micro_batch_tokens; rpo-lightning memory estimates what fits",
+    LearningRateFinder: "model.optimizer",
+    BaseFinetuning: "model.adapter to train less than all weights",
+}
 # Whole numbers given for these arrive as floats, and 1.0 means all.
 _LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches")
 
@@ -184,7 +199,7 @@ class RPOCLI(LightningCLI):
                 )
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError, TypeError) as error:
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
             raise ConfigurationError(f"trainer: {one_line(error)}") from error
         _refuse_automatic_optimization(trainer)
         for place in {trainer.default_root_dir, *(logger.save_dir for logger in trainer.loggers)} - {None}:
@@ -251,3 +266,9 @@ def _refuse_automatic_optimization(trainer: Trainer) -> None:
     ):
         if getattr(trainer, name) not in unset:
             raise ConfigurationError(f"trainer.{name} has no effect on this module: use {instead}")
+    for callback in cast(Any, trainer).callbacks:
+        for kind, instead in _OF_AUTOMATIC_OPTIMISATION.items():
+            if isinstance(callback, kind):
+                raise ConfigurationError(
+                    f"trainer.callbacks: {type(callback).__name__} does not work on this module: use {instead}"
+                )

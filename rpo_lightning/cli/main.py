@@ -107,12 +107,15 @@ def _find_mendable(error: BaseException | None) -> BaseException | None:
 def _is_lightnings(error: BaseException) -> bool:
     """Whether Lightning refuses a setting; if it was not imported, it did not.
 
-    It raises its own exception, or a plain ``ValueError`` from one of its modules.
+    It raises its own exception, a plain ``ValueError`` from one of its modules, or a plain ``RuntimeError`` from one of
+    its callbacks, as ``EarlyStopping`` does for a metric that there is not.
     """
     exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
     if exceptions is None or error.__traceback__ is None:
         return False
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    by_lightning = str(frame.f_globals.get("__name__")).startswith("lightning.")
+    module = str(frame.f_globals.get("__name__"))
+    by_lightning = module.startswith("lightning.") and type(error) is ValueError
+    by_callback = module.startswith("lightning.pytorch.callbacks.") and type(error) is RuntimeError
     is_misconfigured = isinstance(error, cast(type, exceptions.MisconfigurationException))
-    return is_misconfigured or (by_lightning and type(error) is ValueError)
+    return is_misconfigured or by_lightning or by_callback

@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from rpo_lightning.core.errors import ConfigurationError, DataError
 from rpo_lightning.core.seeds import run_seed
 from rpo_lightning.core.types import Batch, Prompt, RolloutRequest, full_path_request
-from rpo_lightning.data.loader import ResumableLoader, batches_processed, own_generator, require_validations
+from rpo_lightning.data.loader import ResumableLoader, batches_processed, own_generator
 from rpo_lightning.data.position import TrainingPosition
 from rpo_lightning.data.prompts import LoadReport
 from rpo_lightning.data.question_sets import Examples, NamedQuestions, PromptSettings, Questions, QuestionSets
 from rpo_lightning.data.selection import QuestionSelection, SelectedQuestions, SelectedSampler
+from rpo_lightning.data.trainer_settings import require_monitored, require_validations, warn_of_no_training
 from rpo_lightning.rewards.base import Reward, Verifier
 
 
@@ -133,7 +134,9 @@ class RPODataModule(LightningDataModule):
                 self.read(split, name, module.tokenizer, module.grader.verifier, module.grader.rewards)
         if stage == TrainerFn.FITTING.value:
             self._require_a_batch()
+            warn_of_no_training(self.trainer)
             require_validations(self.trainer, len(self.train_dataloader()))
+            require_monitored(self.trainer, bool(self.sets.of_split("val")))
 
     def read(
         self,

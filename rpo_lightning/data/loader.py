@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.core.seeds import run_seed
 from rpo_lightning.core.types import Prompt
 
@@ -48,26 +47,6 @@ def batches_processed(trainer: Trainer) -> int:
     """The number of training batches of this epoch that were processed, those before a resume included."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return int(progress.processed)
-
-
-def require_validations(trainer: Trainer, batches: int) -> None:
-    """Check that an epoch has as many batches as a validation comes after. Lightning does once the policy is loaded.
-
-    Args:
-        trainer: The trainer of a training run.
-        batches: The training batches of an epoch.
-
-    Raises:
-        ConfigurationError: It has fewer.
-    """
-    limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
-    every = trainer.val_check_interval
-    if isinstance(every, int) and every > batches and trainer.check_val_every_n_epoch is not None:
-        raise ConfigurationError(
-            f"trainer.val_check_interval={every} is more than the {batches} training batches of an epoch: lower it, or "
-            "set trainer.check_val_every_n_epoch=null to count batches of all epochs"
-        )
 
 
 def own_generator() -> torch.Generator:

@@ -11,6 +11,7 @@ The module calls ``attach`` and ``generate``, and ``sleep`` before it trains.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,10 +79,10 @@ class Sampling:
                 f"repetition_penalty={self.repetition_penalty} is refused: sampled tokens would have log-probs that no "
                 "update computes, so ratios would mean nothing: leave it at 1, and give repetition a negative reward"
             )
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigurationError(
-                f"sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0: got temperature={self.temperature}, "
-                f"top_p={self.top_p}, top_k={self.top_k}"
+                "sampling needs a finite temperature >= 0, 0 < top_p <= 1 and top_k >= 0: got "
+                f"temperature={self.temperature}, top_p={self.top_p}, top_k={self.top_k}"
             )
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from rpo_lightning.callbacks import HuggingFaceExportCallback, RunSummaryCallback
 from rpo_lightning.cli.main import main
+from rpo_lightning.core.errors import ConfigurationError
 from rpo_lightning.data import ArithmeticChain
 from tests.conftest import make_data, make_module, make_trainer
 from tests.documents import ROOT, blocks
@@ -66,3 +67,44 @@ def test_a_run_whose_time_is_over_ends_after_an_iteration_as_at_its_planned_end(
     assert summary["updates"] == trainer.global_step == 1
     assert summary["accuracy_after"] is not None
     assert (tmp_path / "policy" / "model.safetensors").exists()
+
+
+RUN = [
+    "fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--cache=null", "--trainer.logger=false",
+    "--data.train.size=2", "--data.val.size=2", "--data.batch_size=2", "--model.group_size=2",
+    "--model.max_response_tokens=4", "--trainer.num_sanity_val_steps=0", "--trainer.max_steps=1",
+    "--trainer.val_check_interval=1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("callback", "line"),
+    [
+        (["EarlyStopping", "--trainer.callbacks.monitor=val/acuracy"], "metric `val/acuracy` which is not available"),
+        (["ModelCheckpoint", "--trainer.callbacks.monitor=val/acuracy"], "could not find the monitored key"),
+    ],
+)
+def test_a_metric_that_there_is_not_is_told_in_a_line(tmp_path, monkeypatch, capsys, callback, line):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main([*RUN, "--trainer.callbacks", *callback])
+    (told,) = [text for text in capsys.readouterr().err.splitlines() if "rpo-lightning: error" in text]
+    assert line in told
+
+
+@pytest.mark.parametrize("kind", [EarlyStopping, ModelCheckpoint])
+def test_a_callback_that_monitors_validations_needs_some(tmp_path, kind):
+    train = ArithmeticChain(size=2)
+    for data, settings, missing in (
+        (make_data(train=train, val="", batch_size=2), {}, "data.val is not set"),
+        (make_data(train=train, val=train, batch_size=2), {"limit_val_batches": 0}, "trainer.limit_val_batches is 0"),
+    ):
+        trainer = make_trainer(tmp_path, callbacks=[kind(monitor="val/accuracy")], **settings)
+        with pytest.raises(ConfigurationError, match=f"{kind.__name__} monitors val/accuracy, and {missing}"):
+            trainer.fit(make_module(), datamodule=data)
+
+
+def test_a_run_without_training_batches_says_that_nothing_is_trained(tmp_path, caplog):
+    data = make_data(train=ArithmeticChain(size=2), val="", batch_size=2)
+    make_trainer(tmp_path, limit_train_batches=0).fit(make_module(), datamodule=data)
+    assert "trainer.limit_train_batches=0: nothing is trained" in caplog.text
