@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rpo_lightning.core.ranks import Ranks
@@ -37,6 +37,8 @@ def group_of(lengths, context):
     return make_group([0.0] * len(lengths), [[7] * n for n in lengths], prompt_ids=range(1, context + 1))
 
 
+# A row of one member, then a shorter one that branches: they lie one after the other and need no padding.
+@example([([10, 12, 12], 9), ([1, 1], 9)], 32, RowCost())
 @fixed
 @given(st.lists(st.tuples(LENGTHS, st.integers(1, 9)), min_size=1, max_size=4), st.integers(4, 60), COSTS)
 def test_packing_holds_every_response_once_and_keeps_its_budget(groups, budget, cost):
@@ -86,7 +88,7 @@ REWARDS = st.lists(
     min_size=1,
     max_size=4,
 )
-CENTRED = (GroupScaled(), BatchScaled(), Unscaled(), RLOO())
+CENTRED = (GroupScaled(), BatchScaled(), Unscaled(), RLOO(), ReinforcePlusPlusBaseline())
 SCALED = (GroupScaled(), BatchScaled(), ReinforcePlusPlusBaseline())
 every_centred = pytest.mark.parametrize("estimator", CENTRED, ids=lambda e: type(e).__name__)
 
