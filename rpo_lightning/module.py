@@ -128,6 +128,10 @@ class RPOModule(EvaluationModule):
         evaluation: EvaluationSettings = EvaluationSettings(),
         grading: GradingPool | None = None,
     ) -> None:
+        if not isinstance(rewards, list | tuple):
+            raise ConfigurationError(f"model.rewards is a list of rewards and functions, got {type(rewards).__name__}")
+        if not isinstance(group_size, int):
+            raise ConfigurationError(f"model.group_size is a whole number, got {group_size}")
         if group_size < 2:
             raise ConfigurationError(
                 f"model.group_size must be at least 2, got {group_size} (a group of 1 has no advantage)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ def read_messages(question: Any) -> list[dict[str, Any]]:
 
     Args:
         question: A text, which is one message of the user, or a list of messages: ``{role, content}`` (OpenAI, verl) or
-            ``{from, value}`` (ShareGPT). A content may be a list of text parts.
+            ``{from, value}`` (ShareGPT). A content may be a list of text parts. Such a list may be written as JSON.
 
     Returns:
         Messages with ``role``, ``content`` (text) and whatever else a message has.
@@ -22,11 +23,25 @@ def read_messages(question: Any) -> list[dict[str, Any]]:
     Raises:
         ValueError: It is none of these.
     """
+    if isinstance(question, str):
+        question = _written_as_json(question) or question
     if isinstance(question, str | int | float) and not isinstance(question, bool):
         return [{"role": "user", "content": str(question)}]
     if not isinstance(question, list | tuple):
         raise ValueError(f"its question is no text and no conversation, but of type {type(question).__name__}")
     return [_message(message) for message in question]
+
+
+def _written_as_json(text: str) -> list[Any] | None:
+    """The messages that a text is, as tables without nested columns hold them; ``None`` if it is an ordinary text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_conversation = found and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in found)
+    return found if is_conversation else None
 
 
 def last_user_text(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -65,6 +65,13 @@ class PromptFormat:
         self._unproved |= {"data.few_shot"} if self.few_shot else set()
         self._require_variables()
 
+    @property
+    def unknown_id(self) -> int | None:
+        """What stands for characters that the tokenizer does not know; ``None`` if it knows all."""
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        # Some name their end-of-text token for it, and never use it so.
+        return None if unknown in (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id) else unknown
+
     def _require_variables(self) -> None:
         """Check that the template reads what it is given: it would ignore a misspelt name."""
         ours = set(signature(self.tokenizer.apply_chat_template).parameters) - _OF_TEMPLATES - {"kwargs"} | {"messages"}

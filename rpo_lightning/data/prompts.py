@@ -34,6 +34,7 @@ class LoadReport:
         duplicates: Rows dropped because their uid had been seen.
         unusable: One message for each row dropped because its question or gold answer is missing or cannot be used.
         only_text: Gold answers among the kept that only their own text can match.
+        unknown: Questions among the kept with characters that the tokenizer does not know.
         left_out: Columns that rewards do not see because they are not JSON, with what they hold.
     """
 
@@ -42,6 +43,7 @@ class LoadReport:
     duplicates: int = 0
     unusable: list[str] = field(default_factory=list)
     only_text: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -53,7 +55,14 @@ class LoadReport:
         """Everything that was left out."""
         counted = [f"{self.overlong} prompts over data.max_prompt_tokens"] if self.overlong else []
         counted += [f"{self.duplicates} repeated questions"] if self.duplicates else []
-        return [*self.unusable, *counted, *self.only_text_message()]
+        return [*self.unusable, *counted, *self.unknown_message(), *self.only_text_message()]
+
+    def unknown_message(self) -> list[str]:
+        """How many questions the policy cannot read as they are, if there are any."""
+        if not self.unknown:
+            return []
+        shown = ", ".join(repr(text[:40]) for text in self.unknown[:3])
+        return [f"{len(self.unknown)} questions have characters that the tokenizer does not know, such as {shown}"]
 
     def only_text_message(self) -> list[str]:
         """How many gold answers only their own text can match, if there are any."""
@@ -152,6 +161,8 @@ class PromptBuilder:
                 continue
             if verifier.is_only_text(answer):
                 report.only_text.append(answer)
+            if self.format.unknown_id in token_ids:
+                report.unknown.append(text)
             prompts[uid] = Prompt(uid, text, tuple(token_ids), answer, opening, plain)
         report.kept = len(prompts)
         if not prompts and not report.dropped:

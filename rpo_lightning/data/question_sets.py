@@ -133,6 +133,8 @@ class QuestionSets:
         """Say what of a set is not used."""
         for message in report.unusable[:_MAX_MESSAGES]:
             log.warning(message)
+        for message in report.unknown_message():
+            log.warning(f"{source!r}: {message}")
         for message in (*report.only_text_message(), *report.left_out_message()):
             log.info(f"{source!r}: {message}")
         if report.dropped:

@@ -218,6 +218,16 @@ def test_fewer_questions_than_a_batch_is_an_error(tmp_path):
         make_trainer(tmp_path).fit(make_module(), datamodule=make_data(batch_size=17))
 
 
+def test_characters_that_the_tokenizer_does_not_know_are_told(tmp_path, caplog):
+    rows = [{"question": f"{i}a+1=", "answer": str(i + 1)} for i in range(4)] + [{"question": "5π+1=", "answer": "6"}]
+    with caplog.at_level(logging.WARNING, logger="rpo_lightning"):
+        data = make_data(train=rows)
+        make_trainer(tmp_path, max_steps=1).fit(make_module(), datamodule=data)
+    assert "1 questions have characters that the tokenizer does not know, such as '5π+1='" in caplog.text
+    assert data.reports["train"].unknown == ["5π+1="]
+    assert data.reports["val"].unknown == []
+
+
 def test_dropped_rows_are_reported(tmp_path, caplog):
     rows = [{"question": f"{i}a+1=", "answer": str(i + 1)} for i in range(4)] + [{"question": "5", "answer": " "}]
     rows.append(rows[0])

@@ -84,6 +84,18 @@ def test_sharegpts_conversations_are_read(chat_tokenizer, column):
     assert prompt.text == "2+5?"
 
 
+def test_a_conversation_written_as_json_is_a_conversation_and_other_text_is_text(chat_tokenizer):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+5?"}]
+    (written, as_list), _ = build(
+        chat_tokenizer, [{"messages": json.dumps(messages), "answer": "7"}, {"messages": messages, "answer": "8"}]
+    )
+    assert written.token_ids == as_list.token_ids
+    for text in ("[2+5?", "[1, 2]", "[]", '[{"a": 1}]', "[" * 100_000):
+        builder = PromptBuilder(chat_tokenizer, ExactMatchVerifier(), max_prompt_tokens=10**6)
+        (prompt,), _ = builder.build(Rows([{"messages": text, "answer": "7"}]))
+        assert prompt.text == text
+
+
 def test_content_parts_are_joined_and_other_parts_are_told(chat_tokenizer):
     parts = [{"type": "text", "text": "2+"}, "5?"]
     assert rendered(chat_tokenizer, [{"prompt": [{"role": "user", "content": parts}], "answer": "7"}])[1].text == "2+5?"

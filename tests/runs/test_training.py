@@ -30,7 +30,7 @@ from rpo_lightning.core.errors import CacheError, ConfigurationError, UpdateErro
 from rpo_lightning.core.types import GoldAnswer
 from rpo_lightning.policy.parallel.base import GradientAccumulation
 from rpo_lightning.policy.tokenizer import tokenizer_fingerprint
-from rpo_lightning.rewards import LengthAwareAccuracyReward, UniformRandomReward
+from rpo_lightning.rewards import AccuracyReward, LengthAwareAccuracyReward, UniformRandomReward
 from rpo_lightning.update.advantages import BatchScaled
 from rpo_lightning.update.dynamic_sampling import DynamicSampling, GroupBuffer
 from rpo_lightning.update.loss import PolicyLoss
@@ -485,7 +485,9 @@ def test_a_policy_object_needs_its_tokenizer_and_trains_in_place(tmp_path, polic
     [
         ({"group_size": 1}, r"group_size must be at least 2, got 1"),
         ({"max_response_tokens": 0}, r"max_response_tokens must be at least 1"),
+        ({"group_size": 2.5}, r"model\.group_size is a whole number, got 2\.5"),
         ({"rewards": []}, r"model\.rewards is empty"),
+        ({"rewards": AccuracyReward()}, r"model\.rewards is a list of rewards and functions, got AccuracyReward"),
         ({"policy": "./no/such/folder"}, r"\./no/such/folder: no such model folder"),
         ({"policy": "embedded:nothing"}, r"no such embedded model: use embedded:arithmetic-reasoner"),
     ],
