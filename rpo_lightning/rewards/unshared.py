@@ -53,9 +53,12 @@ def _whole_pages(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
     for tensor in tensors:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if local.device.type == "cpu" and local.layout == torch.strided:
-            storage = local.untyped_storage()
-            if storage.nbytes() >= _SMALLEST:
-                sizes[storage.data_ptr()] = storage.nbytes()
+            try:
+                storage = local.untyped_storage()
+                if storage.nbytes() >= _SMALLEST:
+                    sizes[storage.data_ptr()] = storage.nbytes()
+            except (RuntimeError, ValueError):  # quantised weights and states may be made of other tensors
+                continue
     page = mmap.PAGESIZE
     found = []
     for start, size in sizes.items():

@@ -68,6 +68,27 @@ def test_memory_that_was_left_out_can_be_inherited_again():
         assert os.waitpid(pid, 0)[1] == 0
 
 
+class MadeOfOthers(torch.Tensor):
+    """As quantised weights and optimizer states are: without memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(function)
+
+
+def test_tensors_without_memory_of_their_own_are_passed_over():
+    large = torch.ones(MIB)
+    odd = [MadeOfOthers(large), torch.nn.UninitializedParameter(), torch.empty(MIB, device="meta"), torch.empty(0)]
+    pool = GradingPool(workers=1)
+    pool.leave_out(lambda: odd)
+    assert pool.numbers(sum_of_kept, [()]) == [4.0 * MIB]
+    pool.close()
+
+
 FREED = [torch.ones(MIB // 4 + 1000 * number) for number in range(50)]
 
 
