@@ -40,7 +40,9 @@ def _written_as_json(text: str) -> list[Any] | None:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    is_conversation = found and all(isinstance(m, Mapping) and ("role" in m or "from" in m) for m in found)
+    is_conversation = found and all(
+        isinstance(m, Mapping) and ("role" in m or {"from", "value"} <= m.keys()) for m in found
+    )
     return found if is_conversation else None
 
 

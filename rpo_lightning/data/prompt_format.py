@@ -131,16 +131,19 @@ class PromptFormat:
             return token_ids, said[said.rindex("<think>") :] if "<think>" in said else ""
         return token_ids, thoughts_at_the_end(rendered)
 
-    def _completed(self, messages: Sequence[Message], without: str = "") -> list[Message]:
-        """The messages with system prompt and examples, but for a setting."""
+    def _completed(self, messages: Sequence[Message], changed: str = "") -> list[Message]:
+        """The messages with system prompt and examples; without the examples, or another prompt, if that is changed."""
         has_own = messages[0]["role"] == "system"
         opening: list[Message] = list(messages[:1]) if has_own else []
-        if self.system_prompt and not has_own and without != "data.system_prompt":
-            opening = [{"role": "system", "content": self.system_prompt}]
-        return [*opening, *(self.few_shot if without != "data.few_shot" else ()), *messages[has_own:]]
+        if self.system_prompt and not has_own:
+            more = " another" if changed == "data.system_prompt" else ""
+            opening = [{"role": "system", "content": f"{self.system_prompt}{more}"}]
+        return [*opening, *(self.few_shot if changed != "data.few_shot" else ()), *messages[has_own:]]
 
     def _require_effects(self, messages: Sequence[Message], rendered: str, where: str) -> None:
-        """Check once that prompts are others without the system prompt, the examples, and with another question.
+        """Check once that prompts are others with another system prompt or question, and without the examples.
+
+        A template may write the same system prompt by itself: leaving it out would change nothing.
 
         Raises:
             DataError: The template leaves one of them out.
@@ -150,7 +153,7 @@ class PromptFormat:
         for name in sorted(self._unproved):
             if name == "data.system_prompt" and messages[0]["role"] == "system":
                 continue  # the conversation keeps its own
-            changed = self._completed(another if name == "the question" else messages, without=name)
+            changed = self._completed(another if name == "the question" else messages, changed=name)
             try:
                 has_effect = self._rendered(changed, where) != rendered
             except DataError:  # the template asks for it

@@ -233,6 +233,14 @@ def test_a_template_that_leaves_a_setting_or_the_question_out_is_refused(chat, t
         built(chat, **settings)
 
 
+def test_a_system_prompt_that_the_template_has_by_itself_may_be_given(chat):
+    # Qwen2.5's templates have one.
+    chat.chat_template = (
+        "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nThink.<|im_end|>\n' }}{%- endif %}" + TURNS
+    )
+    assert built(chat, system_prompt="Think.") == built(chat)
+
+
 def test_a_system_message_of_the_row_is_no_sign_that_the_prompt_has_no_effect(chat):
     chat.chat_template = TURNS
     rows = [{"messages": [{"role": "system", "content": "Own."}, *user("1?")], "answer": "1"}, *ROWS]

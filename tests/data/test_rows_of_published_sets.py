@@ -90,7 +90,7 @@ def test_a_conversation_written_as_json_is_a_conversation_and_other_text_is_text
         chat_tokenizer, [{"messages": json.dumps(messages), "answer": "7"}, {"messages": messages, "answer": "8"}]
     )
     assert written.token_ids == as_list.token_ids
-    for text in ("[2+5?", "[1, 2]", "[]", '[{"a": 1}]', "[" * 100_000):
+    for text in ("[2+5?", "[1, 2]", "[]", '[{"a": 1}]', '[{"from": 1, "to": 2}]', "[" * 100_000):
         builder = PromptBuilder(chat_tokenizer, ExactMatchVerifier(), max_prompt_tokens=10**6)
         (prompt,), _ = builder.build(Rows([{"messages": text, "answer": "7"}]))
         assert prompt.text == text
