@@ -93,6 +93,20 @@ def test_objectives_that_learn_from_all_responses_get_all_of_them(exact_policy, 
     assert max(float(g.abs().max()) for g in gradients.values()) > 1e-6
 
 
+class DAPOWithOwnTerm(DAPO):
+    """What a user may write who starts from a class of ours."""
+
+    def token_losses(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """DAPO's, and a penalty on log-probs."""
+        losses_BS, clipped_BS, ratio_BS = super().token_losses(inputs)
+        return losses_BS + inputs.logprobs_BS.square(), clipped_BS, ratio_BS
+
+
+def test_a_loss_of_ones_own_does_not_inherit_that_it_ignores_responses(exact_policy):
+    _, _, tokens = backward(exact_policy, DAPOWithOwnTerm(), batch(TEACHES, ALL_WRONG))
+    assert tokens == 4 * 6
+
+
 def test_responses_that_mask_truncated_leaves_out_are_not_computed_even_with_a_kl_penalty(exact_policy):
     reference = copy.deepcopy(exact_policy)
     groups = batch(TEACHES, finished=[True, False])

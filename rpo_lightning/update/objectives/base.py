@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ class Objective(ABC):
         needs_default_advantages: Whether another estimator makes it another method.
         corrects_mismatch: Whether its ratio is to the engine's log-probs, so that no importance correction is due.
         ignores_zero_advantages: Whether ``token_losses`` and their gradient are 0 where the advantage is 0. The update
-            then leaves such responses out of its passes.
+            then leaves such responses out of its passes. A class with ``token_losses`` of its own does not inherit it.
     """
 
     normalisation: ClassVar[Normalisation]
@@ -90,6 +90,11 @@ class Objective(ABC):
     needs_default_advantages: ClassVar[bool] = False
     corrects_mismatch: ClassVar[bool] = False
     ignores_zero_advantages: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if vars(cls).keys() & {"token_losses", "__call__"} and "ignores_zero_advantages" not in vars(cls):
+            cls.ignores_zero_advantages = False  # the parent's says nothing of another loss
 
     def __init__(self, beta: float = 0.0, entropy_bonus: float = 0.0) -> None:
         require_at_least_zero(beta=beta, entropy_bonus=entropy_bonus)

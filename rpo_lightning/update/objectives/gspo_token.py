@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from rpo_lightning.update.objectives.base import LossInputs
@@ -22,6 +24,8 @@ class GSPOToken(GSPO):
     this package give a sequence one advantage; importance weights differ by token with ``TokenTruncated`` (the default)
     and ``IcePop``.
     """
+
+    ignores_zero_advantages: ClassVar[bool] = True
 
     def token_losses(self, inputs: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
         """The clipped surrogate of each token."""
