@@ -336,10 +336,12 @@ class RPOModule(EvaluationModule):
         assert self._accumulation is not None
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        metrics = self._loss.backward(*_unzipped(minibatch), self._accumulation.backward, self._accumulation.forward)
+        groups, advantages = _unzipped(minibatch)
+        metrics = self._loss.backward(groups, advantages, self._accumulation.backward, self._accumulation.forward)
+        teaches = self.objective.learns_from_zero_advantages or largest_advantage(advantages, self.ranks) > 0
         is_usable = is_finite(metrics)
         if is_usable and "mismatch/logprob_mean" in metrics:
-            self.guard.check(metrics["mismatch/logprob_mean"], self.global_step)
+            self.guard.check(metrics["mismatch/logprob_mean"], self.global_step, is_usual=teaches)
         norm = self._accumulation.step(optimizer, self.update.max_grad_norm, is_usable)
         scheduler: Any = self.lr_schedulers()
         metrics |= {"loss/grad_norm": norm, "loss/learning_rate": scheduler.get_last_lr()[0]}

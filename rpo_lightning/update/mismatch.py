@@ -101,18 +101,20 @@ class MismatchGuard:
         self.bound = bound
         self._means: list[float] = []
 
-    def check(self, mean: float, step: int) -> None:
+    def check(self, mean: float, step: int, is_usual: bool = True) -> None:
         """Check an update before the optimizer's step.
 
         Args:
             mean: Mean |difference| of its sampled tokens, in nats; finite (``rpo_lightning.update.watch`` has an eye
                 on those that are not).
             step: Number of the update, for the message.
+            is_usual: Whether the mean can be compared with others. That of an update which nothing teaches is of a
+                response or so, and means little: it is compared with the largest, and not remembered.
 
         Raises:
             EngineError: The mean is above the bound.
         """
-        usual = median(self._means) if self._means else None
+        usual = median(self._means) if self._means and is_usual else None
         limit = self.bound.largest
         if usual is not None:
             limit = min(limit, max(self.bound.smallest, self.bound.jump * usual))
@@ -124,7 +126,8 @@ class MismatchGuard:
                 "precision is too low. The policy is unchanged. Resume from a checkpoint, or raise "
                 "model.update.mismatch_bound if this is expected"
             )
-        self._means = [*self._means, mean][-_HISTORY:]
+        if is_usual:
+            self._means = [*self._means, mean][-_HISTORY:]
 
     def state_dict(self) -> dict[str, Any]:
         """The means of the last iterations."""

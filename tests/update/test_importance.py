@@ -168,6 +168,10 @@ def test_the_guard_stops_at_a_jump_and_at_the_bound_and_survives_a_checkpoint():
     for bad in (0.12, 0.5):
         with pytest.raises(EngineError, match="stale or incomplete"):
             restored.check(bad, 7)
+    restored.check(0.12, 7, is_usual=False)  # of a response or so
+    with pytest.raises(EngineError, match="stale or incomplete"):
+        restored.check(0.5, 7, is_usual=False)
+    restored.check(0.09, 8)
     fresh = MismatchGuard(MismatchBound())
     fresh.check(1e-6, 0)
     fresh.check(9e-5, 1)  # many times the median, but below the smallest mean that counts

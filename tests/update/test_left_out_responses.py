@@ -163,3 +163,11 @@ def test_a_run_is_the_same_with_fewer_tokens_computed(tmp_path, passes, monkeypa
     assert metrics["loss/tokens"].tolist() == of_all["loss/tokens"].tolist()
     if passes > 1:
         assert metrics["tokens/old_logprobs"].sum() < of_all["tokens/old_logprobs"].sum()
+
+
+@pytest.mark.parametrize(("objective", "remembered"), [(DAPO(), 0), (WithOwnTerm(), 2)], ids=["DAPO", "own"])
+def test_the_guard_does_not_remember_an_update_of_one_response(tmp_path, objective, remembered):
+    module = make_module(objective=objective, rewards=[lambda prompt, response, answer: 1.0], group_size=2)
+    make_trainer(tmp_path, max_steps=2).fit(module, make_data())
+    assert "mismatch/logprob_mean" in pd.read_csv(tmp_path / "metrics.csv")
+    assert len(module.guard.state_dict()["means"]) == remembered
