@@ -21,6 +21,9 @@ from rpo_lightning.rewards.pool import Call, GradingPool
 
 log = logging.getLogger(__name__)
 
+# A verdict may miss 0 or 1 by so much: nine ninths add up to more than 1.
+_ROUNDING = 1e-6
+
 # The place of a response: its group, and its number there.
 _Place = tuple[int, int]
 
@@ -116,11 +119,11 @@ class Grading:
                     columns = verifier.arguments.columns(sample.row)
                     verdict = verifier.verify(sample.prompt, sample.response, sample.answer, **columns)
             (number,) = _finite([verdict], [sample], source)
-            if not 0 <= number <= 1:
+            if not -_ROUNDING <= number <= 1 + _ROUNDING:
                 raise RewardError(
                     f"{source} returned {number:g}: a verdict lies between 0 (wrong) and 1 (right){question(sample)}"
                 )
-            groups.setdefault(place[0], []).append(replace(sample, correct=number))
+            groups.setdefault(place[0], []).append(replace(sample, correct=min(max(number, 0.0), 1.0)))
         return list(groups.values())
 
     def _term(self, reward: Reward, groups: Sequence[Sequence[Sample]]) -> list[list[float | None]]:

@@ -186,6 +186,14 @@ def test_a_verdict_that_is_not_finite_is_an_error():
         Grader(UndecidedVerifier(), [AccuracyReward()], GradingPool()).grade([[sample(1, response="one")]])
 
 
+@pytest.mark.parametrize(("verdict", "taken"), [(math.nextafter(1, 2), 1.0), (-1e-9, 0.0)])
+def test_a_verdict_that_is_outside_by_rounding_is_the_nearest(verdict, taken):
+    assert not 0 <= verdict <= 1
+    grader = Grader(UndecidedVerifier(verdict), [AccuracyReward()], GradingPool())
+    ((graded,),) = (group.samples for group in grader.grade([[sample(1, response="one")]]))
+    assert graded.correct == taken
+
+
 @pytest.mark.parametrize("verdict", [-1, 2])
 def test_a_verdict_is_between_wrong_and_right(verdict):
     grader = Grader(UndecidedVerifier(verdict), [AccuracyReward()], GradingPool())
