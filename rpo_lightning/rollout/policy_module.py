@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -166,7 +167,7 @@ class PolicyModule(LightningModule):
             require_known_tokens(self.policy, data.highest_token_id)
         self.engine.attach(self.policy, self.tokenizer, self._engine_setup())
         self._let_grader_use_cores()
-        self.grader.pool.leave_out(self.written_tensors)
+        self.grader.pool.leave_out(partial(_written_tensors, weakref.ref(self)))
 
     def written_tensors(self) -> list[Tensor]:
         """Tensors that a run writes to again and again. Grading processes would keep old copies of them."""
@@ -272,3 +273,9 @@ class PolicyModule(LightningModule):
                 saved, or a whole policy where an adapter would be saved.
         """
         export_policy(self.loaded_policy, self.tokenizer, folder, merged, self.ranks)
+
+
+def _written_tensors(module: weakref.ref[PolicyModule]) -> list[Tensor]:
+    """Those of a module, which a pool that is kept must not keep."""
+    found = module()
+    return [] if found is None else found.written_tensors()

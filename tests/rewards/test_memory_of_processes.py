@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import random
+import weakref
 from pathlib import Path
 
 import psutil
@@ -66,6 +67,19 @@ def test_memory_that_was_left_out_can_be_inherited_again():
         if not pid:
             os._exit(int(float(large.sum()) != 8 * MIB))
         assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_pool_that_is_kept_does_not_keep_the_policy():
+    pool = GradingPool(workers=1)
+    module = make_module(grading=pool)
+    module.configure_model()
+    pool.start()
+    policy = weakref.ref(module.policy)
+    del module
+    gc.collect()
+    assert policy() is None
+    assert pool.numbers(sum_of_kept, [()]) == [4.0 * MIB]
+    pool.close()
 
 
 class MadeOfOthers(torch.Tensor):
