@@ -12,7 +12,7 @@ updates per rollout and dynamic sampling are not what ``accumulate_grad_batches`
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -128,7 +128,7 @@ class RPOModule(EvaluationModule):
         evaluation: EvaluationSettings = EvaluationSettings(),
         grading: GradingPool | None = None,
     ) -> None:
-        if not isinstance(rewards, list | tuple):
+        if isinstance(rewards, str) or not isinstance(rewards, Sequence):
             raise ConfigurationError(f"model.rewards is a list of rewards and functions, got {type(rewards).__name__}")
         if not isinstance(group_size, int):
             raise ConfigurationError(f"model.group_size is a whole number, got {group_size}")

@@ -170,8 +170,8 @@ class PolicyModule(LightningModule):
         self.grader.pool.leave_out(partial(_written_tensors, weakref.ref(self)))
 
     def written_tensors(self) -> list[Tensor]:
-        """Tensors that a run writes to again and again. Grading processes would keep old copies of them."""
-        parameters = [] if self.policy is None else list(self.policy.parameters())
+        """Tensors that a run writes to. Grading processes would keep old copies of them."""
+        parameters = [] if self.policy is None else [p for p in self.policy.parameters() if p.requires_grad]
         return [*parameters, *(p.grad for p in parameters if p.grad is not None), *self.engine.held_tensors()]
 
     def _load(self) -> PreTrainedModel:

@@ -50,8 +50,9 @@ def test_a_run_syncs_once_per_update_and_the_policies_agree(tmp_path):
     assert (log["mismatch/logprob_max"].dropna() < 1e-4).all()
     assert log["mismatch/ratio_mean"].dropna().tolist() == pytest.approx([1.0] * 5, abs=1e-5)
     assert (log["rollout/prefix_cache_hit_share"].dropna() > 0.3).all()
-    # Every sync gives vLLM all weights. An embedding that is also the output head is given once.
-    weights = sum(p.numel() * p.element_size() for p in module.loaded_policy.parameters())
+    # Every sync gives vLLM all weights, the embedding once more as the output head.
+    given = [*module.loaded_policy.parameters(), module.loaded_policy.get_output_embeddings().weight]
+    weights = sum(p.numel() * p.element_size() for p in given)
     assert set(log["rollout/synced_bytes"].dropna()) == {weights}
     assert log["rollout/decoded_tokens_per_sample"].dropna().iloc[-1] < 150  # suffixes
 
