@@ -7,6 +7,7 @@ look at them. Results, errors and their order do not depend on the order in whic
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence, Set
@@ -120,10 +121,8 @@ class Grading:
                     verdict = verifier.verify(sample.prompt, sample.response, sample.answer, **columns)
             (number,) = _finite([verdict], [sample], source)
             if not -_ROUNDING <= number <= 1 + _ROUNDING:
-                raise RewardError(
-                    f"{source} returned {number:g}: a verdict lies between 0 (wrong) and 1 (right){question(sample)}"
-                )
-            groups.setdefault(place[0], []).append(replace(sample, correct=min(max(number, 0.0), 1.0)))
+                _tell_of_odd_verdict(source)
+            groups.setdefault(place[0], []).append(replace(sample, correct=number))
         return list(groups.values())
 
     def _term(self, reward: Reward, groups: Sequence[Sequence[Sample]]) -> list[list[float | None]]:
@@ -139,6 +138,14 @@ class Grading:
         if len(values) != len(groups):
             raise RewardError(f"{source} returned values of {len(values)} groups for {len(groups)}")
         return [_known(of_group, group, source) for of_group, group in zip(values, groups, strict=True)]
+
+
+@functools.cache
+def _tell_of_odd_verdict(source: str) -> None:
+    log.warning(
+        f"{source} returned a verdict outside 0 (wrong) to 1 (right), and so are accuracies and rewards that take it; "
+        "from 0.5 on a response counts as right"
+    )
 
 
 class Absences:

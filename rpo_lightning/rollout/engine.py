@@ -79,10 +79,12 @@ class Sampling:
                 f"repetition_penalty={self.repetition_penalty} is refused: sampled tokens would have log-probs that no "
                 "update computes, so ratios would mean nothing: leave it at 1, and give repetition a negative reward"
             )
-        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not math.isfinite(self.temperature):
+            raise ConfigurationError(f"sampling.temperature must be a finite number, got {self.temperature}")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ConfigurationError(
-                "sampling needs a finite temperature >= 0, 0 < top_p <= 1 and top_k >= 0: got "
-                f"temperature={self.temperature}, top_p={self.top_p}, top_k={self.top_k}"
+                f"sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0: got temperature={self.temperature}, "
+                f"top_p={self.top_p}, top_k={self.top_k}"
             )
 
 

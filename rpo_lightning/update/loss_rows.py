@@ -1,7 +1,8 @@
 """The responses of an update: how many of their tokens are in the loss, and which must be computed.
 
-A response that is not in the loss, or whose advantage is 0, changes no gradient and is left out of the passes. It still
-counts in the normalisation, so the gradient is the same to rounding. With binary rewards these are often whole groups.
+A group whose advantages are all 0 changes no gradient, nor does a response that is not in the loss. They are left out
+of the passes. They still count in the normalisation, so the gradient is the same to rounding. With binary rewards such
+groups are common.
 """
 
 from __future__ import annotations
@@ -57,5 +58,6 @@ class LossRows:
             learns_from_zero_advantages: See ``Objective``.
         """
         in_loss = [row for row in self.rows if self.lengths[row.group, row.member]]
-        teaching = [r for r in in_loss if learns_from_zero_advantages or advantages[r.group][r.member] != 0]
+        teaches = [learns_from_zero_advantages or bool((of_group != 0).any()) for of_group in advantages]
+        teaching = [row for row in in_loss if teaches[row.group]]
         return teaching or list(in_loss or self.rows)[:1]

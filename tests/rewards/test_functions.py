@@ -289,15 +289,11 @@ def test_a_lack_of_memory_is_a_limit_whatever_its_class_and_whatever_on_error_sa
     assert (graded.rewards, pool.killed, pool.failed) == ([1.0, 0.0], 1, 0)
 
 
-def is_two(response):
-    return fails_on_words(response) == 2
-
-
 def test_a_verifier_whose_function_raises_stops_with_the_question_or_counts_as_wrong(grade):
     with pytest.raises(RewardError, match=r"FunctionVerifier\.verify raised ValueError.*\(question q7\)$"):
-        grade(AccuracyReward(), verifier=FunctionVerifier(is_two))
-    ((graded,), pool) = grade(AccuracyReward(), verifier=FunctionVerifier(is_two, on_error="zero"))
-    assert [s.correct for s in graded.samples] == [1.0, 0.0]
+        grade(AccuracyReward(), verifier=FunctionVerifier(fails_on_words))
+    ((graded,), pool) = grade(AccuracyReward(), verifier=FunctionVerifier(fails_on_words, on_error="zero"))
+    assert [s.correct for s in graded.samples] == [2.0, 0.0]
     assert pool.failed == 1
 
 

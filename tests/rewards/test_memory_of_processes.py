@@ -127,24 +127,27 @@ def random_reward(prompt, response, answer):
 class Held(Callback):
     """Measures the grading processes before every update."""
 
-    def __init__(self):
+    def __init__(self, processes):
         self.mib = []
+        self.processes = processes
 
     def on_before_optimizer_step(self, *_):
-        children = psutil.Process().children()
+        children = self.processes.now()
         assert len(children) == 2
         self.mib.append(sum(held(child) for child in children))
 
 
 @pytest.mark.parametrize("with_vllm", [False, True], ids=["transformers", "vllm"])
-def test_the_processes_of_a_run_hold_neither_old_weights_nor_old_states(tmp_path: Path, tokenizer, with_vllm):
+def test_the_processes_of_a_run_hold_neither_old_weights_nor_old_states(
+    tmp_path: Path, tokenizer, processes, with_vllm
+):
     config = LlamaConfig(
         vocab_size=48, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=8,
         max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     policy = LlamaForCausalLM(config)
     weights = sum(p.numel() * p.element_size() for p in policy.parameters()) / MIB
-    found = Held()
+    found = Held(processes)
     options = {"max_num_seqs": 8, "block_size": 32, "kv_cache_memory_bytes": 2**27}
     module = make_module(
         policy=copy.deepcopy(policy), tokenizer=tokenizer, rewards=[random_reward], max_response_tokens=8,

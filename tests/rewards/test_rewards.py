@@ -25,6 +25,7 @@ from rpo_lightning.rewards import (
     Reward,
     SoftOverlongPenalty,
     Verifier,
+    grading,
 )
 
 
@@ -186,19 +187,14 @@ def test_a_verdict_that_is_not_finite_is_an_error():
         Grader(UndecidedVerifier(), [AccuracyReward()], GradingPool()).grade([[sample(1, response="one")]])
 
 
-@pytest.mark.parametrize(("verdict", "taken"), [(math.nextafter(1, 2), 1.0), (-1e-9, 0.0)])
-def test_a_verdict_that_is_outside_by_rounding_is_the_nearest(verdict, taken):
-    assert not 0 <= verdict <= 1
+@pytest.mark.parametrize(("verdict", "is_told"), [(-1, True), (2, True), (math.nextafter(1, 2), False), (-1e-9, False)])
+def test_a_verdict_that_is_outside_wrong_and_right_is_told_once_unless_by_rounding(verdict, is_told, caplog):
+    grading._tell_of_odd_verdict.cache_clear()
     grader = Grader(UndecidedVerifier(verdict), [AccuracyReward()], GradingPool())
-    ((graded,),) = (group.samples for group in grader.grade([[sample(1, response="one")]]))
-    assert graded.correct == taken
-
-
-@pytest.mark.parametrize("verdict", [-1, 2])
-def test_a_verdict_is_between_wrong_and_right(verdict):
-    grader = Grader(UndecidedVerifier(verdict), [AccuracyReward()], GradingPool())
-    with pytest.raises(RewardError, match=rf"UndecidedVerifier returned {verdict}: a verdict lies between 0 .*wrong"):
-        grader.grade([[sample(1, response="one")]])
+    for _ in range(2):
+        ((graded,),) = (group.samples for group in grader.grade([[sample(1, response="one")]]))
+        assert graded.correct == verdict
+    assert caplog.text.count("UndecidedVerifier returned a verdict outside 0") == is_told
 
 
 @pytest.mark.parametrize("name", ["mean", "std", "correct_share", "grading_killed"])
