@@ -14,14 +14,13 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import pandas as pd
 
 from common.fitted import ROOT, fitted
 from common.machine import hardware
-from common.tables import table
+from common.tables import arm_rows, table
 
 QUESTIONS = {
     "class_path": "common.mixed_chains.MixedChains",
@@ -47,20 +46,6 @@ def figures(arm: str, seed: int, updates: int, folder: Path) -> dict[str, float]
     return {name: float({**summary, "informative_share": informative}[name]) for name in COLUMNS}
 
 
-def rows(found: dict[str, list[dict[str, float]]]) -> list[dict[str, object]]:
-    """A row of the table for each arm: means, and the lowest and highest of several seeds."""
-    lines: list[dict[str, object]] = []
-    for arm, runs in found.items():
-        line: dict[str, object] = {"arm": arm, "seeds": len(runs)}
-        for column in COLUMNS:
-            values = [run[column] for run in runs]
-            digits = 3 if max(values) <= 1 else 0
-            spread = f" ({min(values):,.{digits}f} to {max(values):,.{digits}f})" if len(values) > 1 else ""
-            line[column] = f"{mean(values):,.{digits}f}{spread}"
-        lines.append(line)
-    return lines
-
-
 def main() -> None:
     """Run the arms by turns; report after every seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,7 +59,7 @@ def main() -> None:
         for seed in range(seeds):
             for arm in ARMS:
                 found[arm].append(figures(arm, seed, updates, Path(temporary)))
-            print(f"\n{hardware()}; {updates} updates\n\n{table(rows(found))}\n", flush=True)
+            print(f"\n{hardware()}; {updates} updates\n\n{table(arm_rows(found, COLUMNS))}\n", flush=True)
             record = {"hardware": hardware(), "updates": updates, "settings": SETTINGS, "arms": found}
             if not args.quick:
                 out = ROOT / "benchmarks" / "results" / "question_selection.json"

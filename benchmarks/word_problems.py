@@ -15,29 +15,15 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from common.fitted import ROOT, fitted
 from common.machine import hardware
-from common.tables import table
+from common.tables import arm_rows, table
 
 CONFIG = "configs/word_problems_smollm2.yaml"
 ARMS = {"RPO": [], "full path": ["--cache=null"]}
 COLUMNS = ("accuracy_before", "accuracy_after", "decoded_tokens_per_sample", "seconds")
-
-
-def rows(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, object]]:
-    """A row of the table for each arm: means, and the lowest and highest of several seeds."""
-    found: list[dict[str, object]] = []
-    for arm, runs in results.items():
-        row: dict[str, object] = {"arm": arm, "seeds": len(runs)}
-        for column in COLUMNS:
-            values = [float(r[column]) for r in runs]
-            spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
-            row[column] = f"{mean(values):.2f}{spread}"
-        found.append(row)
-    return found
 
 
 def main() -> None:
@@ -55,13 +41,15 @@ def main() -> None:
         for seed in range(seeds):
             for arm in ARMS:
                 options = [f"--seed_everything={seed}", *updates, *ARMS[arm]]
-                results[arm].append(fitted(CONFIG, options, folder / arm.replace(" ", "_") / str(seed)))
+                save_dir = folder / arm.replace(" ", "_") / str(seed)
+                results[arm].append(fitted(CONFIG, options, save_dir, quiet=False))
                 report = {
                     "hardware": hardware(),
                     "config": CONFIG,
                     "arms": {a: {"overrides": ARMS[a], "runs": runs} for a, runs in results.items()},
                 }
-                print(f"\n{hardware()}\n\n{table(rows({a: r for a, r in results.items() if r}))}\n", flush=True)
+                ended = {a: runs for a, runs in results.items() if runs}
+                print(f"\n{hardware()}\n\n{table(arm_rows(ended, COLUMNS))}\n", flush=True)
                 if not args.quick:
                     path = ROOT / "benchmarks" / "results" / "word_problems.json"
                     path.write_text(json.dumps(report, indent=2) + "\n")

@@ -13,7 +13,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def fitted(config: str, overrides: Sequence[str], save_dir: Path, threads: int | None = None) -> dict[str, Any]:
+def fitted(
+    config: str, overrides: Sequence[str], save_dir: Path, threads: int | None = None, quiet: bool = True
+) -> dict[str, Any]:
     """The summary of a run. A run that has ended is not made again, and one that was stopped goes on.
 
     Args:
@@ -21,6 +23,10 @@ def fitted(config: str, overrides: Sequence[str], save_dir: Path, threads: int |
         overrides: Further arguments of ``fit``.
         save_dir: The folder of this run alone.
         threads: Threads of its process; all cores if not given.
+        quiet: Whether to keep what it prints to itself.
+
+    Raises:
+        SystemExit: It failed. The message has the end of what it printed.
     """
     if not list(save_dir.glob("*/*/summary.json")):
         command = [
@@ -31,6 +37,10 @@ def fitted(config: str, overrides: Sequence[str], save_dir: Path, threads: int |
             command.append("--ckpt_path=last")
         path = os.pathsep.join(filter(None, (str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": path} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, capture_output=quiet, text=True, check=False
+        )
+        if done.returncode:
+            raise SystemExit(f"{save_dir}: failed\n{(done.stderr or '')[-2000:]}")
     summaries = sorted(save_dir.glob("*/*/summary.json"))
     return dict(json.loads(summaries[-1].read_text()))

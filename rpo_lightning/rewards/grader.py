@@ -12,7 +12,7 @@ from rpo_lightning.core.types import Sample
 from rpo_lightning.rewards.base import AnswerVerifier, Reward, Verifier
 from rpo_lightning.rewards.calls import collect_results
 from rpo_lightning.rewards.functions import FunctionReward
-from rpo_lightning.rewards.grading import Absences, GradedGroup, Grading
+from rpo_lightning.rewards.grading import GradedGroup, Grading, OddScores
 from rpo_lightning.rewards.pool import GradingPool
 
 log = logging.getLogger(__name__)
@@ -44,11 +44,11 @@ class Grader:
             )
         self.verifier = verifier
         self.pool = pool
-        self._absences = Absences()
+        self._odd_scores = OddScores()
 
     def begin(self) -> Grading:
         """Begin to grade a rollout, whose responses are submitted one by one."""
-        return Grading(self.verifier, self.rewards, self.pool, self._absences)
+        return Grading(self.verifier, self.rewards, self.pool, self._odd_scores)
 
     def grade(self, groups: Sequence[Sequence[Sample]]) -> list[GradedGroup]:
         """Verdicts and rewards of several groups; see ``Grading.finish``."""

@@ -7,7 +7,6 @@ look at them. Results, errors and their order do not depend on the order in whic
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence, Set
@@ -51,14 +50,14 @@ class Grading:
         verifier: Decides what is right.
         rewards: Terms of the total reward.
         pool: Where calls that may hang are made.
-        absences: Watches terms that do not apply.
+        odd_scores: Watches scores that are likely mistakes.
     """
 
-    def __init__(self, verifier: Verifier, rewards: Sequence[Reward], pool: GradingPool, absences: Absences) -> None:
+    def __init__(self, verifier: Verifier, rewards: Sequence[Reward], pool: GradingPool, odd_scores: OddScores) -> None:
         self._verifier = verifier
         self._rewards = rewards
         self._pool = pool
-        self._absences = absences
+        self._odd_scores = odd_scores
         self._samples: dict[_Place, Sample] = {}
         self._verdicts: dict[_Place, Call[Any]] = {}
         self._values: dict[str, dict[_Place, Call[Any]]] = {r.name: {} for r in rewards if r.response_function}
@@ -99,7 +98,7 @@ class Grading:
             applied = [[(r.weight, of_group[r.name][member]) for r in self._rewards] for member in range(len(group))]
             totals = [sum(weight * value for weight, value in terms if value is not None) for terms in applied]
             graded.append(GradedGroup(group, _finite(totals, group, "the weighted sum of model.rewards"), of_group))
-        self._absences.look_at(graded)
+        self._odd_scores.look_at(graded)
         return graded
 
     def cancel(self) -> None:
@@ -120,8 +119,7 @@ class Grading:
                     columns = verifier.arguments.columns(sample.row)
                     verdict = verifier.verify(sample.prompt, sample.response, sample.answer, **columns)
             (number,) = _finite([verdict], [sample], source)
-            if not -_ROUNDING <= number <= 1 + _ROUNDING:
-                _tell_of_odd_verdict(source)
+            self._odd_scores.look_at_verdict(number, source)
             groups.setdefault(place[0], []).append(replace(sample, correct=number))
         return list(groups.values())
 
@@ -140,19 +138,20 @@ class Grading:
         return [_known(of_group, group, source) for of_group, group in zip(values, groups, strict=True)]
 
 
-@functools.cache
-def _tell_of_odd_verdict(source: str) -> None:
-    log.warning(
-        f"{source} returned a verdict outside 0 (wrong) to 1 (right), and so are accuracies and rewards that take it; "
-        "from 0.5 on a response counts as right"
-    )
-
-
-class Absences:
-    """Tells once of terms that never apply, and once of a response to which none does."""
+class OddScores:
+    """Tells once of terms that never apply, of a response to which none does, and of a verdict out of range."""
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        self._told: set[tuple[str, str]] = set()
+
+    def look_at_verdict(self, verdict: float, source: str) -> None:
+        """Look at a verdict; ``source`` names its verifier."""
+        if not -_ROUNDING <= verdict <= 1 + _ROUNDING:
+            self._tell(
+                ("verdict", source),
+                f"{source} returned a verdict outside 0 (wrong) to 1 (right), and so are accuracies and rewards that "
+                "take it; from 0.5 on a response counts as right",
+            )
 
     def look_at(self, graded: Sequence[GradedGroup]) -> None:
         """Look at a rollout."""
@@ -160,16 +159,16 @@ class Absences:
             values = [value for group in graded for value in group.terms[name]]
             if values and all(value is None for value in values):
                 self._tell(
-                    name,
+                    ("term", name),
                     f"reward {name!r} returned None for all {len(values)} responses of a rollout, so it does not apply "
                     "to them: does the function lack a return?",
                 )
         for group in graded:
             for member, sample in enumerate(group.samples):
                 if all(values[member] is None for values in group.terms.values()):
-                    self._tell("", f"no reward applies to a response, which gets 0{question(sample)}")
+                    self._tell(("response", ""), f"no reward applies to a response, which gets 0{question(sample)}")
 
-    def _tell(self, key: str, message: str) -> None:
+    def _tell(self, key: tuple[str, str], message: str) -> None:
         if key not in self._told:
             self._told.add(key)
             log.warning(message)

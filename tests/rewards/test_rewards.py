@@ -25,7 +25,6 @@ from rpo_lightning.rewards import (
     Reward,
     SoftOverlongPenalty,
     Verifier,
-    grading,
 )
 
 
@@ -189,7 +188,6 @@ def test_a_verdict_that_is_not_finite_is_an_error():
 
 @pytest.mark.parametrize(("verdict", "is_told"), [(-1, True), (2, True), (math.nextafter(1, 2), False), (-1e-9, False)])
 def test_a_verdict_that_is_outside_wrong_and_right_is_told_once_unless_by_rounding(verdict, is_told, caplog):
-    grading._tell_of_odd_verdict.cache_clear()
     grader = Grader(UndecidedVerifier(verdict), [AccuracyReward()], GradingPool())
     for _ in range(2):
         ((graded,),) = (group.samples for group in grader.grade([[sample(1, response="one")]]))
