@@ -4,8 +4,8 @@
 where half of the questions are beyond the policy: problems of 24 steps, which the embedded reasoner half knows, and of
 12 steps, of which it solves none. It does so with and without ``data.selection: InformativeSelection``, by turns, one
 thread each. Both arms make as many updates of groups with right and wrong members. They differ in the responses that
-they draw for them. The first epoch is the same in both. Accuracy is on problems of 24 steps. The last line is JSON.
-``--quick`` makes two updates.
+they draw for them. In the first epoch both ask every question once, in different orders. Accuracy is on problems of 24
+steps. The last line is JSON. ``--quick`` makes two updates.
 """
 
 from __future__ import annotations
